@@ -1,0 +1,211 @@
+//! Names and numbers that identify things: guests, sites, epochs, generations, journals.
+//!
+//! All are newtypes, so that an epoch cannot be passed where a generation is meant. Names are
+//! checked when they are made, because they become file names, metric labels and certificate URIs.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Longest guest or site name, in bytes. Names become file names and metric labels.
+pub const NAME_BYTES_MAX: usize = 63;
+
+/// A name that is not usable as a guest or site name, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{what} name {name:?} is not usable: use 1 to 63 characters of a-z, 0-9, '-', '_' and '.', \
+     the first one a letter or digit"
+)]
+pub struct NameError {
+    what: &'static str,
+    name: String,
+}
+
+fn check_name(what: &'static str, name: &str) -> Result<(), NameError> {
+    let bytes = name.as_bytes();
+    let allowed =
+        |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.');
+    let first_ok = bytes
+        .first()
+        .is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    if first_ok && bytes.len() <= NAME_BYTES_MAX && bytes.iter().all(allowed) {
+        return Ok(());
+    }
+    // A hostile name is quoted in the error; cut it so that it cannot flood a log.
+    Err(NameError {
+        what,
+        name: name.chars().take(NAME_BYTES_MAX + 1).collect(),
+    })
+}
+
+macro_rules! name_type {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = NameError;
+            fn from_str(name: &str) -> Result<Self, NameError> {
+                check_name($what, name)?;
+                Ok(Self(name.to_owned()))
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = NameError;
+            fn try_from(name: String) -> Result<Self, NameError> {
+                check_name($what, &name)?;
+                Ok(Self(name))
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> String {
+                name.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Debug::fmt(&self.0, f)
+            }
+        }
+    };
+}
+
+name_type!(
+    /// A protected guest. The same name at both sites means the same guest.
+    GuestId,
+    "guest"
+);
+name_type!(
+    /// A site: one daemon, one host, one certificate.
+    SiteId,
+    "site"
+);
+name_type!(
+    /// A disk of a guest, unique within it.
+    DiskId,
+    "disk"
+);
+
+macro_rules! number_type {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(
+            Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+        )]
+        pub struct $name(pub u64);
+
+        impl $name {
+            /// The number after this one. Panics after 2^64 steps, which no guest reaches.
+            pub fn next(self) -> Self {
+                Self(self.0.checked_add(1).expect("a counter of checkpoints cannot reach 2^64"))
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0, f)
+            }
+        }
+    };
+}
+
+number_type!(
+    /// Number of a checkpoint of one guest. It grows over the guest's whole life, across
+    /// generations; numbers of abandoned checkpoints are skipped, never used again.
+    /// 0 means "no checkpoint yet".
+    Epoch
+);
+number_type!(
+    /// Number of a guest's current owner, raised durably at each promotion. Lower ones are refused
+    /// everywhere. The first owner is generation 1.
+    Generation
+);
+
+/// Identity of one journal, made at random when it is created. A base that was recorded against
+/// another journal is no base.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct JournalId(pub [u8; 16]);
+
+impl fmt::Display for JournalId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl fmt::Debug for JournalId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// blake3 of a guest's whole RAM image (all RAM regions, concatenated in layout order).
+/// `b3sum` of a materialised image prints the same value.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRoot(pub [u8; 32]);
+
+impl fmt::Display for ImageRoot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl fmt::Debug for ImageRoot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_could_leave_their_directory_are_refused() {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "-x",
+            "UPPER",
+            "a b",
+            "ü",
+            &"x".repeat(64),
+        ] {
+            assert!(bad.parse::<GuestId>().is_err(), "{bad:?} was accepted");
+        }
+        for good in ["a", "db1", "web-1.prod_x", &"x".repeat(63)] {
+            assert_eq!(good.parse::<GuestId>().unwrap().as_str(), good);
+        }
+    }
+
+    #[test]
+    fn a_name_from_json_is_checked_too() {
+        assert!(serde_json::from_str::<SiteId>("\"../x\"").is_err());
+        assert_eq!(
+            serde_json::from_str::<SiteId>("\"site-a\"")
+                .unwrap()
+                .as_str(),
+            "site-a"
+        );
+    }
+}
