@@ -3,7 +3,10 @@
 
 pub mod bitmap;
 pub mod clock;
+pub mod config;
+pub mod control;
 pub mod device_state;
 pub mod guest;
 pub mod ids;
+pub mod metrics;
 pub mod page;
