@@ -114,8 +114,10 @@ label!(
         Initial = "initial",
         /// The guest's process is another one, so its tracking starts anew.
         GuestRestarted = "guest_restarted",
-        /// The link or the standby was gone for longer than the backlog may grow.
-        Backlog = "backlog",
+        /// Checkpoints on their way were lost with the link.
+        LinkLost = "link_lost",
+        /// The primary's daemon is new to the guest and knows only what the monitor tracked.
+        DaemonRestarted = "daemon_restarted",
         /// The standby has another journal than the one of the recorded base.
         JournalChanged = "journal_changed",
         /// The standby's newest point is not the recorded base.

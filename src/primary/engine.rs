@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -14,12 +13,10 @@ use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
 use crate::frame::{EncodeOptions, Encoder};
 use crate::guest::{Base, CutId, Guest, GuestError};
-use crate::ids::{Epoch, ImageRoot};
+use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
+use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase};
 use crate::wire::Opened;
-
-/// Pauses that the percentiles in the status are over.
-const PAUSES: usize = 1024;
 
 /// A checkpoint on its way.
 pub(super) struct InFlight {
@@ -57,7 +54,6 @@ pub(super) struct Engine<G> {
     /// Many pages may be dirty: copy fuzzily before the next cut.
     pub round_first: bool,
     pub pacing: Pacing,
-    pauses: VecDeque<Duration>,
 }
 
 impl<G: Guest> Engine<G> {
@@ -91,7 +87,6 @@ impl<G: Guest> Engine<G> {
             repair: None,
             round_first: true,
             pacing,
-            pauses: VecDeque::with_capacity(PAUSES),
             options,
         }
     }
@@ -143,7 +138,7 @@ impl<G: Guest> Engine<G> {
     /// All checkpoints up to `epoch` are durable in `journal`.
     pub async fn durable(
         &mut self,
-        journal: crate::ids::JournalId,
+        journal: JournalId,
         epoch: Epoch,
     ) -> Result<(), GuestError> {
         while self.inflight.front().is_some_and(|f| f.epoch <= epoch) {
@@ -154,7 +149,10 @@ impl<G: Guest> Engine<G> {
             self.known = Some((done.epoch, done.root));
             let latency = done.cut_at.elapsed();
             self.pacing.durable_after(latency);
-            self.metrics.acked(done.captured_at, latency);
+            self.metrics.acked(done.captured_at);
+            self.metrics.phase(MetricPhase::Ack, latency);
+            self.metrics.checkpoint(CheckpointResult::Acked);
+            self.metrics.set_inflight(self.inflight.len());
             let acked = Acked { epoch: done.epoch, captured_at: done.captured_at };
             let inflight = self.inflight.len();
             self.publish(|s| {
@@ -186,23 +184,11 @@ impl<G: Guest> Engine<G> {
                 })
                 .await;
             self.round_first = true;
+            self.metrics.checkpoint(CheckpointResult::Aborted);
+            self.metrics.set_inflight(0);
             self.publish(|s| s.inflight = 0);
         }
         self.guest.give_back().await
-    }
-
-    /// Notes the pause of a cut.
-    pub fn paused(&mut self, pause: Duration) {
-        self.metrics.paused(pause);
-        if self.pauses.len() == PAUSES {
-            self.pauses.pop_front();
-        }
-        self.pauses.push_back(pause);
-        let mut sorted: Vec<Duration> = self.pauses.iter().copied().collect();
-        sorted.sort_unstable();
-        let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share) as usize];
-        let percentiles = (at(0.5), at(0.99));
-        self.publish(|s| s.pause = Some(percentiles));
     }
 }
 

@@ -27,6 +27,7 @@ use crate::bitmap::PageSet;
 use crate::frame::{FrameStart, Manifest};
 use crate::guest::{Chunk, Contents, Guest, GuestError};
 use crate::ids::{Epoch, ImageRoot, JournalId};
+use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase, VerifyResult};
 use crate::page::PAGE_SIZE;
 use crate::wire::ToStandby;
 
@@ -79,9 +80,9 @@ impl<G: Guest> Builder<'_, G> {
 
         let started = Instant::now();
         let cut = self.engine.guest.cut(self.engine.options.strategy).await?;
-        self.engine.paused(cut.pause);
-        self.engine.metrics.phase("cut", started.elapsed());
+        self.engine.metrics.pause(cut.pause);
         let dirty = cut.dirty.count();
+        self.engine.metrics.dirty(dirty * PAGE_SIZE as u64);
         self.engine.round_first = dirty > self.engine.options.round_pages;
         if dirty as usize * PAGE_SIZE > self.queue.free() {
             self.give_back_cut(epoch, dirty).await?;
@@ -93,7 +94,7 @@ impl<G: Guest> Builder<'_, G> {
         pages.union(&cut.dirty);
         let reading = Instant::now();
         self.take(Taking::Cut, None, 0).await?;
-        self.engine.metrics.phase("encode", reading.elapsed());
+        self.engine.metrics.phase(MetricPhase::Encode, reading.elapsed());
 
         let info = self.engine.guest.info();
         let manifest = Manifest {
@@ -112,7 +113,7 @@ impl<G: Guest> Builder<'_, G> {
         self.engine.image_known = true;
         self.engine.repair = None;
         self.first = None;
-        self.engine.metrics.encoded(&finished.stats);
+        encoded(&self.engine.metrics, &finished.stats);
         finished.parts.into_iter().for_each(|part| self.queue.push(ToStandby::Part(part)));
         self.head = Head { epoch, root: finished.root, ..self.head };
         self.engine.inflight.push_back(InFlight {
@@ -124,7 +125,8 @@ impl<G: Guest> Builder<'_, G> {
             cut_at: started,
         });
         let (inflight, backlog) = (self.engine.inflight.len(), self.queue.bytes() as u64);
-        self.engine.metrics.queued(inflight, backlog);
+        self.engine.metrics.set_inflight(inflight);
+        self.engine.metrics.set_backlog(backlog);
         self.engine.publish(|s| {
             s.inflight = inflight;
             s.backlog_bytes = backlog;
@@ -274,7 +276,7 @@ impl<G: Guest> Builder<'_, G> {
         self.engine.env.offload(move || lock(&encoder).abandon()).await;
         self.engine.guest.give_back().await?;
         self.engine.round_first = true;
-        self.engine.metrics.checkpoint("aborted");
+        self.engine.metrics.checkpoint(CheckpointResult::Aborted);
         let text = if need > max {
             format!(
                 "{} MiB change between two cuts, more than max_backlog ({} MiB): raise it, or give the link more",
@@ -305,7 +307,8 @@ impl<G: Guest> Builder<'_, G> {
                 Ok(())
             }
             Event::Mismatch { epoch } => {
-                self.engine.metrics.mismatch();
+                let now = self.engine.env.now();
+                self.engine.metrics.verification(VerifyResult::Mismatch, now);
                 self.engine.repair =
                     Some(format!("the standby's image root of #{epoch} differed from ours"));
                 Err(SessionEnd::lost("image roots differ: a full copy follows"))

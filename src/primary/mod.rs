@@ -151,8 +151,6 @@ pub struct PrimaryStatus {
     pub inflight: usize,
     /// Encoded bytes not yet handed to the link.
     pub backlog_bytes: u64,
-    /// Median and 99th percentile of the last 1,024 pauses.
-    pub pause: Option<(Duration, Duration)>,
     /// Of the copy under way.
     pub progress: Option<Progress>,
     /// What it waits for, in words; `None` when it waits for nothing but the next interval.

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::Base;
 use crate::ids::Epoch;
+use crate::metrics::labels::ResyncReason;
 use crate::wire::Opened;
 
 /// How a session found its base.
@@ -64,44 +65,58 @@ pub(super) struct Plan {
     pub reason: String,
     /// Read everything in the first frame.
     pub audit: bool,
+    /// What to count it as; `None` when nothing has to be made again.
+    pub resync: Option<ResyncReason>,
 }
 
 pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
-    let full = |reason: String| Plan { path: SyncPath::Full, reason, audit: true };
+    use ResyncReason as Why;
+    let full = |why: Why, reason: String| Plan {
+        path: SyncPath::Full,
+        reason,
+        audit: true,
+        resync: Some(why),
+    };
     if let Some(reason) = memory.repair {
-        return full(reason.to_owned());
+        return full(Why::Mismatch, reason.to_owned());
     }
     let Some(newest) = &opened.newest else {
-        return full("the standby has no recovery point of this guest".into());
+        return full(Why::Initial, "the standby has no recovery point of this guest".into());
     };
     let Some(base) = memory.base else {
-        return full("this run of the guest has no durable checkpoint yet".into());
+        let reason = "this run of the guest has no durable checkpoint yet";
+        return full(Why::GuestRestarted, reason.into());
     };
     if base.journal != opened.journal {
-        return full("the standby's journal is not the one that holds the last checkpoint".into());
+        let reason = "the standby's journal is not the one that holds the last checkpoint";
+        return full(Why::JournalChanged, reason.into());
     }
     if newest.epoch < base.epoch {
-        return full(format!(
+        let reason = format!(
             "the standby lost checkpoints that it had acknowledged: it has #{}, we settled #{}",
             newest.epoch, base.epoch
-        ));
+        );
+        return full(Why::BaseLost, reason);
     }
-    let delta = |reason: &str| Plan {
+    let delta = |why: Why, reason: &str| Plan {
         path: SyncPath::Delta,
         reason: reason.into(),
         audit: !memory.image_known,
+        resync: Some(why),
     };
     if !memory.image_known {
-        return delta("this daemon is new to the guest: tracked changes are sent, the rest is audited");
+        let reason = "this daemon is new to the guest: tracked changes are sent, the rest is audited";
+        return delta(Why::DaemonRestarted, reason);
     }
     match memory.newest_sent {
         Some(sent) if sent == newest.epoch => Plan {
             path: SyncPath::Resume,
             reason: "all checkpoints sent are durable".into(),
             audit: false,
+            resync: None,
         },
-        Some(_) => delta("checkpoints were lost on their way"),
-        None => delta("the standby has a checkpoint whose ack we did not see"),
+        Some(_) => delta(Why::LinkLost, "checkpoints were lost on their way"),
+        None => delta(Why::LinkLost, "the standby has a checkpoint whose ack we did not see"),
     }
 }
 

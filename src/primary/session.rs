@@ -75,11 +75,10 @@ pub(super) async fn run<G: Guest>(
     let (events_tx, events) = mpsc::channel(64);
     let (env, keepalive, dead_after) =
         (engine.env.clone(), engine.options.keepalive, engine.options.dead_after);
-    let metrics = engine.metrics.clone();
     let end = tokio::select! {
         biased;
         end = read(&mut rx, events_tx, dead_after) => end,
-        end = send(&mut tx, &queue, &env, keepalive, &metrics) => end,
+        end = send(&mut tx, &queue, &env, keepalive) => end,
         end = build(engine, &queue, events, opened, orders) => end,
     };
     // A polite end spares the standby the wait for a dead peer; it may not hold us up.
@@ -167,7 +166,6 @@ async fn send(
     queue: &SendQueue,
     env: &Env,
     keepalive: Duration,
-    metrics: &crate::metrics::GuestMetrics,
 ) -> SessionEnd {
     let mut nonce = 0;
     loop {
@@ -178,9 +176,6 @@ async fn send(
                 ToStandby::Ping { nonce, at: env.now() }
             }
         };
-        if let ToStandby::Part(part) = &message {
-            metrics.sending(part.len());
-        }
         if let Err(error) = tx.send(message).await {
             return error.into();
         }
@@ -213,7 +208,9 @@ async fn build_inner<G: Guest>(
         guest = %engine.options.guest, path = plan.path.as_str(), reason = plan.reason,
         "session with the standby is up"
     );
-    engine.metrics.session(plan.path.as_str());
+    if let Some(reason) = plan.resync {
+        engine.metrics.resync(reason);
+    }
     let phase = match (plan.path, &opened.newest) {
         (SyncPath::Resume, _) => Phase::Protected,
         (_, None) => Phase::InitialSync,
