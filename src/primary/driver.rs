@@ -10,7 +10,7 @@ use crate::clock::Env;
 use crate::guest::{Guest, RunState};
 use crate::metrics::GuestMetrics;
 use crate::retry::Backoff;
-use crate::wire::Dialer;
+use crate::wire::link::Dialer;
 
 /// Protects `guest` until it is fenced, drained, or the guest ends. Returns the guest with all
 /// unsettled bits given back.
@@ -30,11 +30,11 @@ pub async fn run<G: Guest, D: Dialer>(
         if let Some(state) = guest_end(&mut engine).await {
             break Outcome::GuestEnded(state);
         }
-        let end = match timeout(engine.options.dead_after, dialer.dial()).await {
+        let end = match timeout(engine.options.handshake_max, dialer.dial()).await {
             Ok(Ok((tx, rx))) => {
                 let started = Instant::now();
                 let end = session::run(&mut engine, tx, rx, &mut orders).await;
-                if started.elapsed() > engine.options.dead_after {
+                if started.elapsed() > engine.options.handshake_max {
                     backoff.reset();
                 }
                 end

@@ -16,7 +16,7 @@ use crate::guest::{Base, CutId, Guest, GuestError};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
 use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase};
-use crate::wire::Opened;
+use crate::wire::message::Opened;
 
 /// A checkpoint on its way.
 pub(super) struct InFlight {

@@ -29,7 +29,7 @@ use crate::guest::{Chunk, Contents, Guest, GuestError};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase, VerifyResult};
 use crate::page::PAGE_SIZE;
-use crate::wire::ToStandby;
+use crate::wire::message::ToStandby;
 
 /// Fuzzy rounds before a cut is made whatever is dirty.
 const ROUNDS_MAX: u32 = 6;

@@ -70,10 +70,11 @@ pub struct PrimaryOptions {
     pub max_inflight: usize,
     /// Dirty pages above which a fuzzy round goes before the cut.
     pub round_pages: u64,
-    /// Silence after which a ping is sent.
-    pub keepalive: Duration,
-    /// Silence after which the peer counts as dead.
-    pub dead_after: Duration,
+    /// The standby's site, as its certificate names it.
+    pub peer: SiteId,
+    /// Time for dialing, and again for the handshake. (A session's dead peer is found by the
+    /// transport.)
+    pub handshake_max: Duration,
 }
 
 /// What somebody asks of a running primary role.

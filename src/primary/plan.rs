@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::guest::Base;
 use crate::ids::Epoch;
 use crate::metrics::labels::ResyncReason;
-use crate::wire::Opened;
+use crate::wire::message::Opened;
 
 /// How a session found its base.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,7 +125,7 @@ mod tests {
     use super::*;
     use crate::clock::Timestamp;
     use crate::ids::{Generation, ImageRoot, JournalId};
-    use crate::wire::Newest;
+    use crate::wire::message::Newest;
 
     #[test]
     fn every_row_of_the_table() {

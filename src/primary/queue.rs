@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use tokio::sync::Notify;
 
-use crate::wire::ToStandby;
+use crate::wire::message::ToStandby;
 
 /// A queue of one session.
 pub(super) struct SendQueue {

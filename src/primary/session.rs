@@ -10,10 +10,11 @@ use super::epoch::{Builder, Head, RETRY_AFTER};
 use super::plan::SyncPath;
 use super::queue::SendQueue;
 use super::{Command, Phase};
-use crate::clock::Env;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, Generation, ImageRoot, SiteId};
-use crate::wire::{LinkError, LinkRx, LinkTx, Open, Opened, ToPrimary, ToStandby, handshake};
+use crate::wire::handshake::{self, HandshakeError, Introduction};
+use crate::wire::link::{LinkError, LinkRx, LinkTx, RetryClass};
+use crate::wire::message::{Open, Opened, ToPrimary, ToStandby};
 
 /// Why a session ended.
 #[derive(Debug)]
@@ -38,7 +39,19 @@ impl SessionEnd {
 
 impl From<LinkError> for SessionEnd {
     fn from(error: LinkError) -> Self {
-        Self::Lost(error.to_string())
+        match error.retry() {
+            RetryClass::Transient => Self::Lost(error.to_string()),
+            RetryClass::Permanent => Self::Refused(error.to_string()),
+        }
+    }
+}
+
+impl From<HandshakeError> for SessionEnd {
+    fn from(error: HandshakeError) -> Self {
+        match error.retry() {
+            RetryClass::Transient => Self::Lost(error.to_string()),
+            RetryClass::Permanent => Self::Refused(error.to_string()),
+        }
     }
 }
 
@@ -66,19 +79,17 @@ pub(super) async fn run<G: Guest>(
     mut rx: impl LinkRx<ToPrimary>,
     orders: &mut Orders,
 ) -> SessionEnd {
-    let opened = match timeout(engine.options.dead_after, open(engine, &mut tx, &mut rx)).await {
+    let opened = match timeout(engine.options.handshake_max, open(engine, &mut tx, &mut rx)).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(end)) => return end,
         Err(_) => return SessionEnd::lost("the standby did not answer the handshake in time"),
     };
     let queue = SendQueue::new(engine.options.max_backlog);
     let (events_tx, events) = mpsc::channel(64);
-    let (env, keepalive, dead_after) =
-        (engine.env.clone(), engine.options.keepalive, engine.options.dead_after);
     let end = tokio::select! {
         biased;
-        end = read(&mut rx, events_tx, dead_after) => end,
-        end = send(&mut tx, &queue, &env, keepalive) => end,
+        end = read(&mut rx, events_tx) => end,
+        end = send(&mut tx, &queue) => end,
         end = build(engine, &queue, events, opened, orders) => end,
     };
     // A polite end spares the standby the wait for a dead peer; it may not hold us up.
@@ -91,7 +102,8 @@ async fn open<G: Guest>(
     tx: &mut impl LinkTx<ToStandby>,
     rx: &mut impl LinkRx<ToPrimary>,
 ) -> Result<Opened, SessionEnd> {
-    handshake::as_primary(tx, rx, &engine.options.site, engine.env.now()).await?;
+    let (me, now) = (Introduction::new(engine.options.site.clone()), engine.env.now());
+    handshake::as_primary(tx, rx, &me, &engine.options.peer, now).await?;
     let info = engine.guest.info();
     tx.send(ToStandby::Open(Open {
         guest: engine.options.guest.clone(),
@@ -104,7 +116,6 @@ async fn open<G: Guest>(
     loop {
         match rx.recv().await? {
             ToPrimary::Opened(opened) => return Ok(opened),
-            ToPrimary::Pong { .. } => {}
             other => match event(other) {
                 Some(Event::End(end)) => return Err(end),
                 _ => return Err(SessionEnd::lost("the standby spoke out of turn")),
@@ -117,18 +128,11 @@ async fn open<G: Guest>(
 async fn read(
     rx: &mut impl LinkRx<ToPrimary>,
     events: mpsc::Sender<Event>,
-    dead_after: Duration,
 ) -> SessionEnd {
     loop {
-        let message = match timeout(dead_after, rx.recv()).await {
-            Ok(Ok(message)) => message,
-            Ok(Err(error)) => return error.into(),
-            Err(_) => {
-                return SessionEnd::lost(format!(
-                    "nothing was heard of the standby for {} s",
-                    dead_after.as_secs_f32()
-                ));
-            }
+        let message = match rx.recv().await {
+            Ok(message) => message,
+            Err(error) => return error.into(),
         };
         let Some(event) = event(message) else { continue };
         if let Event::End(end) = event {
@@ -142,6 +146,7 @@ async fn read(
 
 fn event(message: ToPrimary) -> Option<Event> {
     Some(match message {
+        // The transport's own signs of life; those that reach us say nothing.
         ToPrimary::Pong { .. } => return None,
         ToPrimary::Ack { epoch, root, .. } => Event::Ack { epoch, root },
         ToPrimary::Mismatch { epoch, .. } => Event::Mismatch { epoch },
@@ -149,7 +154,7 @@ fn event(message: ToPrimary) -> Option<Event> {
             Event::End(SessionEnd::Fenced { generation, site })
         }
         ToPrimary::Refused { reason, text } => {
-            Event::End(SessionEnd::Refused(format!("the standby refused ({reason}): {text}")))
+            Event::End(SessionEnd::Refused(format!("the standby refused ({}): {text}", reason.as_str())))
         }
         ToPrimary::Abandoned { epoch, text } => Event::End(SessionEnd::Lost(format!(
             "the standby could not make #{epoch} durable: {text}"
@@ -160,22 +165,10 @@ fn event(message: ToPrimary) -> Option<Event> {
     })
 }
 
-/// Sends what is queued, and pings when nothing is.
-async fn send(
-    tx: &mut impl LinkTx<ToStandby>,
-    queue: &SendQueue,
-    env: &Env,
-    keepalive: Duration,
-) -> SessionEnd {
-    let mut nonce = 0;
+/// Sends what is queued.
+async fn send(tx: &mut impl LinkTx<ToStandby>, queue: &SendQueue) -> SessionEnd {
     loop {
-        let message = match timeout(keepalive, queue.next()).await {
-            Ok(message) => message,
-            Err(_) => {
-                nonce += 1;
-                ToStandby::Ping { nonce, at: env.now() }
-            }
-        };
+        let message = queue.next().await;
         if let Err(error) = tx.send(message).await {
             return error.into();
         }

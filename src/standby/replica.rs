@@ -12,7 +12,7 @@ use crate::journal::{
     Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention, Store,
 };
 use crate::page::Layout;
-use crate::wire::{Newest, Open, Opened, RefuseReason};
+use crate::wire::message::{Newest, Open, Opened, RefuseReason};
 
 /// Frames up to this size are kept in memory until they are applied; larger ones are read back from
 /// the journal. 64 MiB.
@@ -237,7 +237,7 @@ impl<S: Store> Replica<S> {
                 "the guest's memory or disks have another size than in the journal here; run `lifeboat unprotect --purge` at this site and protect it anew".into(),
             ));
         }
-        let internal = |e: ReplicaError| Refusal::Refused(RefuseReason::Journal, e.to_string());
+        let internal = |e: ReplicaError| Refusal::Refused(RefuseReason::JournalFailed, e.to_string());
         self.drop_incoming();
         if open.generation > ours {
             self.journal.raise_generation(open.generation).map_err(|e| internal(e.into()))?;

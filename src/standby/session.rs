@@ -9,9 +9,9 @@ use super::replica::{Receipt, Replica, ReplicaError, SessionId};
 use crate::clock::Env;
 use crate::ids::{Generation, GuestId, SiteId};
 use crate::journal::Store;
-use crate::wire::{
-    LinkError, LinkRx, LinkTx, Open, RefuseReason, ToPrimary, ToStandby, handshake,
-};
+use crate::wire::handshake::{self, Introduction};
+use crate::wire::link::{LinkError, LinkRx, LinkTx};
+use crate::wire::message::{Open, RefuseReason, ToPrimary, ToStandby};
 
 /// An answer to a primary that may not go on.
 #[derive(Debug)]
@@ -71,19 +71,19 @@ pub async fn serve<S: Store>(
     peer: SiteId,
     mut tx: impl LinkTx<ToPrimary>,
     mut rx: impl LinkRx<ToStandby>,
-    dead_after: Duration,
+    handshake_max: Duration,
     lookup: &impl Lookup<S>,
 ) -> SessionEnd {
     let opening = open(&env, &site, &peer, &mut tx, &mut rx, lookup);
-    let opened = match timeout(dead_after, opening).await {
+    let opened = match timeout(handshake_max, opening).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(end)) => {
-            answer(&site, &mut tx, &end, dead_after).await;
+            answer(&site, &mut tx, &end, handshake_max).await;
             return end;
         }
         Err(_) => return SessionEnd::Link("the primary did not finish the handshake in time".into()),
     };
-    let end = match receive(&env, &opened, &site, &mut tx, &mut rx, dead_after).await {
+    let end = match receive(&env, &opened, &site, &mut tx, &mut rx).await {
         Ok(never) => match never {},
         Err(end) => end,
     };
@@ -119,17 +119,13 @@ async fn open<S: Store>(
     rx: &mut impl LinkRx<ToStandby>,
     lookup: &impl Lookup<S>,
 ) -> Result<OpenSession<S>, SessionEnd> {
-    let hello = handshake::as_standby(tx, rx, site, env.now()).await?;
-    if hello.site != *peer {
-        return Err(SessionEnd::Refused(Refusal::Refused(
-            RefuseReason::WrongSite,
-            format!("the certificate is of site {peer}, the message says {}", hello.site),
-        )));
-    }
+    let me = Introduction::new(site.clone());
+    handshake::as_standby(tx, rx, &me, peer, env.now())
+        .await
+        .map_err(|error| SessionEnd::Link(error.to_string()))?;
     let open = loop {
         match rx.recv().await? {
             ToStandby::Open(open) => break open,
-            ToStandby::Ping { nonce, at } => tx.send(ToPrimary::Pong { nonce, at }).await?,
             ToStandby::Close => return Err(SessionEnd::Link("the primary closed it".into())),
             _ => return Err(SessionEnd::Link("the primary spoke out of turn".into())),
         }
@@ -151,16 +147,9 @@ async fn receive<S: Store>(
     site: &SiteId,
     tx: &mut impl LinkTx<ToPrimary>,
     rx: &mut impl LinkRx<ToStandby>,
-    dead_after: Duration,
 ) -> Result<std::convert::Infallible, SessionEnd> {
     loop {
-        let message = timeout(dead_after, rx.recv()).await.map_err(|_| {
-            SessionEnd::Link(format!(
-                "nothing was heard of the primary for {} s",
-                dead_after.as_secs_f32()
-            ))
-        })??;
-        match message {
+        match rx.recv().await? {
             ToStandby::Part(bytes) => part(env, opened, site, tx, bytes).await?,
             ToStandby::Abandon { .. } => {
                 let (owner, session) = (opened.replica.clone(), opened.session);
@@ -168,7 +157,8 @@ async fn receive<S: Store>(
                     .await
                     .map_err(|_| SessionEnd::Stale)?;
             }
-            ToStandby::Ping { nonce, at } => tx.send(ToPrimary::Pong { nonce, at }).await?,
+            // The transport's own signs of life; those that reach us want nothing.
+            ToStandby::Ping { .. } => {}
             ToStandby::Close => return Err(SessionEnd::Link("the primary closed it".into())),
             ToStandby::Hello(_) | ToStandby::Open(_) => {
                 return Err(SessionEnd::Link("the primary spoke out of turn".into()));
