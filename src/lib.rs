@@ -6,6 +6,7 @@ pub mod clock;
 pub mod config;
 pub mod control;
 pub mod device_state;
+pub mod frame;
 pub mod guest;
 pub mod ids;
 pub mod metrics;
