@@ -12,5 +12,7 @@ pub mod ids;
 pub mod metrics;
 pub mod page;
 pub mod pki;
+pub mod primary;
+pub mod retry;
 pub mod transport;
 pub mod wire;

@@ -36,7 +36,10 @@ impl Backoff {
     }
 
     /// How long to wait now.
-    #[expect(clippy::should_implement_trait, reason = "an endless sequence of waits is no iterator to its users")]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "an endless sequence of waits is no iterator to its users"
+    )]
     pub fn next(&mut self) -> Duration {
         let wait = self.next;
         self.next = (self.next * 2).min(LAST.max(self.next));

@@ -25,7 +25,11 @@ pub async fn run<G: Guest, D: Dialer>(
 ) -> (Outcome, G) {
     let mut backoff = Backoff::new();
     let mut engine = Engine::new(env, guest, options, metrics, status);
-    let mut orders = Orders { commands, drain_until: None, wanted: Vec::new() };
+    let mut orders = Orders {
+        commands,
+        drain_until: None,
+        wanted: Vec::new(),
+    };
     let outcome = loop {
         if let Some(state) = guest_end(&mut engine).await {
             break Outcome::GuestEnded(state);

@@ -69,9 +69,18 @@ impl<G: Guest> Engine<G> {
             shadow: options.shadow,
             ..EncodeOptions::default()
         };
-        let encoder = Encoder::new(guest.info().layout.clone(), encode);
+        let layout = &guest.info().layout;
+        let encoder = Encoder::new(layout.clone(), encode).unwrap_or_else(|error| {
+            tracing::warn!(guest = %options.guest, %error, "no shadow copy: changes are sent as whole pages");
+            let encode = EncodeOptions { shadow: false, ..encode };
+            Encoder::new(layout.clone(), encode).expect("without a shadow nothing can fail")
+        });
         let base = guest.info().base;
-        let pacing = Pacing::new(options.rpo_target, options.interval_min, options.interval_max);
+        let pacing = Pacing::new(
+            options.rpo_target,
+            options.interval_min,
+            options.interval_max,
+        );
         Self {
             env,
             guest,
@@ -104,7 +113,11 @@ impl<G: Guest> Engine<G> {
     /// Compares what the standby has with what we remember, settles what turned out durable, makes
     /// the rest dirty again, and says how to go on.
     pub async fn adopt(&mut self, opened: &Opened) -> Result<Plan, GuestError> {
-        let newest_sent = self.inflight.back().map(|f| f.epoch).or(self.known.map(|k| k.0));
+        let newest_sent = self
+            .inflight
+            .back()
+            .map(|f| f.epoch)
+            .or(self.known.map(|k| k.0));
         if let Some(newest) = &opened.newest {
             let ours = self
                 .inflight
@@ -136,14 +149,14 @@ impl<G: Guest> Engine<G> {
     }
 
     /// All checkpoints up to `epoch` are durable in `journal`.
-    pub async fn durable(
-        &mut self,
-        journal: JournalId,
-        epoch: Epoch,
-    ) -> Result<(), GuestError> {
+    pub async fn durable(&mut self, journal: JournalId, epoch: Epoch) -> Result<(), GuestError> {
         while self.inflight.front().is_some_and(|f| f.epoch <= epoch) {
             let done = self.inflight.pop_front().expect("the front was just seen");
-            let base = Base { journal, generation: self.options.generation, epoch: done.epoch };
+            let base = Base {
+                journal,
+                generation: self.options.generation,
+                epoch: done.epoch,
+            };
             self.guest.settle(done.cut, base).await?;
             self.base = Some(base);
             self.known = Some((done.epoch, done.root));
@@ -153,7 +166,10 @@ impl<G: Guest> Engine<G> {
             self.metrics.phase(MetricPhase::Ack, latency);
             self.metrics.checkpoint(CheckpointResult::Acked);
             self.metrics.set_inflight(self.inflight.len());
-            let acked = Acked { epoch: done.epoch, captured_at: done.captured_at };
+            let acked = Acked {
+                epoch: done.epoch,
+                captured_at: done.captured_at,
+            };
             let inflight = self.inflight.len();
             self.publish(|s| {
                 s.acked = Some(acked);
@@ -165,7 +181,10 @@ impl<G: Guest> Engine<G> {
 
     /// Our root of a checkpoint in flight.
     pub fn root_of(&self, epoch: Epoch) -> Option<ImageRoot> {
-        self.inflight.iter().find(|f| f.epoch == epoch).map(|f| f.root)
+        self.inflight
+            .iter()
+            .find(|f| f.epoch == epoch)
+            .map(|f| f.root)
     }
 
     /// Ends what is unfinished: nothing is in flight afterwards, every unsettled bit is dirty again,

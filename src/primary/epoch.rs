@@ -7,11 +7,9 @@
 //!   else                        ─────────────────────────────┘
 //! ```
 //!
-//! After an audit round the shadow holds pages that were *not* shipped, as they were at some moment
-//! of the round. A page that changed after its bit was harvested differs from what the standby has,
-//! and is dirty in a later round or the cut; so the shadows of those pages are dropped before they
-//! are pushed. (Without this a page could equal its shadow and be skipped, though the standby never
-//! got it.)
+//! An audit round hands out pages that are *not* shipped, as they are at some moment of the round. One
+//! that changed after its bit was harvested is not what the standby has; it is dirty again and comes
+//! once more in a later round or the cut, where the encoder ships it whole (see `frame::encode`).
 
 use std::time::Duration;
 
@@ -24,10 +22,13 @@ use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
 use super::{Phase, Progress};
 use crate::bitmap::PageSet;
-use crate::frame::{FrameStart, Manifest};
+use crate::frame::{EncodeStats, FrameStart, Manifest};
 use crate::guest::{Chunk, Contents, Guest, GuestError};
 use crate::ids::{Epoch, ImageRoot, JournalId};
-use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase, VerifyResult};
+use crate::metrics::GuestMetrics;
+use crate::metrics::labels::{
+    CheckpointResult, PageEncoding, Phase as MetricPhase, SentKind, VerifyResult,
+};
 use crate::page::PAGE_SIZE;
 use crate::wire::message::ToStandby;
 
@@ -88,13 +89,12 @@ impl<G: Guest> Builder<'_, G> {
             self.give_back_cut(epoch, dirty).await?;
             return Ok(false);
         }
-        if audit && !full {
-            self.invalidate(cut.dirty.clone()).await;
-        }
         pages.union(&cut.dirty);
         let reading = Instant::now();
         self.take(Taking::Cut, None, 0).await?;
-        self.engine.metrics.phase(MetricPhase::Encode, reading.elapsed());
+        self.engine
+            .metrics
+            .phase(MetricPhase::Encode, reading.elapsed());
 
         let info = self.engine.guest.info();
         let manifest = Manifest {
@@ -108,14 +108,22 @@ impl<G: Guest> Builder<'_, G> {
             .engine
             .env
             .offload(move || lock(&encoder).finish(&manifest, captured_at, pause))
-            .await;
+            .await
+            .map_err(|error| SessionEnd::Lost(error.to_string()))?;
         self.engine.frame_open = false;
         self.engine.image_known = true;
         self.engine.repair = None;
         self.first = None;
-        encoded(&self.engine.metrics, &finished.stats);
-        finished.parts.into_iter().for_each(|part| self.queue.push(ToStandby::Part(part)));
-        self.head = Head { epoch, root: finished.root, ..self.head };
+        count(&self.engine.metrics, &finished.stats);
+        finished
+            .parts
+            .into_iter()
+            .for_each(|part| self.queue.push(ToStandby::Part(part)));
+        self.head = Head {
+            epoch,
+            root: finished.root,
+            ..self.head
+        };
         self.engine.inflight.push_back(InFlight {
             epoch,
             cut: cut.id,
@@ -153,13 +161,7 @@ impl<G: Guest> Builder<'_, G> {
         self.engine.frame_open = true;
         self.engine
             .env
-            .offload(move || {
-                let mut encoder = lock(&encoder);
-                if full {
-                    encoder.invalidate_all();
-                }
-                encoder.begin(start);
-            })
+            .offload(move || lock(&encoder).begin(start))
             .await;
         epoch
     }
@@ -171,7 +173,11 @@ impl<G: Guest> Builder<'_, G> {
         full: bool,
         pages: &mut PageSet,
     ) -> Result<(), SessionEnd> {
-        let mut contents = if everything { Contents::All } else { Contents::Dirty };
+        let mut contents = if everything {
+            Contents::All
+        } else {
+            Contents::Dirty
+        };
         let mut before = u64::MAX;
         for _ in 0..ROUNDS_MAX {
             let round = self.engine.guest.round(contents).await?;
@@ -182,14 +188,15 @@ impl<G: Guest> Builder<'_, G> {
             } else {
                 pages.union(&round.dirty);
             }
-            if everything && !full && !all {
-                self.invalidate(round.dirty.clone()).await;
-            }
-            let total = if all { self.engine.guest.info().layout.pages() } else { dirty };
+            let total = if all {
+                self.engine.guest.info().layout.pages()
+            } else {
+                dirty
+            };
             let ship = (all && !full).then_some(round.dirty);
             self.take(Taking::Round, ship, total).await?;
-            let next_is_likely_small =
-                !all && (dirty <= self.engine.options.round_pages
+            let next_is_likely_small = !all
+                && (dirty <= self.engine.options.round_pages
                     || dirty as f64 > before as f64 * ROUND_SHRINKS);
             if next_is_likely_small {
                 break;
@@ -221,10 +228,15 @@ impl<G: Guest> Builder<'_, G> {
             };
             done += chunk.pages.len() as u64;
             let parts = self.push(chunk, ship.clone()).await;
-            parts.into_iter().for_each(|part| self.queue.push(ToStandby::Part(part)));
+            parts
+                .into_iter()
+                .for_each(|part| self.queue.push(ToStandby::Part(part)));
             if taking == Taking::Round {
                 let backlog = self.queue.bytes() as u64;
-                let progress = Progress { pages_done: done, pages_total: total.max(done) };
+                let progress = Progress {
+                    pages_done: done,
+                    pages_total: total.max(done),
+                };
                 self.engine.publish(|s| {
                     s.backlog_bytes = backlog;
                     s.progress = (s.phase != Phase::Protected).then_some(progress);
@@ -236,18 +248,12 @@ impl<G: Guest> Builder<'_, G> {
         }
     }
 
-    async fn push(
-        &mut self,
-        chunk: Chunk,
-        ship: Option<std::sync::Arc<PageSet>>,
-    ) -> Vec<Vec<u8>> {
+    async fn push(&mut self, chunk: Chunk, ship: Option<std::sync::Arc<PageSet>>) -> Vec<Vec<u8>> {
         let encoder = self.engine.encoder();
-        self.engine.env.offload(move || lock(&encoder).push(&chunk, ship.as_deref())).await
-    }
-
-    async fn invalidate(&mut self, pages: PageSet) {
-        let encoder = self.engine.encoder();
-        self.engine.env.offload(move || lock(&encoder).invalidate(&pages)).await;
+        self.engine
+            .env
+            .offload(move || lock(&encoder).push(&chunk, ship.as_deref()))
+            .await
     }
 
     /// Waits until the link took enough, applying what the standby says meanwhile.
@@ -273,7 +279,10 @@ impl<G: Guest> Builder<'_, G> {
         // come back with the others, which is harmless: they are sent again.
         let encoder = self.engine.encoder();
         self.engine.frame_open = false;
-        self.engine.env.offload(move || lock(&encoder).abandon()).await;
+        self.engine
+            .env
+            .offload(move || lock(&encoder).abandon())
+            .await;
         self.engine.guest.give_back().await?;
         self.engine.round_first = true;
         self.engine.metrics.checkpoint(CheckpointResult::Aborted);
@@ -284,7 +293,11 @@ impl<G: Guest> Builder<'_, G> {
                 max >> 20
             )
         } else {
-            format!("the link: {} MiB of changes wait for {} MiB of room", need >> 20, free >> 20)
+            format!(
+                "the link: {} MiB of changes wait for {} MiB of room",
+                need >> 20,
+                free >> 20
+            )
         };
         self.engine.publish(|s| s.blocked_on = Some(text));
         Ok(())
@@ -296,7 +309,9 @@ impl<G: Guest> Builder<'_, G> {
             Event::Ack { epoch, root } => {
                 let ours = self.engine.root_of(epoch);
                 if ours.is_some_and(|ours| ours != root) {
-                    self.engine.repair = Some(format!("the standby acknowledged #{epoch} with another image root"));
+                    self.engine.repair = Some(format!(
+                        "the standby acknowledged #{epoch} with another image root"
+                    ));
                     return Err(SessionEnd::lost("image roots differ: a full copy follows"));
                 }
                 self.engine.durable(self.head.journal, epoch).await?;
@@ -308,14 +323,26 @@ impl<G: Guest> Builder<'_, G> {
             }
             Event::Mismatch { epoch } => {
                 let now = self.engine.env.now();
-                self.engine.metrics.verification(VerifyResult::Mismatch, now);
-                self.engine.repair =
-                    Some(format!("the standby's image root of #{epoch} differed from ours"));
+                self.engine
+                    .metrics
+                    .verification(VerifyResult::Mismatch, now);
+                self.engine.repair = Some(format!(
+                    "the standby's image root of #{epoch} differed from ours"
+                ));
                 Err(SessionEnd::lost("image roots differ: a full copy follows"))
             }
             Event::End(end) => Err(end),
         }
     }
+}
+
+/// Counts what became of a checkpoint's pages.
+fn count(metrics: &GuestMetrics, stats: &EncodeStats) {
+    metrics.pages(PageEncoding::Zero, stats.zero);
+    metrics.pages(PageEncoding::Same, stats.same);
+    metrics.pages(PageEncoding::Delta, stats.delta);
+    metrics.pages(PageEncoding::Raw, stats.raw);
+    metrics.sent(SentKind::Memory, stats.encoded_bytes, stats.raw_bytes);
 }
 
 impl From<GuestError> for SessionEnd {

@@ -25,7 +25,12 @@ pub(super) struct Pacing {
 
 impl Pacing {
     pub(super) fn new(target: Duration, min: Duration, max: Duration) -> Self {
-        Self { target, min, max, latency: Duration::ZERO }
+        Self {
+            target,
+            min,
+            max,
+            latency: Duration::ZERO,
+        }
     }
 
     /// A checkpoint became durable this long after its cut.
@@ -39,7 +44,10 @@ impl Pacing {
 
     /// Time from one cut to the next.
     pub(super) fn interval(&self) -> Duration {
-        let planned = self.target.mul_f64(TARGET_SHARE).saturating_sub(self.latency);
+        let planned = self
+            .target
+            .mul_f64(TARGET_SHARE)
+            .saturating_sub(self.latency);
         planned.clamp(self.min, self.max.max(self.min))
     }
 }
@@ -62,13 +70,21 @@ mod tests {
         for (target, min, max, latency, interval) in cases {
             let mut pacing = Pacing::new(ms(target), ms(min), ms(max));
             pacing.durable_after(ms(latency));
-            assert_eq!(pacing.interval(), ms(interval), "target {target} latency {latency}");
+            assert_eq!(
+                pacing.interval(),
+                ms(interval),
+                "target {target} latency {latency}"
+            );
         }
     }
 
     #[test]
     fn a_slow_commit_is_answered_at_once_and_forgotten_slowly() {
-        let mut pacing = Pacing::new(Duration::from_secs(1), Duration::ZERO, Duration::from_secs(1));
+        let mut pacing = Pacing::new(
+            Duration::from_secs(1),
+            Duration::ZERO,
+            Duration::from_secs(1),
+        );
         pacing.durable_after(Duration::from_millis(10));
         let before = pacing.interval();
         pacing.durable_after(Duration::from_millis(500));

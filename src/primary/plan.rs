@@ -81,7 +81,10 @@ pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
         return full(Why::Mismatch, reason.to_owned());
     }
     let Some(newest) = &opened.newest else {
-        return full(Why::Initial, "the standby has no recovery point of this guest".into());
+        return full(
+            Why::Initial,
+            "the standby has no recovery point of this guest".into(),
+        );
     };
     let Some(base) = memory.base else {
         let reason = "this run of the guest has no durable checkpoint yet";
@@ -105,7 +108,8 @@ pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
         resync: Some(why),
     };
     if !memory.image_known {
-        let reason = "this daemon is new to the guest: tracked changes are sent, the rest is audited";
+        let reason =
+            "this daemon is new to the guest: tracked changes are sent, the rest is audited";
         return delta(Why::DaemonRestarted, reason);
     }
     match memory.newest_sent {
@@ -116,7 +120,10 @@ pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
             resync: None,
         },
         Some(_) => delta(Why::LinkLost, "checkpoints were lost on their way"),
-        None => delta(Why::LinkLost, "the standby has a checkpoint whose ack we did not see"),
+        None => delta(
+            Why::LinkLost,
+            "the standby has a checkpoint whose ack we did not see",
+        ),
     }
 }
 
@@ -130,8 +137,17 @@ mod tests {
     #[test]
     fn every_row_of_the_table() {
         let journal = JournalId([1; 16]);
-        let base = |epoch| Some(Base { journal, generation: Generation(1), epoch: Epoch(epoch) });
-        let other = Some(Base { journal: JournalId([2; 16]), ..base(5).unwrap() });
+        let base = |epoch| {
+            Some(Base {
+                journal,
+                generation: Generation(1),
+                epoch: Epoch(epoch),
+            })
+        };
+        let other = Some(Base {
+            journal: JournalId([2; 16]),
+            ..base(5).unwrap()
+        });
         use SyncPath::{Delta, Full, Resume};
         // standby's newest, base, newest sent, image known, repair -> path, audit
         let cases = [
@@ -139,7 +155,15 @@ mod tests {
             (Some(5), None, None, false, None, Full, true),
             (Some(5), other, Some(5), true, None, Full, true),
             (Some(4), base(5), Some(5), true, None, Full, true),
-            (Some(5), base(5), Some(5), true, Some("roots differ"), Full, true),
+            (
+                Some(5),
+                base(5),
+                Some(5),
+                true,
+                Some("roots differ"),
+                Full,
+                true,
+            ),
             (Some(5), base(5), Some(7), true, None, Delta, false),
             (Some(6), base(5), None, true, None, Delta, false),
             (Some(6), base(5), None, false, None, Delta, true),
@@ -159,8 +183,21 @@ mod tests {
                 }),
                 highest_epoch: Epoch(9),
             };
-            let found = plan(&opened, Memory { base, newest_sent, image_known, repair });
-            assert_eq!((found.path, found.audit), (path, audit), "case {i}: {}", found.reason);
+            let found = plan(
+                &opened,
+                Memory {
+                    base,
+                    newest_sent,
+                    image_known,
+                    repair,
+                },
+            );
+            assert_eq!(
+                (found.path, found.audit),
+                (path, audit),
+                "case {i}: {}",
+                found.reason
+            );
         }
     }
 }

@@ -39,11 +39,18 @@ fn size(message: &ToStandby) -> usize {
 impl SendQueue {
     pub(super) fn new(bytes_max: usize) -> Self {
         let state = Mutex::new(State::default());
-        Self { state, filled: Notify::new(), drained: Notify::new(), bytes_max }
+        Self {
+            state,
+            filled: Notify::new(),
+            drained: Notify::new(),
+            bytes_max,
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Bytes that wait, the message being sent included.

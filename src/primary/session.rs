@@ -24,7 +24,10 @@ pub(super) enum SessionEnd {
     /// The standby refused us for a reason that an operator has to remove; dial again, slowly.
     Refused(String),
     /// A higher generation exists.
-    Fenced { generation: Generation, site: SiteId },
+    Fenced {
+        generation: Generation,
+        site: SiteId,
+    },
     /// Asked to end, and done.
     Drained,
     /// The guest is no more.
@@ -102,7 +105,10 @@ async fn open<G: Guest>(
     tx: &mut impl LinkTx<ToStandby>,
     rx: &mut impl LinkRx<ToPrimary>,
 ) -> Result<Opened, SessionEnd> {
-    let (me, now) = (Introduction::new(engine.options.site.clone()), engine.env.now());
+    let (me, now) = (
+        Introduction::new(engine.options.site.clone()),
+        engine.env.now(),
+    );
     handshake::as_primary(tx, rx, &me, &engine.options.peer, now).await?;
     let info = engine.guest.info();
     tx.send(ToStandby::Open(Open {
@@ -125,16 +131,15 @@ async fn open<G: Guest>(
 }
 
 /// Reads until the link or the session ends.
-async fn read(
-    rx: &mut impl LinkRx<ToPrimary>,
-    events: mpsc::Sender<Event>,
-) -> SessionEnd {
+async fn read(rx: &mut impl LinkRx<ToPrimary>, events: mpsc::Sender<Event>) -> SessionEnd {
     loop {
         let message = match rx.recv().await {
             Ok(message) => message,
             Err(error) => return error.into(),
         };
-        let Some(event) = event(message) else { continue };
+        let Some(event) = event(message) else {
+            continue;
+        };
         if let Event::End(end) = event {
             return end;
         }
@@ -153,9 +158,10 @@ fn event(message: ToPrimary) -> Option<Event> {
         ToPrimary::Fenced { generation, site } => {
             Event::End(SessionEnd::Fenced { generation, site })
         }
-        ToPrimary::Refused { reason, text } => {
-            Event::End(SessionEnd::Refused(format!("the standby refused ({}): {text}", reason.as_str())))
-        }
+        ToPrimary::Refused { reason, text } => Event::End(SessionEnd::Refused(format!(
+            "the standby refused ({}): {text}",
+            reason.as_str()
+        ))),
         ToPrimary::Abandoned { epoch, text } => Event::End(SessionEnd::Lost(format!(
             "the standby could not make #{epoch} durable: {text}"
         ))),
@@ -215,7 +221,10 @@ async fn build_inner<G: Guest>(
         s.path = Some((plan.path, plan.reason.clone()));
         s.last_error = None;
         if let Some(newest) = &opened.newest {
-            s.acked = Some(super::Acked { epoch: newest.epoch, captured_at: newest.captured_at });
+            s.acked = Some(super::Acked {
+                epoch: newest.epoch,
+                captured_at: newest.captured_at,
+            });
         }
     });
     let newest = opened.newest.as_ref();
@@ -224,7 +233,13 @@ async fn build_inner<G: Guest>(
         epoch: newest.map_or(Epoch(0), |n| n.epoch),
         root: newest.map_or(ImageRoot([0; 32]), |n| n.root),
     };
-    let mut builder = Builder { engine, queue, events, head, first: Some(plan) };
+    let mut builder = Builder {
+        engine,
+        queue,
+        events,
+        head,
+        first: Some(plan),
+    };
     let mut waiting: Vec<(Epoch, oneshot::Sender<Epoch>)> = Vec::new();
     let mut next_cut = Instant::now();
     loop {
