@@ -8,7 +8,9 @@ use super::session::{self, Orders, SessionEnd};
 use super::{Command, Outcome, Phase, PrimaryOptions, PrimaryStatus};
 use crate::clock::Env;
 use crate::guest::{Guest, RunState};
+use crate::ids::{Generation, SiteId};
 use crate::metrics::GuestMetrics;
+use crate::page::Layout;
 use crate::retry::Backoff;
 use crate::wire::link::Dialer;
 
@@ -78,6 +80,40 @@ pub async fn run<G: Guest, D: Dialer>(
         s.phase = Phase::Connecting;
     });
     (outcome, engine.guest)
+}
+
+/// What the other site says of a guest that is to be started here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ownership {
+    /// No higher generation exists there.
+    Ours,
+    /// It was failed over.
+    Fenced {
+        /// The higher generation.
+        generation: Generation,
+        /// Who holds it.
+        site: SiteId,
+    },
+    /// It cannot be asked, and why.
+    Unknown(String),
+}
+
+/// Asks the standby whether the guest still belongs to us, before it is started.
+pub async fn ask_owner(
+    env: &Env,
+    dialer: &impl Dialer,
+    options: &PrimaryOptions,
+    layout: &Layout,
+    machine: &[u8],
+) -> Ownership {
+    match session::inquire(env, dialer, options, layout, machine).await {
+        Ok(_) => Ownership::Ours,
+        Err(SessionEnd::Fenced { generation, site }) => Ownership::Fenced { generation, site },
+        Err(SessionEnd::Lost(why) | SessionEnd::Refused(why)) => Ownership::Unknown(why),
+        Err(SessionEnd::Drained | SessionEnd::GuestEnded(_)) => {
+            Ownership::Unknown("the inquiry ended early".into())
+        }
+    }
 }
 
 /// The state of a guest that ended; `None` while it lives.

@@ -40,7 +40,7 @@ use crate::frame::Codec;
 use crate::guest::{CutStrategy, RunState};
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 
-pub use driver::run;
+pub use driver::{Ownership, ask_owner, run};
 pub use plan::SyncPath;
 
 /// How one guest is protected.
