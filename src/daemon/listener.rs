@@ -11,7 +11,7 @@ use crate::config::resolved::{PeerConfig, SiteConfig, TlsConfig};
 use crate::control::types::{CertificateStatus, PeerStatus};
 use crate::ids::{GuestId, SiteId};
 use crate::metrics::Metrics;
-use crate::metrics::labels::{ConnectResult, TlsFailure};
+use crate::metrics::labels::TlsFailure;
 use crate::standby::{self, SessionEnd};
 use crate::transport::{
     DialTarget, LinkStats, LinkTimes, ListenOptions, TlsDialer, TlsListener, TlsMaterial, TlsPaths,
@@ -187,11 +187,6 @@ pub(super) fn publish_peers(site: &Site) {
             metrics.received(at);
         }
     }
-}
-
-/// Counts attempts to reach a peer.
-pub(super) fn connected(metrics: &Metrics, peer: &SiteId, result: ConnectResult) {
-    metrics.peer(peer).connect(result);
 }
 
 /// Certificates in use, for the status.
