@@ -278,3 +278,91 @@ fn a_first_frame_that_does_not_cover_all_ram_is_a_bug() {
     encoder.push(&chunk(vec![(PageAddr::new(0, 0), noise(1))]), None);
     let _ = encoder.finish(&manifest(&layout), CAPTURED, PAUSE);
 }
+
+/// Four pages of RAM and two of disk go through an encoder; each step says what becomes of them.
+#[test]
+fn every_page_is_encoded_in_the_cheapest_way_that_is_right() {
+    let layout = layout(3, 1, 2);
+    let [a, b, c, d] = [(0, 0), (0, 1), (0, 2), (1, 0)].map(|(r, p)| PageAddr::new(r, p));
+    let disk = PageAddr::new(2, 0);
+    let edited = |mut page: Page, at: usize| {
+        page[at] ^= 1;
+        page
+    };
+    let mut encoder = Encoder::new(layout.clone(), options(Codec::Lz4, true)).unwrap();
+    let mut image = Image::new(&layout);
+    let mut root = NO_ROOT;
+    let mut epoch = 0;
+    let mut step = |full: bool, pages: Vec<(PageAddr, Page)>, ship: &[PageAddr]| -> [u64; 5] {
+        let mut set = crate::bitmap::PageSet::new(&layout);
+        ship.iter().for_each(|addr| {
+            set.set(*addr);
+        });
+        let begin = start(epoch + 1, epoch, root);
+        encoder.begin(FrameStart { full, ..begin });
+        encoder.push(&chunk(pages), Some(&set));
+        let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
+        if full {
+            image = Image::new(&layout);
+        }
+        apply_frame(&done.parts, &layout, &mut image);
+        assert_eq!(image.root(&layout), done.root);
+        (epoch, root) = (epoch + 1, done.root);
+        let s = done.stats;
+        [s.zero, s.same, s.delta, s.raw, s.refreshed]
+    };
+    let zero = [0; PAGE_SIZE];
+    let first = vec![(a, noise(1)), (b, noise(2)), (c, zero), (d, zero)];
+    assert_eq!(step(true, first.clone(), &[a, b, c, d]), [2, 0, 0, 2, 0]);
+    // Equal, edited, from zeros, rewritten, and equal disk content, which is always shipped.
+    let next = vec![
+        (a, noise(1)),
+        (b, edited(noise(2), 9)),
+        (c, edited(zero, 9)),
+        (d, noise(4)),
+        (disk, noise(5)),
+    ];
+    assert_eq!(step(false, next, &[a, b, c, d, disk]), [0, 1, 2, 2, 0]);
+    assert_eq!(
+        step(false, vec![(disk, noise(5)), (disk, zero)], &[disk]),
+        [1, 0, 0, 1, 0]
+    );
+    // A round that shows what is known changes nothing; a page is a delta in the next frame.
+    assert_eq!(step(false, vec![(a, noise(1))], &[]), [0, 0, 0, 0, 1]);
+    let twice = vec![
+        (a, edited(noise(1), 8)),
+        (a, edited(noise(1), 16)),
+        (a, zero),
+        (a, zero),
+    ];
+    assert_eq!(step(false, twice, &[a]), [1, 1, 2, 0, 0]);
+    // A full frame depends on nothing, although all of it is known.
+    let all = vec![(a, zero), (b, noise(2)), (c, zero), (d, noise(4))];
+    assert_eq!(step(true, all, &[a, b, c, d]), [2, 0, 0, 2, 0]);
+}
+
+/// A daemon that was restarted knows what is clean only from the guest's tracking: a round over
+/// everything fills its shadow, and the frames after it are deltas.
+#[test]
+fn a_round_over_everything_fills_the_shadow() {
+    let layout = layout(3, 1, 1);
+    let ram = [(0, 0), (0, 1), (0, 2), (1, 0)].map(|(r, p)| PageAddr::new(r, p));
+    let mut encoder = Encoder::new(layout.clone(), options(Codec::Lz4, true)).unwrap();
+    let nothing = crate::bitmap::PageSet::new(&layout);
+    let content = |edit: u8| {
+        ram.map(|addr| {
+            let mut page = noise(addr.page.into());
+            page[70] = edit;
+            (addr, page)
+        })
+    };
+    encoder.begin(start(8, 7, NO_ROOT));
+    encoder.push(&chunk(content(0).to_vec()), Some(&nothing));
+    let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
+    assert_eq!((done.stats.refreshed, done.stats.raw_bytes), (4, 0));
+    assert_eq!(PartView::verify(&done.parts[0]).unwrap().rows().count(), 0);
+    encoder.begin(start(9, 8, done.root));
+    encoder.push(&chunk(content(1).to_vec()), None);
+    let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
+    assert_eq!((done.stats.delta, done.stats.raw), (4, 0));
+}
