@@ -566,3 +566,20 @@ fn an_image_that_fails_stops_the_frame() {
     view.apply(&mut image).unwrap();
     assert_eq!(image, after);
 }
+
+/// A part that format 1 wrote when it was new. Journals hold such parts for years: while
+/// [`FORMAT_VERSION`] is 1, these bytes must stay readable and mean the same.
+#[test]
+fn a_part_of_old_is_still_read() {
+    let part = include_bytes!("v1.part");
+    let (today, mut image, after) = small_frame();
+    let view = PartView::verify(part).unwrap();
+    assert_eq!(view.header().epoch, Epoch(2));
+    assert_eq!(view.manifest().unwrap(), manifest(&small_layout()));
+    assert_eq!(view.footer().unwrap().root, after.root(&small_layout()));
+    view.apply(&mut image).unwrap();
+    assert_eq!(image, after);
+    let today = PartView::verify(&today).unwrap();
+    assert!(view.rows().eq(today.rows()));
+    assert_eq!(view.footer().unwrap().captured_at, CAPTURED);
+}

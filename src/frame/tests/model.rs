@@ -186,10 +186,15 @@ proptest! {
     fn both_ends_agree_after_every_epoch(
         sizes in (1u32..90, 1u32..30, 1u32..60),
         shadow in prop::bool::weighted(0.8),
+        filled in any::<bool>(),
         tries in prop::collection::vec(attempt(), 1..8),
         from in 0usize..8,
     ) {
         let mut world = World::new(layout(sizes.0, sizes.1, sizes.2), shadow);
+        if filled {
+            // Frames of several parts.
+            world.write(&(0..1000).map(|i| (i, Write::Noise(i.into()))).collect());
+        }
         let mut images = vec![];
         for attempt in &tries {
             let before = world.standby.clone();
