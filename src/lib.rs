@@ -4,6 +4,7 @@
 pub mod bitmap;
 pub mod clock;
 pub mod device_state;
+pub mod frame;
 pub mod guest;
 pub mod ids;
 pub mod page;
