@@ -7,4 +7,5 @@ pub mod device_state;
 pub mod frame;
 pub mod guest;
 pub mod ids;
+pub mod journal;
 pub mod page;

@@ -120,7 +120,7 @@ fn decode<T: DeserializeOwned>(key: &[u8], value: &[u8]) -> Option<T> {
 #[derive(Default)]
 pub(super) struct Hints {
     pub frames: BTreeMap<Epoch, FrameInfo>,
-    pub marks: Option<super::marks::Marks>,
+    pub marks: Option<(super::marks::Marks, Loc)>,
     pub scan_from: Option<u64>,
     /// Rows that did not decode.
     pub bad_rows: usize,
