@@ -9,6 +9,7 @@ pub mod device_state;
 pub mod frame;
 pub mod guest;
 pub mod ids;
+pub mod journal;
 pub mod metrics;
 pub mod page;
 pub mod pki;
