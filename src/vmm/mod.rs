@@ -26,12 +26,18 @@
 //! - A guest that cannot go on is [`RunState::Failed`](crate::guest::RunState) with its cause; no
 //!   error of KVM, of a device or of the guest ends in a hang or a panic.
 
+pub(crate) mod boot;
 pub mod console;
+pub(crate) mod cpuid;
 pub mod devices;
 pub mod error;
+pub(crate) mod gate;
+pub(crate) mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod spec;
+pub(crate) mod state;
+pub(crate) mod vcpu;
 
 pub use console::{Console, ConsoleOutput};
 pub use devices::disk::{Disk, WriteHook};
