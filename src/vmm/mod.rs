@@ -1,0 +1,3 @@
+//! The built-in monitor: one machine on KVM, in this process.
+
+pub mod payload;
