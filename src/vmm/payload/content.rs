@@ -20,7 +20,10 @@
 //! A word's old and new value differ in two bits or more (sealed values do), so a single flipped
 //! bit never turns one into the other.
 
-use super::abi::{BLOCKS_PER_REQUEST, DISK_BLOCKS_MAX, REQUESTS_PER_BATCH, STEPS_PER_BATCH, seal};
+use super::abi::{
+    BATCHES_PER_READ_BACK, BLOCKS_PER_REQUEST, DISK_BLOCKS_MAX, REQUESTS_PER_BATCH,
+    STEPS_PER_BATCH, seal,
+};
 
 /// First word of a working set page.
 pub const PAGE_MAGIC: u64 = 0x6c66_6274_7061_6765;
