@@ -428,7 +428,7 @@ fn the_guest_notices_damage_by_itself_and_tells_once() {
     let disk_errors = report.guest_disk_errors;
     assert_eq!(report.guest_memory_errors, 1);
     assert!(
-        (8..64).contains(&disk_errors) && disk_errors % 8 == 0,
+        (8..64).contains(&disk_errors) && disk_errors.is_multiple_of(8),
         "{disk_errors}"
     );
     assert_eq!((report.generation, report.generation_changes), (2, 1));

@@ -15,8 +15,8 @@
 use core::ptr::{read_volatile, write_volatile};
 use core::sync::atomic::{Ordering, fence};
 
-use crate::abi::{BLOCK_DEVICE_STRIDE, BLOCK_DEVICES, PAGE_BYTES, QUEUES};
-use crate::step::Transfer;
+use super::abi::{BLOCK_DEVICE_STRIDE, BLOCK_DEVICES, PAGE_BYTES, QUEUES};
+use super::step::Transfer;
 
 const QUEUE_SIZE: u64 = 32;
 const REQUESTS_MAX: usize = (QUEUE_SIZE / 3) as usize;
