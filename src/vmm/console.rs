@@ -183,7 +183,10 @@ mod tests {
     #[test]
     fn input_is_bounded() {
         let console = Console::default();
-        assert_eq!(console.input(&vec![0; INPUT_BYTES_MAX + 1]), INPUT_BYTES_MAX);
+        assert_eq!(
+            console.input(&vec![0; INPUT_BYTES_MAX + 1]),
+            INPUT_BYTES_MAX
+        );
         assert_eq!(console.input(b"x"), 0);
         assert_eq!(console.take_input(10).len(), 10);
         assert_eq!(console.input(b"x"), 1);

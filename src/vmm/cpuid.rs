@@ -148,7 +148,10 @@ mod tests {
         assert!(error.contains("leaf 0x7.0 ebx bits 0x2"), "{error}");
         let other = cpuid(&[entry(0, 0, [7, 1, 2, 4])]);
         let error = check(&host, &other).unwrap_err().to_string();
-        assert!(error.contains("vendor") && error.contains("leaf 0x7"), "{error}");
+        assert!(
+            error.contains("vendor") && error.contains("leaf 0x7"),
+            "{error}"
+        );
         // What KVM derives from the vCPU's state is not compared.
         let osxsave = cpuid(&[entry(1, 0, [0, 0, 1 << 27, 0])]);
         check(&osxsave, &cpuid(&[entry(1, 0, [0; 4])])).unwrap();

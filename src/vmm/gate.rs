@@ -345,12 +345,7 @@ fn kick_all(inner: &Inner) {
             let flag = &raw mut (*kick.run).immediate_exit;
             AtomicU8::from_ptr(flag).store(1, Ordering::SeqCst);
             // A thread that is just ending gives ESRCH, which is as good.
-            libc::syscall(
-                libc::SYS_tgkill,
-                libc::getpid(),
-                kick.tid,
-                libc::SIGRTMIN(),
-            );
+            libc::syscall(libc::SYS_tgkill, libc::getpid(), kick.tid, libc::SIGRTMIN());
         }
     }
 }

@@ -5,8 +5,9 @@
 //!     spec.rs      what to build                     memory.rs   guest RAM and its device-write bitmap
 //!     kvm.rs       VM file descriptor, dirty log     vcpu.rs     vCPU threads and the gate they park at
 //!     boot/        first state of RAM and vCPUs      state.rs    vCPU and VM state as sections
+//!     gate.rs      where vCPU threads stop           cpuid.rs    what a vCPU is shown
 //!     devices/     serial port, virtio block, VM generation ID; console.rs is the host's side of the
-//!                  serial port
+//!                  serial port                       payload/    the demo guest
 //! ```
 //!
 //! Guest-physical map:
@@ -35,6 +36,7 @@ pub(crate) mod gate;
 pub(crate) mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod payload;
 pub mod spec;
 pub(crate) mod state;
 pub(crate) mod vcpu;

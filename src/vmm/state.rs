@@ -14,8 +14,6 @@
 //!
 //! Nothing is skipped: what cannot be set is an error that names it.
 
-use std::sync::Arc;
-
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
@@ -38,9 +36,11 @@ const MSR_BATCH: usize = 128;
 const VERSION: u16 = 1;
 
 /// One vCPU.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub(crate) struct VcpuState {
-    cpuid: Arc<CpuIdState>,
+    cpuid: CpuId,
+    /// TSC rate in kHz; 0 if KVM does not tell.
+    tsc_khz: u32,
     regs: kvm_regs,
     sregs: kvm_sregs,
     xcrs: kvm_xcrs,
@@ -50,14 +50,6 @@ pub(crate) struct VcpuState {
     msrs: Vec<kvm_msr_entry>,
     mp_state: kvm_mp_state,
     events: kvm_vcpu_events,
-}
-
-/// What does not change while a vCPU runs.
-#[derive(Serialize, Deserialize)]
-struct CpuIdState {
-    cpuid: CpuId,
-    /// TSC rate in kHz; 0 if KVM does not tell.
-    tsc_khz: u32,
 }
 
 /// The VM's part.
@@ -172,7 +164,9 @@ impl VmState {
 
 /// Captures one vCPU; made once per vCPU.
 pub(crate) struct VcpuCapture {
-    cpuid: Arc<CpuIdState>,
+    // These two do not change while a vCPU runs, so they are read once.
+    cpuid: CpuId,
+    tsc_khz: u32,
     /// MSRs that can be read here, in batches.
     msrs: Vec<Msrs>,
 }
@@ -193,7 +187,8 @@ impl VcpuCapture {
             Msrs::from_entries(&entries).expect("a batch is below KVM's limit")
         });
         Ok(Self {
-            cpuid: Arc::new(CpuIdState { cpuid, tsc_khz }),
+            cpuid,
+            tsc_khz,
             msrs: batches.collect(),
         })
     }
@@ -214,6 +209,7 @@ impl VcpuCapture {
         }
         Ok(VcpuState {
             cpuid: self.cpuid.clone(),
+            tsc_khz: self.tsc_khz,
             regs: fd.get_regs().map_err(what("registers"))?,
             sregs: fd.get_sregs().map_err(what("special registers"))?,
             xcrs: fd.get_xcrs().map_err(what("XCRs"))?,
@@ -246,8 +242,8 @@ impl VcpuState {
         let what = |what: &'static str| {
             move |e| VmmError::kvm(format!("setting {what} of vCPU {index}"), e)
         };
-        cpuid::check(&self.cpuid.cpuid, &vm.supported)?;
-        fd.set_cpuid2(&self.cpuid.cpuid).map_err(what("CPUID"))?;
+        cpuid::check(&self.cpuid, &vm.supported)?;
+        fd.set_cpuid2(&self.cpuid).map_err(what("CPUID"))?;
         self.check_cpuid(fd)?;
         self.restore_tsc_rate(fd)?;
         fd.set_sregs(&self.sregs)
@@ -259,7 +255,7 @@ impl VcpuState {
         fd.set_debug_regs(&self.debug_regs)
             .map_err(what("debug registers"))?;
         fd.set_lapic(&self.lapic).map_err(what("the local APIC"))?;
-        let (last, first): (Vec<_>, Vec<_>) =
+        let (last, first): (Vec<&kvm_msr_entry>, Vec<&kvm_msr_entry>) =
             self.msrs.iter().partition(|m| m.index == TSC_DEADLINE);
         for msr in first.into_iter().chain(last) {
             let one = Msrs::from_entries(&[*msr]).expect("one entry");
@@ -292,11 +288,11 @@ impl VcpuState {
         let set = fd
             .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
             .map_err(|e| VmmError::kvm("reading CPUID back", e))?;
-        cpuid::check(&self.cpuid.cpuid, &set)
+        cpuid::check(&self.cpuid, &set)
     }
 
     fn restore_tsc_rate(&self, fd: &VcpuFd) -> Result<(), VmmError> {
-        let (saved, here) = (self.cpuid.tsc_khz, fd.get_tsc_khz().unwrap_or(0));
+        let (saved, here) = (self.tsc_khz, fd.get_tsc_khz().unwrap_or(0));
         if saved == 0 || saved == here {
             return Ok(());
         }

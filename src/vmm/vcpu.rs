@@ -287,7 +287,10 @@ mod tests {
         for (words, text) in [
             (vec![1, word, 0], " [f3 0f b8 c0]"),
             (vec![0, word, 0], ""),
-            (vec![1, u64::from_le_bytes([255; 8])], " [ff ff ff ff ff ff ff]"),
+            (
+                vec![1, u64::from_le_bytes([255; 8])],
+                " [ff ff ff ff ff ff ff]",
+            ),
             (vec![1, 0], ""),
             (vec![1], ""),
             (vec![], ""),

@@ -15,8 +15,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::vmm::devices::disk::Disk;
 use crate::vmm::devices::request::{
-    self, ID_BYTES, Operation, REQUEST_BYTES_MAX, Refusal, Request, SECTOR_BYTES, SEGMENT_BYTES_MAX,
-    SEGMENTS_MAX, STATUS_ERROR, STATUS_OK,
+    self, ID_BYTES, Operation, REQUEST_BYTES_MAX, Refusal, Request, SECTOR_BYTES,
+    SEGMENT_BYTES_MAX, SEGMENTS_MAX, STATUS_ERROR, STATUS_OK,
 };
 use crate::vmm::devices::virtio_mmio::{Kind, VirtioMmio};
 use crate::vmm::gate::Gate;
