@@ -10,3 +10,6 @@ pub mod guest;
 pub mod ids;
 pub mod metrics;
 pub mod page;
+pub mod pki;
+pub mod transport;
+pub mod wire;
