@@ -235,6 +235,30 @@ async fn a_message_out_of_bounds_is_not_sent_and_harms_nothing() {
 }
 
 #[tokio::test]
+async fn recycled_memory_carries_parts_of_any_size() {
+    let ((mut tx, _rx), (_tx2, mut rx2)) = both(1 << 16);
+    let sizes = [1 << 20, 4096, 1 << 20, 1 << 16, 2 << 20, 1 << 16, 8192];
+    for (i, bytes) in sizes.into_iter().enumerate() {
+        let sent = vec![i as u8; bytes];
+        tx.send(ToStandby::Part(sent.clone())).await.unwrap();
+        let ToStandby::Part(part) = soon(rx2.recv()).await.unwrap() else {
+            panic!("no part");
+        };
+        assert!(part == sent, "part {i}");
+        rx2.recycle(part);
+    }
+    // Whatever is given back is bounded and harmless.
+    for bytes in [0, 1, 1 << 16, 1 << 16, 1 << 16, 32 << 20] {
+        rx2.recycle(vec![9; bytes]);
+    }
+    tx.send(ToStandby::Part(vec![1; 1 << 16])).await.unwrap();
+    assert_eq!(
+        soon(rx2.recv()).await,
+        Ok(ToStandby::Part(vec![1; 1 << 16]))
+    );
+}
+
+#[tokio::test]
 async fn pings_are_answered_and_never_reach_the_role() {
     let (near, mut far) = tokio::io::duplex(1 << 16);
     let (_tx, mut rx): Secondary = start_plain(near);
