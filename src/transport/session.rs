@@ -32,7 +32,7 @@ use crate::wire::limits::{HEADER_BYTES, PART_BYTES_MAX};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
 
 /// How long what the peer sends is still read after our side ended, so that the end arrives there.
-pub const LINGER: Duration = Duration::from_secs(2);
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// Longest time to write out the queue's end and close in order.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -222,9 +222,10 @@ impl<S: AsyncRead + AsyncWrite> Reader<S> {
         let mut lingered = pin!(lingered);
         loop {
             let message = tokio::select! {
+                // The limit first: a peer that never stops sending must not outlast it.
                 biased;
-                message = self.next::<M>() => message,
                 error = &mut lingered => return error,
+                message = self.next::<M>() => message,
             };
             let message = match message {
                 Ok(message) => message,
