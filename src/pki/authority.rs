@@ -317,7 +317,10 @@ impl<'a> Authority<'a> {
     fn write_crl(&mut self) -> Result<Revoked, PkiError> {
         let now = now();
         let next_update = now + Span::days(CRL_DAYS.into());
-        self.index.crl_number += 1;
+        let number = self.index.crl_number.checked_add(1);
+        self.index.crl_number = number.ok_or_else(|| {
+            damaged(&self.dir.join("index.json"))("the number of its list cannot grow any more")
+        })?;
         let mut revoked_certs = Vec::new();
         for entry in &self.index.issued {
             let Some(at) = entry.revoked_at else { continue };

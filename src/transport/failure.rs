@@ -50,7 +50,10 @@ fn judge(error: &Tls) -> (HandshakeFailure, String) {
             let (failure, remedy) = judge_certificate(why);
             (
                 failure,
-                format!("the peer's certificate is refused: {why}; {remedy}"),
+                format!(
+                    "the peer's certificate is refused: {}; {remedy}",
+                    words(why)
+                ),
             )
         }
         Tls::NoCertificatesPresented => (
@@ -78,6 +81,22 @@ fn judge(error: &Tls) -> (HandshakeFailure, String) {
             format!("the TLS handshake failed: {other}"),
         ),
     }
+}
+
+/// What is wrong with a certificate; rustls has words only for some of it.
+pub(super) fn words(error: &CertificateError) -> String {
+    use CertificateError as E;
+    let words = match error {
+        E::Revoked => "it was revoked",
+        E::UnknownIssuer => "no CA of ours issued it",
+        E::BadSignature => "the CA of that name did not sign it",
+        E::UnknownRevocationStatus => "no revocation list covers it",
+        E::InvalidPurpose | E::InvalidPurposeContext { .. } => {
+            "it is not meant for both ends of a link"
+        }
+        other => return other.to_string(),
+    };
+    words.to_owned()
 }
 
 /// The label of a certificate that we refuse, and what to do about it.

@@ -195,8 +195,9 @@ impl Current {
         let gone = matches!(error, E::Revoked | E::UnknownIssuer | E::BadSignature);
         let serial = &live.peer.serial;
         gone.then(|| {
+            let words = failure::words(&error);
             format!(
-                "the certificate of {} (serial {serial}): {error}",
+                "the certificate of {} (serial {serial}): {words}",
                 live.peer.site
             )
         })
@@ -323,7 +324,10 @@ fn check_own(
     let path = if list { &paths.crl } else { &None };
     let (_, remedy) = failure::judge_certificate(&error);
     let path = path.as_deref().unwrap_or(&paths.cert);
-    Err(content(path)(format!("{error}; {remedy}")))
+    Err(content(path)(format!(
+        "{}; {remedy}",
+        failure::words(&error)
+    )))
 }
 
 /// `now`, moved into the certificate's validity.

@@ -28,17 +28,23 @@ use super::live::Membership;
 use super::stats::LinkStats;
 use crate::clock::Env;
 use crate::wire::codec::{Beat, Encoded, Header, Message};
-use crate::wire::limits::HEADER_BYTES;
+use crate::wire::limits::{HEADER_BYTES, PART_BYTES_MAX};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
 
 /// How long what the peer sends is still read after our side ended, so that the end arrives there.
-pub const LINGER: Duration = Duration::from_secs(2);
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// Longest time to write out the queue's end and close in order.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Pongs that wait to be written; more are not sent (the peer pings faster than it reads).
 const PONGS: usize = 8;
+
+/// Buffers of parts that wait for their next use.
+const SPARES: usize = 2;
+
+/// Smaller bodies are not worth a spare buffer.
+const SPARE_BYTES_MIN: usize = 64 << 10;
 
 /// Why each task ended.
 #[derive(Debug, Clone, Default)]
@@ -58,6 +64,7 @@ pub struct TlsTx<M> {
 /// The receiving half of a link.
 pub struct TlsRx<M> {
     queue: mpsc::Receiver<M>,
+    spares: mpsc::Sender<Vec<u8>>,
     over: watch::Receiver<Over>,
     stats: Arc<LinkStats>,
 }
@@ -99,6 +106,13 @@ impl<M: Message> LinkRx<M> for TlsRx<M> {
                 .unwrap_or(LinkError::Closed)),
         }
     }
+
+    fn recycle(&mut self, part: Vec<u8>) {
+        if (SPARE_BYTES_MIN..=PART_BYTES_MAX).contains(&part.capacity()) {
+            // Full: there are enough.
+            let _ = self.spares.try_send(part);
+        }
+    }
 }
 
 /// What a link needs besides its stream.
@@ -123,6 +137,7 @@ where
     let (out_tx, out_rx) = mpsc::channel(Out::QUEUE);
     let (in_tx, in_rx) = mpsc::channel(In::QUEUE);
     let (pong_tx, pong_rx) = mpsc::channel(PONGS);
+    let (spare_tx, spare_rx) = mpsc::channel(SPARES);
     let Context {
         times,
         env,
@@ -135,6 +150,7 @@ where
         dead_after: times.dead_after,
         stats: stats.clone(),
         pongs: pong_tx,
+        spares: spare_rx,
     };
     let writer = Writer {
         stream: write,
@@ -153,6 +169,7 @@ where
     };
     let rx = TlsRx {
         queue: in_rx,
+        spares: spare_tx,
         over: over_rx,
         stats,
     };
@@ -164,6 +181,7 @@ struct Reader<S> {
     dead_after: Duration,
     stats: Arc<LinkStats>,
     pongs: mpsc::Sender<u64>,
+    spares: mpsc::Receiver<Vec<u8>>,
 }
 
 impl<S: AsyncRead + AsyncWrite> Reader<S> {
@@ -204,9 +222,10 @@ impl<S: AsyncRead + AsyncWrite> Reader<S> {
         let mut lingered = pin!(lingered);
         loop {
             let message = tokio::select! {
+                // The limit first: a peer that never stops sending must not outlast it.
                 biased;
-                message = self.next::<M>() => message,
                 error = &mut lingered => return error,
+                message = self.next::<M>() => message,
             };
             let message = match message {
                 Ok(message) => message,
@@ -240,7 +259,7 @@ impl<S: AsyncRead + AsyncWrite> Reader<S> {
         }
         let header = Header::parse::<M>(&header)?;
         let bytes = header.body_bytes();
-        let mut body = Vec::with_capacity(bytes);
+        let mut body = self.buffer(bytes);
         while body.len() < bytes {
             let mut rest = (&mut self.stream).take((bytes - body.len()) as u64);
             let read = rest.read_buf(&mut body);
@@ -249,6 +268,18 @@ impl<S: AsyncRead + AsyncWrite> Reader<S> {
             }
         }
         Ok(M::decode(header, body)?)
+    }
+
+    /// Empty, with room for `bytes`, which are within the bounds of a message.
+    fn buffer(&mut self, bytes: usize) -> Vec<u8> {
+        if bytes >= SPARE_BYTES_MIN
+            && let Ok(mut spare) = self.spares.try_recv()
+            && spare.capacity() >= bytes
+        {
+            spare.clear();
+            return spare;
+        }
+        Vec::with_capacity(bytes)
     }
 }
 

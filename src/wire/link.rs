@@ -30,6 +30,12 @@ pub trait LinkTx<M>: Send + 'static {
 pub trait LinkRx<M>: Send + 'static {
     /// The next message. Cancel-safe.
     fn recv(&mut self) -> impl Future<Output = Result<M, LinkError>> + Send;
+
+    /// Gives back the memory of a part that is done with, for a part to come. Not needed, but
+    /// fresh megabytes for each part cost page faults. A link may ignore it.
+    fn recycle(&mut self, part: Vec<u8>) {
+        drop(part);
+    }
 }
 
 /// How a primary reaches its standby.

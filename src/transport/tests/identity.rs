@@ -249,7 +249,13 @@ async fn clients_without_certificate_or_without_our_protocol_are_refused() {
         days: GOOD,
     });
     let mut standby = Standby::listen(&b, &["a"]).await;
-    let cases: [(Option<&(String, String)>, &[&[u8]], HandshakeFailure); 3] = [
+
+    type Case<'a> = (
+        Option<&'a (String, String)>,
+        &'a [&'a [u8]],
+        HandshakeFailure,
+    );
+    let cases: [Case<'_>; 3] = [
         (None, &[b"lifeboat/1"], HandshakeFailure::UnknownCa),
         (Some(&leaf), &[], HandshakeFailure::Protocol),
         (

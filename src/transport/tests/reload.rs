@@ -68,7 +68,7 @@ async fn a_revoked_peer_is_dropped_at_reload_and_stays_out() {
     let serial = accepted.peer.serial.clone();
     assert_eq!(
         pki::revoke(installation.dir.path(), "a").unwrap().serials,
-        [serial.clone()]
+        [serial.as_str()]
     );
     installation.copy_crl_to("b");
     let dropped = b.reload().unwrap();
@@ -168,7 +168,8 @@ async fn a_bad_reload_changes_nothing() {
     };
     let pair = |(cert, key): (String, String)| vec![("cert.pem", cert), ("key.pem", key)];
     let mine = "spiffe://lifeboat/site/a";
-    let cases: Vec<(&str, Vec<(&str, String)>, &str)> = vec![
+    type Change<'a> = (&'a str, String);
+    let cases: Vec<(&str, Vec<Change<'_>>, &str)> = vec![
         (
             "no PEM",
             vec![("cert.pem", "garbage".into())],

@@ -220,6 +220,27 @@ async fn what_was_queued_is_written_before_the_end() {
     assert_eq!(soon(rx.recv()).await, Err(LinkError::Closed));
 }
 
+#[tokio::test(start_paused = true)]
+async fn after_our_end_the_peer_is_read_for_a_while_and_not_for_ever() {
+    let (near, mut far) = tokio::io::duplex(1 << 16);
+    let link: Secondary = start_plain(near);
+    drop(link);
+    // The end is written at once, while the peer is still sending and never stops.
+    let mut end = Vec::new();
+    soon(far.read_to_end(&mut end)).await.unwrap();
+    let message = ToStandby::Abandon { epoch: Epoch(1) };
+    let bytes = message.encode().unwrap().to_bytes();
+    let step = Duration::from_millis(50);
+    let mut read_for = Duration::ZERO;
+    while far.write_all(&bytes).await.is_ok() {
+        tokio::time::advance(step).await;
+        tokio::task::yield_now().await;
+        read_for += step;
+        assert!(read_for < session::LINGER * 2, "it reads for ever");
+    }
+    assert!(read_for >= session::LINGER, "{read_for:?}");
+}
+
 #[tokio::test]
 async fn a_message_out_of_bounds_is_not_sent_and_harms_nothing() {
     let ((mut tx, _rx), (_tx2, mut rx2)) = both(1 << 16);
@@ -232,6 +253,30 @@ async fn a_message_out_of_bounds_is_not_sent_and_harms_nothing() {
     }
     tx.send(ToStandby::Close).await.unwrap();
     assert_eq!(soon(rx2.recv()).await, Ok(ToStandby::Close));
+}
+
+#[tokio::test]
+async fn recycled_memory_carries_parts_of_any_size() {
+    let ((mut tx, _rx), (_tx2, mut rx2)) = both(1 << 16);
+    let sizes = [1 << 20, 4096, 1 << 20, 1 << 16, 2 << 20, 1 << 16, 8192];
+    for (i, bytes) in sizes.into_iter().enumerate() {
+        let sent = vec![i as u8; bytes];
+        tx.send(ToStandby::Part(sent.clone())).await.unwrap();
+        let ToStandby::Part(part) = soon(rx2.recv()).await.unwrap() else {
+            panic!("no part");
+        };
+        assert!(part == sent, "part {i}");
+        rx2.recycle(part);
+    }
+    // Whatever is given back is bounded and harmless.
+    for bytes in [0, 1, 1 << 16, 1 << 16, 1 << 16, 32 << 20] {
+        rx2.recycle(vec![9; bytes]);
+    }
+    tx.send(ToStandby::Part(vec![1; 1 << 16])).await.unwrap();
+    assert_eq!(
+        soon(rx2.recv()).await,
+        Ok(ToStandby::Part(vec![1; 1 << 16]))
+    );
 }
 
 #[tokio::test]
