@@ -276,10 +276,7 @@ mod tests {
         let cases: Vec<(&str, Change)> = vec![
             ("memory", Box::new(|s| s.memory_bytes = 0)),
             ("memory", Box::new(|s| s.memory_bytes = (64 << 20) + 4096)),
-            (
-                "memory",
-                Box::new(|s| s.memory_bytes = !0x1f_ffff),
-            ),
+            ("memory", Box::new(|s| s.memory_bytes = !0x1f_ffff)),
             ("vCPUs", Box::new(|s| s.vcpus = 0)),
             ("vCPUs", Box::new(|s| s.vcpus = 9)),
             (
