@@ -208,6 +208,18 @@ impl MemCatalogue {
         *self.state() = MemRows::default();
     }
 
+    /// A catalogue of its own with the same rows.
+    pub fn copy(&self) -> Self {
+        let rows = self.state().rows.clone();
+        Self {
+            state: Arc::new(Mutex::new(MemRows {
+                durable: rows.clone(),
+                rows,
+                ..MemRows::default()
+            })),
+        }
+    }
+
     /// Changes one bit in the value of the `row`-th row (modulo their number).
     pub fn flip(&self, row: usize, bit: usize) {
         let mut state = self.state();
