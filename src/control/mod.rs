@@ -13,6 +13,8 @@
 pub mod backend;
 pub mod client;
 pub mod codes;
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod runs;
 pub mod server;
 pub mod socket;
