@@ -201,6 +201,7 @@ mod tests {
             .args(["-f", "/dev/null"])
             .arg(dir.path())
             .stdin(Stdio::null())
+            .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
