@@ -470,9 +470,12 @@ impl Supervisor {
         };
         let (commands, inbox) = mpsc::channel(4);
         let (env, status) = (self.site.env.clone(), self.primary.clone());
-        let metrics = self.site.metrics.guest(&self.guest);
+        let meters = primary::Meters {
+            guest: self.site.metrics.guest(&self.guest),
+            peer: self.site.metrics.peer(&peer),
+        };
         let role = tokio::spawn(async move {
-            primary::run(env, guest, &*dialer, options, metrics, status, inbox).await
+            primary::run(env, guest, &*dialer, options, meters, status, inbox).await
         });
         self.process = Process::Protecting { role, commands };
         self.publish();
