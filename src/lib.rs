@@ -33,6 +33,7 @@
 #![warn(missing_docs)]
 
 pub mod bitmap;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod control;
