@@ -1,7 +1,9 @@
 //! The VM's file descriptor: creation, memory slots, interrupt lines, dirty log.
 //!
 //! KVM keeps the dirty log of vCPU writes (and of its own, e.g. kvmclock pages) from the creation on;
-//! reading a slot's log clears it. The dirty *ring* is not used: with emulated guests it loses pages.
+//! reading a slot's log clears it. The log has every written page, and also each page once when KVM
+//! first maps it, even for a read (it maps it writable at once). The dirty *ring* is not used: with
+//! emulated guests it loses pages.
 
 use std::io;
 use std::sync::Arc;

@@ -369,20 +369,26 @@ fn vcpus_of(
     for index in 0..spec.vcpus {
         let number = index as usize;
         let fd = vm.create_vcpu(number)?;
-        match first {
+        let cpuid = match first {
             First::Boot(entry) => {
                 let cpuid = cpuid::for_vcpu(&vm.supported, index, spec.vcpus);
                 fd.set_cpuid2(&cpuid)
                     .map_err(|e| VmmError::kvm(format!("CPUID of vCPU {index}"), e))?;
                 entry.init(number, &fd)?;
+                cpuid
             }
             First::Restore(state) => {
-                state::take_vcpu(number, state)?.restore(number, &fd, vm)?;
+                let saved = state::take_vcpu(number, state)?;
+                saved.restore(number, &fd, vm)?;
+                saved.cpuid().clone()
             }
-        }
+        };
         let msrs = msrs.get_or_insert_with(|| state::readable_msrs(&fd, vm));
-        let capture = VcpuCapture::new(&fd, msrs)?;
+        let capture = VcpuCapture::new(&fd, cpuid, msrs)?;
         fds.push((fd, capture));
     }
     Ok(fds)
 }
+
+#[cfg(test)]
+mod tests;

@@ -260,8 +260,6 @@ mod tests {
         let mut spec = spec();
         spec.memory_bytes = (3 << 30) + (2 << 20);
         spec.disks = vec![disk("ro", &b, true), disk("rw", &a, false)];
-        assert!(spec.layout().is_err(), "a read-only disk of no page");
-        std::fs::write(&b, vec![0; 5000]).unwrap();
         let layout = spec.layout().unwrap();
         let pages: Vec<u32> = layout.regions().iter().map(|r| r.pages).collect();
         assert_eq!(pages, [3 << 18, 512, 2]);
@@ -278,10 +276,7 @@ mod tests {
         let cases: Vec<(&str, Change)> = vec![
             ("memory", Box::new(|s| s.memory_bytes = 0)),
             ("memory", Box::new(|s| s.memory_bytes = (64 << 20) + 4096)),
-            (
-                "memory",
-                Box::new(|s| s.memory_bytes = u64::MAX & !0x1f_ffff),
-            ),
+            ("memory", Box::new(|s| s.memory_bytes = !0x1f_ffff)),
             ("vCPUs", Box::new(|s| s.vcpus = 0)),
             ("vCPUs", Box::new(|s| s.vcpus = 9)),
             (

@@ -38,7 +38,10 @@ const VERSION: u16 = 1;
 /// One vCPU.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct VcpuState {
+    /// CPUID as it was given to KVM.
     cpuid: CpuId,
+    /// CPUID as KVM shows it to the guest: some KVMs force bits of the host on it, or drop some.
+    seen: CpuId,
     /// TSC rate in kHz; 0 if KVM does not tell.
     tsc_khz: u32,
     regs: kvm_regs,
@@ -164,17 +167,18 @@ impl VmState {
 
 /// Captures one vCPU; made once per vCPU.
 pub(crate) struct VcpuCapture {
-    // These two do not change while a vCPU runs, so they are read once.
+    // These do not change while a vCPU runs, so they are read once.
     cpuid: CpuId,
+    seen: CpuId,
     tsc_khz: u32,
     /// MSRs that can be read here, in batches.
     msrs: Vec<Msrs>,
 }
 
 impl VcpuCapture {
-    /// For a vCPU whose CPUID is set. `msrs` are those of [`readable_msrs`].
-    pub fn new(fd: &VcpuFd, msrs: &[u32]) -> Result<Self, VmmError> {
-        let cpuid = fd
+    /// For a vCPU that was given `cpuid`. `msrs` are those of [`readable_msrs`].
+    pub fn new(fd: &VcpuFd, cpuid: CpuId, msrs: &[u32]) -> Result<Self, VmmError> {
+        let seen = fd
             .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
             .map_err(|e| VmmError::kvm("reading CPUID", e))?;
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
@@ -188,6 +192,7 @@ impl VcpuCapture {
         });
         Ok(Self {
             cpuid,
+            seen,
             tsc_khz,
             msrs: batches.collect(),
         })
@@ -209,6 +214,7 @@ impl VcpuCapture {
         }
         Ok(VcpuState {
             cpuid: self.cpuid.clone(),
+            seen: self.seen.clone(),
             tsc_khz: self.tsc_khz,
             regs: fd.get_regs().map_err(what("registers"))?,
             sregs: fd.get_sregs().map_err(what("special registers"))?,
@@ -237,6 +243,11 @@ pub(crate) fn readable_msrs(fd: &VcpuFd, vm: &Vm) -> Vec<u32> {
 }
 
 impl VcpuState {
+    /// The CPUID that it was given.
+    pub fn cpuid(&self) -> &CpuId {
+        &self.cpuid
+    }
+
     /// Sets it in a new vCPU. An error names what this host refuses.
     pub fn restore(&self, index: usize, fd: &VcpuFd, vm: &Vm) -> Result<(), VmmError> {
         let what = |what: &'static str| {
@@ -285,10 +296,10 @@ impl VcpuState {
 
     /// KVM may change what it is given; no feature that the guest has seen may be missing after.
     fn check_cpuid(&self, fd: &VcpuFd) -> Result<(), VmmError> {
-        let set = fd
+        let shown = fd
             .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
             .map_err(|e| VmmError::kvm("reading CPUID back", e))?;
-        cpuid::check(&self.cpuid, &set)
+        cpuid::check(&self.seen, &shown)
     }
 
     fn restore_tsc_rate(&self, fd: &VcpuFd) -> Result<(), VmmError> {

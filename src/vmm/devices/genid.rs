@@ -50,10 +50,11 @@ impl GenId {
         let mut page = [0; 20];
         page[..16].copy_from_slice(&self.id);
         page[16..].copy_from_slice(&self.restores.to_le_bytes());
-        for (at, byte) in (offset..).zip(data) {
-            let value = usize::try_from(at).ok().and_then(|at| page.get(at));
-            *byte = value.copied().unwrap_or(0);
-        }
+        let start = usize::try_from(offset).map_or(page.len(), |at| at.min(page.len()));
+        let registers = page[start..].iter().copied().chain(std::iter::repeat(0));
+        data.iter_mut()
+            .zip(registers)
+            .for_each(|(byte, value)| *byte = value);
     }
 }
 
