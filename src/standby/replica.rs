@@ -28,6 +28,8 @@ pub struct ReplicaOptions {
     pub journal: JournalOptions,
     /// Which points are kept.
     pub retention: Retention,
+    /// Most pages of RAM of a guest: what this host can hold. A peer's word sizes allocations.
+    pub ram_pages_max: u64,
 }
 
 /// Why a copy cannot be used.
@@ -244,6 +246,17 @@ impl<S: Store> Replica<S> {
             return Err(Refusal::Refused(
                 RefuseReason::Layout,
                 "the guest's memory or disks have another size than in the journal here; run `lifeboat unprotect --purge` at this site and protect it anew".into(),
+            ));
+        }
+        let ram = open.layout.ram_pages();
+        if !(2..=self.options.ram_pages_max).contains(&ram) {
+            return Err(Refusal::Refused(
+                RefuseReason::Layout,
+                format!(
+                    "a guest with {} MiB of memory is more than this site can hold ({} MiB)",
+                    ram >> 8,
+                    self.options.ram_pages_max >> 8
+                ),
             ));
         }
         let internal =
