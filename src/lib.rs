@@ -12,8 +12,23 @@
 //! | `bitmap` | `page` |
 //! | `clock` | nothing |
 //! | `device_state` | nothing |
+//! | `durable` | nothing |
+//! | `retry` | nothing |
+//! | `metrics` | `clock`, `ids` |
+//! | `frame` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `page` |
+//! | `wire` | `clock`, `frame`, `ids`, `page` |
 //! | `vmm` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `page` |
-//! | `guest` | `bitmap`, `clock`, `device_state`, `ids`, `page`, `vmm` |
+//! | `guest` | `bitmap`, `clock`, `device_state`, `ids`, `page` |
+//! | `pki` | `clock`, `durable`, `ids` |
+//! | `transport` | `clock`, `ids`, `metrics`, `pki`, `wire` |
+//! | `primary` | `bitmap`, `clock`, `frame`, `guest`, `ids`, `metrics`, `page`, `retry`, `wire` |
+//! | `standby` | `bitmap`, `clock`, `frame`, `ids`, `journal`, `metrics`, `page`, `retry`, `wire` |
+//! | `journal` | `bitmap`, `clock`, `durable`, `frame`, `ids`, `page` |
+//! | `failover` | `clock`, `durable`, `frame`, `guest`, `ids`, `journal`, `page` |
+//! | `config` | `guest`, `ids`, `page` |
+//! | `control` | `clock`, `guest`, `ids`, `metrics` |
+//! | `cli` | anything |
+//! | `daemon` | anything |
 //! | `main` | anything |
 #![warn(missing_docs)]
 

@@ -402,7 +402,12 @@ fn modules_import_only_what_the_table_allows() {
         .iter()
         .flat_map(|source| forbidden_imports(source, &table))
         .collect();
-    let exists = |name: &String| modules.contains(name);
+    let exists = |name: &String| {
+        let inner = format!("{name}::");
+        modules
+            .iter()
+            .any(|module| module == name || module.starts_with(&inner))
+    };
     for (module, may) in &table {
         let mut named = vec![module];
         if let May::Only(list) = may {

@@ -12,6 +12,7 @@ pub mod args;
 pub mod config;
 pub mod confirm;
 pub mod console;
+pub mod demo;
 pub mod doctor;
 pub mod follow;
 pub mod logging;
