@@ -7,3 +7,6 @@ pub mod device_state;
 pub mod guest;
 pub mod ids;
 pub mod page;
+pub mod pki;
+pub mod transport;
+pub mod wire;

@@ -1,0 +1,1 @@
+//! The site CA and its certificates.

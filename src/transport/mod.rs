@@ -1,0 +1,1 @@
+//! Links between sites over mutual TLS 1.3.
