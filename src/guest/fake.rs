@@ -45,7 +45,7 @@ mod program;
 mod tests;
 
 pub use adapter::FakeGuest;
-pub use program::{FakeSpec, Mismatch, Verdict, check};
+pub use program::{FakeSpec, Mismatch, Verdict, check, counter};
 
 use program::Program;
 

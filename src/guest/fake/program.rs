@@ -155,6 +155,11 @@ pub fn check(
     Ok(verdict)
 }
 
+/// The guest's counter in a device state.
+pub fn counter(state: DeviceState) -> Result<u64, DeviceStateError> {
+    Ok(Program::load(state)?.counter)
+}
+
 /// The part of a program that its device state carries.
 #[derive(Serialize, Deserialize)]
 struct Saved {
