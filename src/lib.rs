@@ -3,10 +3,16 @@
 
 pub mod bitmap;
 pub mod clock;
+pub mod config;
+pub mod control;
 pub mod device_state;
+pub mod frame;
 pub mod guest;
 pub mod ids;
+pub mod metrics;
 pub mod page;
 pub mod pki;
+pub mod primary;
+pub mod retry;
 pub mod transport;
 pub mod wire;

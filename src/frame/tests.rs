@@ -1,0 +1,1 @@
+//! Frames against a naive model of a guest, and hostile bytes.

@@ -1,0 +1,113 @@
+//! The life of the role: sessions, and backoff between them.
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::engine::Engine;
+use super::session::{self, Orders, SessionEnd};
+use super::{Command, Outcome, Phase, PrimaryOptions, PrimaryStatus};
+use crate::clock::Env;
+use crate::guest::{Guest, RunState};
+use crate::metrics::GuestMetrics;
+use crate::retry::Backoff;
+use crate::wire::link::Dialer;
+
+/// Protects `guest` until it is fenced, drained, or the guest ends. Returns the guest with all
+/// unsettled bits given back.
+pub async fn run<G: Guest, D: Dialer>(
+    env: Env,
+    guest: G,
+    dialer: &D,
+    options: PrimaryOptions,
+    metrics: GuestMetrics,
+    status: watch::Sender<PrimaryStatus>,
+    commands: mpsc::Receiver<Command>,
+) -> (Outcome, G) {
+    let mut backoff = Backoff::new();
+    let mut engine = Engine::new(env, guest, options, metrics, status);
+    let mut orders = Orders {
+        commands,
+        drain_until: None,
+        wanted: Vec::new(),
+    };
+    let outcome = loop {
+        if let Some(state) = guest_end(&mut engine).await {
+            break Outcome::GuestEnded(state);
+        }
+        let end = match timeout(engine.options.handshake_max, dialer.dial()).await {
+            Ok(Ok((tx, rx))) => {
+                let started = Instant::now();
+                let end = session::run(&mut engine, tx, rx, &mut orders).await;
+                if started.elapsed() > engine.options.handshake_max {
+                    backoff.reset();
+                }
+                end
+            }
+            Ok(Err(error)) => error.into(),
+            Err(_) => SessionEnd::lost("dialing the standby timed out"),
+        };
+        let given_back = engine.give_back().await;
+        let why = match end {
+            SessionEnd::Fenced { generation, site } => break Outcome::Fenced { generation, site },
+            SessionEnd::Drained => break Outcome::Drained,
+            SessionEnd::GuestEnded(state) => break Outcome::GuestEnded(state),
+            SessionEnd::Lost(why) => why,
+            SessionEnd::Refused(why) => {
+                backoff.slow();
+                why
+            }
+        };
+        if let Err(error) = given_back {
+            break Outcome::GuestEnded(RunState::Failed(error.to_string()));
+        }
+        tracing::warn!(guest = %engine.options.guest, why, "no session with the standby");
+        engine.publish(|s| {
+            s.phase = Phase::Connecting;
+            s.link_up = false;
+            s.backlog_bytes = 0;
+            s.progress = None;
+            s.blocked_on = Some(format!("the link: {why}"));
+            s.last_error = Some(why);
+        });
+        if pause(&mut orders, backoff.next()).await {
+            break Outcome::Drained;
+        }
+    };
+    engine.publish(|s| {
+        s.link_up = false;
+        s.phase = Phase::Connecting;
+    });
+    (outcome, engine.guest)
+}
+
+/// The state of a guest that ended; `None` while it lives.
+async fn guest_end<G: Guest>(engine: &mut Engine<G>) -> Option<RunState> {
+    match engine.guest.state().await {
+        Ok(RunState::Running | RunState::Paused) => None,
+        Ok(state) => Some(state),
+        Err(error) => Some(RunState::Failed(error.to_string())),
+    }
+}
+
+/// Waits before the next dial; true if the role was asked to end.
+async fn pause(orders: &mut Orders, wait: std::time::Duration) -> bool {
+    let until = Instant::now() + wait;
+    loop {
+        if orders.drain_until.is_some() {
+            return true;
+        }
+        tokio::select! {
+            biased;
+            command = orders.commands.recv() => match command {
+                Some(Command::Drain(_)) => return true,
+                Some(Command::Checkpoint(reply)) => orders.wanted.push(reply),
+                // Nobody can give orders any more; protection goes on.
+                None => {
+                    sleep(until.saturating_duration_since(Instant::now())).await;
+                    return false;
+                }
+            },
+            () = tokio::time::sleep_until(until) => return false,
+        }
+    }
+}
