@@ -20,7 +20,7 @@ use lifeboat::guest::fake::{self, FakeMachine, FakeSpec};
 use lifeboat::ids::{Epoch, Generation, ImageRoot};
 use lifeboat::journal::{Journal, RecoveryPoint, Store};
 use lifeboat::page::{Layout, PAGE_SIZE, PageAddr};
-use lifeboat::wire::{ToPrimary, ToStandby};
+use lifeboat::wire::message::{ToPrimary, ToStandby};
 
 use crate::guest::Book;
 use crate::net::Seen;
@@ -226,7 +226,7 @@ impl Checker {
     }
 
     /// A guest that runs, against the journal it settles with.
-    pub fn tracking<S: Store>(&self, machine: &FakeMachine, run: [u8; 16], journal: &Journal<S>) {
+    pub fn tracking<S: Store>(&self, machine: &FakeMachine, journal: &Journal<S>) {
         if machine.staged_pages() > self.spec.staging_pages {
             self.violated("staging memory is over its bound");
         }
@@ -254,8 +254,8 @@ impl Checker {
                 .find(|a| !unsettled.get(*a) && machine.page(*a) != image.page(*a));
             if let Some(addr) = lost {
                 self.violated(format!(
-                    "{addr:?} differs from #{} and is neither dirty nor owed (run {}, base {base:?})",
-                    point.epoch, run[0]
+                    "{addr:?} differs from #{} and is neither dirty nor owed (base {base:?})",
+                    point.epoch
                 ));
             }
         }

@@ -85,7 +85,7 @@ fn number(variable: &str) -> Option<u64> {
 }
 
 const CHAOS: Script = Script {
-    faults: 16,
+    steps: 30,
     sabotage: Sabotage::None,
     promote: None,
 };

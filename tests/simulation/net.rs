@@ -11,14 +11,16 @@
 //!                 dead                  nothing is delivered, nobody is told (host or path is gone)
 //! ```
 //!
-//! Order holds within a link, not across links: what an old link still carries may arrive after the
+//! As in the product, dead-peer detection is the link's: signs of life are not modelled one by one, a
+//! direction is silent while it is blocked or dead. Order holds within a link, not across links: what an old link still carries may arrive after the
 //! messages of a new one.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
-use lifeboat::wire::{Dialer, LinkError, LinkRx, LinkTx, ToPrimary, ToStandby};
+use lifeboat::wire::link::{Dialer, LinkError, LinkRx, LinkTx};
+use lifeboat::wire::message::{ToPrimary, ToStandby};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -26,6 +28,9 @@ use crate::dice::Dice;
 
 /// Bytes that a direction of a link holds before `send` waits: socket buffers and the path.
 pub const WINDOW_BYTES: usize = 256 << 10;
+
+/// Silence after which a link's end counts its peer as dead.
+pub const DEAD_AFTER: Duration = Duration::from_secs(2);
 
 /// Ends of a link that site B accepts.
 pub type Accepted = (Rx<ToStandby>, Tx<ToPrimary>);
@@ -104,10 +109,31 @@ struct Inner<M> {
     sent_at: Instant,
     due: Instant,
     blocked: bool,
+    /// Since when nothing is delivered: blocked or dead.
+    silent_since: Option<Instant>,
     tx_gone: bool,
     rx_gone: bool,
     cut: bool,
     dead: bool,
+    /// The receiver counts its peer as dead.
+    given_up: bool,
+}
+
+impl<M> Inner<M> {
+    fn set_blocked(&mut self, blocked: bool) {
+        self.blocked = blocked;
+        self.note_silence();
+    }
+
+    fn set_dead(&mut self) {
+        self.dead = true;
+        self.note_silence();
+    }
+
+    fn note_silence(&mut self) {
+        let silent = self.blocked || self.dead;
+        self.silent_since = silent.then(|| self.silent_since.unwrap_or_else(Instant::now));
+    }
 }
 
 /// One end, to send.
@@ -125,10 +151,12 @@ impl<M> Pipe<M> {
             sent_at: now,
             due: now,
             blocked,
+            silent_since: blocked.then_some(now),
             tx_gone: false,
             rx_gone: false,
             cut: false,
             dead: false,
+            given_up: false,
         };
         Arc::new(Self {
             inner: Mutex::new(inner),
@@ -147,8 +175,8 @@ impl<M> Pipe<M> {
     }
 }
 
-fn lost() -> LinkError {
-    LinkError::Closed
+fn broken() -> LinkError {
+    LinkError::Broken("reset by the simulated network".into())
 }
 
 impl<M: SimMessage> LinkTx<M> for Tx<M> {
@@ -162,7 +190,7 @@ impl<M: SimMessage> LinkTx<M> for Tx<M> {
             {
                 let mut inner = self.0.lock();
                 if inner.cut || (inner.rx_gone && !inner.dead) {
-                    return Err(lost());
+                    return Err(broken());
                 }
                 if inner.bytes == 0 || inner.bytes + bytes <= WINDOW_BYTES {
                     let (latency, wire) = self.0.net.travel(bytes);
@@ -187,13 +215,18 @@ impl<M: SimMessage> LinkRx<M> for Rx<M> {
             let changed = self.0.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            let due = {
+            let until = {
                 let mut inner = self.0.lock();
                 if inner.cut {
-                    return Err(lost());
+                    return Err(broken());
+                }
+                let silence = inner.silent_since.map(|since| since + DEAD_AFTER);
+                inner.given_up |= silence.is_some_and(|end| end <= Instant::now());
+                if inner.given_up {
+                    return Err(LinkError::Dead(DEAD_AFTER));
                 }
                 match inner.queue.front().map(|(due, _)| *due) {
-                    _ if inner.dead || inner.blocked => None,
+                    _ if silence.is_some() => silence,
                     Some(due) if due <= Instant::now() => {
                         let (_, message) = inner.queue.pop_front().expect("it was just seen");
                         inner.bytes -= message.bytes();
@@ -201,16 +234,16 @@ impl<M: SimMessage> LinkRx<M> for Rx<M> {
                         self.0.changed.notify_waiters();
                         return Ok(message);
                     }
-                    None if inner.tx_gone => return Err(lost()),
+                    None if inner.tx_gone => return Err(LinkError::Closed),
                     due => due,
                 }
             };
-            match due {
+            match until {
                 None => changed.await,
-                Some(due) => tokio::select! {
+                Some(until) => tokio::select! {
                     biased;
                     () = changed => {}
-                    () = sleep_until(due) => {}
+                    () = sleep_until(until) => {}
                 },
             }
         }
@@ -288,10 +321,10 @@ impl Net {
         };
         for (up, down) in links {
             if let Some(pipe) = up.upgrade() {
-                pipe.change(|inner| inner.blocked = to_standby);
+                pipe.change(|inner| inner.set_blocked(to_standby));
             }
             if let Some(pipe) = down.upgrade() {
-                pipe.change(|inner| inner.blocked = to_primary);
+                pipe.change(|inner| inner.set_blocked(to_primary));
             }
         }
     }
@@ -303,7 +336,7 @@ impl Net {
 
     /// All links are dead from now on: silence at both ends.
     pub fn silence(&self) {
-        self.end_links(|inner| inner.dead = true, |inner| inner.dead = true);
+        self.end_links(Inner::set_dead, Inner::set_dead);
     }
 
     fn end_links(
@@ -340,13 +373,13 @@ impl Dialer for SimDialer {
         let mut state = net.lock();
         let blocked = state.blocked;
         let refused = state.refused;
-        let listener = state.listener.clone().filter(|_| !refused).ok_or_else(lost)?;
+        let listener = state.listener.clone().filter(|_| !refused).ok_or_else(broken)?;
         let (up, down) = (Pipe::new(net.clone(), blocked[0]), Pipe::new(net.clone(), blocked[1]));
         let accepted = (Rx(up.clone()), Tx(down.clone()));
         state.links.retain(|(up, _)| up.strong_count() > 0);
         state.links.push((Arc::downgrade(&up), Arc::downgrade(&down)));
         drop(state);
-        listener.send(accepted).map_err(|_| lost())?;
+        listener.send(accepted).map_err(|_| broken())?;
         Ok((Tx(up), Rx(down)))
     }
 }

@@ -9,7 +9,7 @@ use lifeboat::frame::Codec;
 use lifeboat::guest::CutStrategy;
 use lifeboat::guest::fake::FakeMachine;
 use lifeboat::ids::{Generation, GuestId, SiteId};
-use lifeboat::metrics::GuestMetrics;
+use lifeboat::metrics::Metrics;
 use lifeboat::primary::{self, Command, Outcome, PrimaryOptions, PrimaryStatus};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -23,10 +23,11 @@ use crate::net::{Net, SimDialer};
 pub const BACKLOG_BYTES: usize = 1 << 20;
 
 /// What all primaries of a world have in common.
-pub fn options(dice: &mut Dice, guest: &GuestId, site: &SiteId, generation: Generation) -> PrimaryOptions {
+pub fn options(dice: &mut Dice, guest: &GuestId, site: &SiteId, peer: &SiteId, generation: Generation) -> PrimaryOptions {
     PrimaryOptions {
         guest: guest.clone(),
         site: site.clone(),
+        peer: peer.clone(),
         generation,
         rpo_target: Duration::from_millis(dice.pick(300..2000)),
         interval_min: Duration::from_millis(dice.pick(20..200)),
@@ -37,8 +38,7 @@ pub fn options(dice: &mut Dice, guest: &GuestId, site: &SiteId, generation: Gene
         max_backlog: BACKLOG_BYTES,
         max_inflight: dice.pick(1..5) as usize,
         round_pages: dice.pick(1..60),
-        keepalive: Duration::from_millis(500),
-        dead_after: Duration::from_millis(2000),
+        handshake_max: Duration::from_secs(3),
     }
 }
 
@@ -94,7 +94,7 @@ impl Daemon {
         let dialer = SimDialer(net.clone());
         let (commands, orders) = mpsc::channel(4);
         let (published, status) = watch::channel(PrimaryStatus::default());
-        let metrics = GuestMetrics::detached(&options.guest);
+        let metrics = Metrics::new(env.clone()).guest(&options.guest);
         let follow = follow(status.clone(), trace.clone());
         let task = tokio::spawn(async move {
             let role = primary::run(env, guest, &dialer, options, metrics, published, orders);

@@ -7,7 +7,7 @@ use lifeboat::clock::{Clock, Env};
 use lifeboat::ids::{GuestId, SiteId};
 use lifeboat::journal::{MemCatalogue, MemStore};
 use lifeboat::standby::{Lookup, Refusal, Replica, ReplicaOptions, SessionEnd, serve};
-use lifeboat::wire::Open;
+use lifeboat::wire::message::Open;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep;
 

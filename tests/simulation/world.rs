@@ -34,7 +34,8 @@ const CONVERGE_WITHIN: Duration = Duration::from_secs(40);
 /// How a run is shaped.
 #[derive(Clone, Copy, Debug)]
 pub struct Script {
-    pub faults: u64,
+    /// Times that the world is looked at before it is healed; half of them something goes wrong.
+    pub steps: u64,
     pub sabotage: Sabotage,
     /// Site B promotes while A runs; `None` leaves it to the dice.
     pub promote: Option<bool>,
@@ -99,7 +100,7 @@ impl World {
         };
         let net = Net::new(dice.fork(), weather, tap);
         let (guest, site_a, site_b) = (name::<GuestId>("db"), name::<SiteId>("a"), name("b"));
-        let options = site_a::options(&mut dice, &guest, &site_a, Generation(1));
+        let options = site_a::options(&mut dice, &guest, &site_a, &site_b, Generation(1));
         // The sites' clocks differ.
         let clock_a = Arc::new(SimClock::new(start, dice.micros(0..5_000_000)));
         let clock_b = Arc::new(SimClock::new(start, dice.micros(0..5_000_000)));
@@ -193,7 +194,7 @@ impl World {
         if let Some(daemon) = self.a.take() {
             daemon.kill().await;
         }
-        self.later(Undo::StartA, 1_000..1_500_000);
+        self.later(Undo::StartA, 1_000..800_000);
     }
 
     async fn kill_b(&mut self, power: bool) {
@@ -209,7 +210,7 @@ impl World {
             self.site_b.store.crash(self.dice.next());
             self.site_b.catalogue.crash(keep);
         }
-        self.later(Undo::StartB, 1_000..1_500_000);
+        self.later(Undo::StartB, 1_000..800_000);
     }
 
     /// One more thing goes wrong.
@@ -227,7 +228,7 @@ impl World {
                 let (up, down) = [(true, true), (true, false), (false, true)][self.dice.pick(0..3) as usize];
                 self.trace.note("block", format_args!("to B {up}, to A {down}"));
                 self.net.block(up, down);
-                self.later(Undo::Unblock, 10_000..6_000_000);
+                self.later(Undo::Unblock, 10_000..4_000_000);
             }
             5 => {
                 self.trace.note("refuse", "");
@@ -377,10 +378,11 @@ impl World {
     pub async fn run(&mut self, script: Script) {
         self.start_b();
         self.start_a();
-        for _ in 0..script.faults {
-            let wait = self.dice.micros(1_000..900_000);
+        let gap = self.dice.pick(100_000..2_000_000);
+        for _ in 0..script.steps {
+            let wait = self.dice.micros(1_000..gap);
             self.step(wait).await;
-            if !self.dice.one_in(4) {
+            if self.dice.one_in(2) {
                 self.fault().await;
                 self.check();
             }
