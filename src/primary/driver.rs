@@ -5,12 +5,14 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::engine::Engine;
 use super::session::{self, Orders, SessionEnd};
-use super::{Command, Outcome, Phase, PrimaryOptions, PrimaryStatus};
+use super::{Command, Meters, Outcome, Phase, PrimaryOptions, PrimaryStatus};
 use crate::clock::Env;
 use crate::guest::{Guest, RunState};
-use crate::metrics::GuestMetrics;
+use crate::ids::{Generation, SiteId};
+use crate::metrics::labels::ConnectResult;
+use crate::page::Layout;
 use crate::retry::Backoff;
-use crate::wire::link::Dialer;
+use crate::wire::link::{Dialer, HandshakeFailure};
 
 /// Protects `guest` until it is fenced, drained, or the guest ends. Returns the guest with all
 /// unsettled bits given back.
@@ -19,12 +21,12 @@ pub async fn run<G: Guest, D: Dialer>(
     guest: G,
     dialer: &D,
     options: PrimaryOptions,
-    metrics: GuestMetrics,
+    meters: Meters,
     status: watch::Sender<PrimaryStatus>,
     commands: mpsc::Receiver<Command>,
 ) -> (Outcome, G) {
     let mut backoff = Backoff::new();
-    let mut engine = Engine::new(env, guest, options, metrics, status);
+    let mut engine = Engine::new(env, guest, options, meters.guest, status);
     let mut orders = Orders {
         commands,
         drain_until: None,
@@ -38,13 +40,34 @@ pub async fn run<G: Guest, D: Dialer>(
             Ok(Ok((tx, rx))) => {
                 let started = Instant::now();
                 let end = session::run(&mut engine, tx, rx, &mut orders).await;
+                meters
+                    .peer
+                    .connect(match (&end, engine.status.borrow().link_up) {
+                        (_, true) => ConnectResult::Ok,
+                        (SessionEnd::Refused(_) | SessionEnd::Fenced { .. }, _) => {
+                            ConnectResult::Refused
+                        }
+                        _ => ConnectResult::Unreachable,
+                    });
                 if started.elapsed() > engine.options.handshake_max {
                     backoff.reset();
                 }
                 end
             }
-            Ok(Err(error)) => error.into(),
-            Err(_) => SessionEnd::lost("dialing the standby timed out"),
+            Ok(Err(error)) => {
+                meters.peer.connect(match error.failure() {
+                    HandshakeFailure::Other | HandshakeFailure::Timeout => {
+                        ConnectResult::Unreachable
+                    }
+                    HandshakeFailure::Protocol => ConnectResult::Version,
+                    _ => ConnectResult::Tls,
+                });
+                error.into()
+            }
+            Err(_) => {
+                meters.peer.connect(ConnectResult::Unreachable);
+                SessionEnd::lost("dialing the standby timed out")
+            }
         };
         let given_back = engine.give_back().await;
         let why = match end {
@@ -78,6 +101,40 @@ pub async fn run<G: Guest, D: Dialer>(
         s.phase = Phase::Connecting;
     });
     (outcome, engine.guest)
+}
+
+/// What the other site says of a guest that is to be started here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ownership {
+    /// No higher generation exists there.
+    Ours,
+    /// It was failed over.
+    Fenced {
+        /// The higher generation.
+        generation: Generation,
+        /// Who holds it.
+        site: SiteId,
+    },
+    /// It cannot be asked, and why.
+    Unknown(String),
+}
+
+/// Asks the standby whether the guest still belongs to us, before it is started.
+pub async fn ask_owner(
+    env: &Env,
+    dialer: &impl Dialer,
+    options: &PrimaryOptions,
+    layout: &Layout,
+    machine: &[u8],
+) -> Ownership {
+    match session::inquire(env, dialer, options, layout, machine).await {
+        Ok(_) => Ownership::Ours,
+        Err(SessionEnd::Fenced { generation, site }) => Ownership::Fenced { generation, site },
+        Err(SessionEnd::Lost(why) | SessionEnd::Refused(why)) => Ownership::Unknown(why),
+        Err(SessionEnd::Drained | SessionEnd::GuestEnded(_)) => {
+            Ownership::Unknown("the inquiry ended early".into())
+        }
+    }
 }
 
 /// The state of a guest that ended; `None` while it lives.

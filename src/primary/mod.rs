@@ -39,8 +39,9 @@ use crate::clock::Timestamp;
 use crate::frame::Codec;
 use crate::guest::{CutStrategy, RunState};
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
+use crate::metrics::{GuestMetrics, PeerMetrics};
 
-pub use driver::run;
+pub use driver::{Ownership, ask_owner, run};
 pub use plan::SyncPath;
 
 /// How one guest is protected.
@@ -75,6 +76,15 @@ pub struct PrimaryOptions {
     /// Time for dialing, and again for the handshake. (A session's dead peer is found by the
     /// transport.)
     pub handshake_max: Duration,
+}
+
+/// What the role counts.
+#[derive(Clone)]
+pub struct Meters {
+    /// Of the guest.
+    pub guest: GuestMetrics,
+    /// Of the site that it is replicated to.
+    pub peer: PeerMetrics,
 }
 
 /// What somebody asks of a running primary role.

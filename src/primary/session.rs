@@ -9,11 +9,13 @@ use super::engine::Engine;
 use super::epoch::{Builder, Head, RETRY_AFTER};
 use super::plan::SyncPath;
 use super::queue::SendQueue;
-use super::{Command, Phase};
+use super::{Command, Phase, PrimaryOptions};
+use crate::clock::Env;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, Generation, ImageRoot, SiteId};
+use crate::page::Layout;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
-use crate::wire::link::{LinkError, LinkRx, LinkTx, RetryClass};
+use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
 use crate::wire::message::{Open, Opened, ToPrimary, ToStandby};
 
 /// Why a session ended.
@@ -82,7 +84,9 @@ pub(super) async fn run<G: Guest>(
     mut rx: impl LinkRx<ToPrimary>,
     orders: &mut Orders,
 ) -> SessionEnd {
-    let opened = match timeout(engine.options.handshake_max, open(engine, &mut tx, &mut rx)).await {
+    let (env, options, info) = (&engine.env, &engine.options, engine.guest.info());
+    let opening = open(env, options, &info.layout, &info.machine, &mut tx, &mut rx);
+    let opened = match timeout(options.handshake_max, opening).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(end)) => return end,
         Err(_) => return SessionEnd::lost("the standby did not answer the handshake in time"),
@@ -100,33 +104,52 @@ pub(super) async fn run<G: Guest>(
     end
 }
 
-async fn open<G: Guest>(
-    engine: &mut Engine<G>,
+/// Asks the standby for its word on a guest that does not run yet: `Ok` means that no higher
+/// generation exists there. Opens a session and closes it.
+pub(super) async fn inquire(
+    env: &Env,
+    dialer: &impl Dialer,
+    options: &PrimaryOptions,
+    layout: &Layout,
+    machine: &[u8],
+) -> Result<Opened, SessionEnd> {
+    let asking = async {
+        let (mut tx, mut rx) = dialer.dial().await?;
+        let opened = open(env, options, layout, machine, &mut tx, &mut rx).await?;
+        // The answer is what was wanted; how the link ends does not matter.
+        let _ = tx.send(ToStandby::Close).await;
+        Ok(opened)
+    };
+    match timeout(options.handshake_max, asking).await {
+        Ok(answer) => answer,
+        Err(_) => Err(SessionEnd::lost("the other site did not answer in time")),
+    }
+}
+
+async fn open(
+    env: &Env,
+    options: &PrimaryOptions,
+    layout: &Layout,
+    machine: &[u8],
     tx: &mut impl LinkTx<ToStandby>,
     rx: &mut impl LinkRx<ToPrimary>,
 ) -> Result<Opened, SessionEnd> {
-    let (me, now) = (
-        Introduction::new(engine.options.site.clone()),
-        engine.env.now(),
-    );
-    handshake::as_primary(tx, rx, &me, &engine.options.peer, now).await?;
-    let info = engine.guest.info();
+    let me = Introduction::new(options.site.clone());
+    handshake::as_primary(tx, rx, &me, &options.peer, env.now()).await?;
     tx.send(ToStandby::Open(Open {
-        guest: engine.options.guest.clone(),
-        generation: engine.options.generation,
-        layout: info.layout.clone(),
-        machine: info.machine.clone(),
-        rpo_target: engine.options.rpo_target,
+        guest: options.guest.clone(),
+        generation: options.generation,
+        layout: layout.clone(),
+        machine: machine.to_vec(),
+        rpo_target: options.rpo_target,
     }))
     .await?;
-    loop {
-        match rx.recv().await? {
-            ToPrimary::Opened(opened) => return Ok(opened),
-            other => match event(other) {
-                Some(Event::End(end)) => return Err(end),
-                _ => return Err(SessionEnd::lost("the standby spoke out of turn")),
-            },
-        }
+    match rx.recv().await? {
+        ToPrimary::Opened(opened) => Ok(opened),
+        other => match event(other) {
+            Some(Event::End(end)) => Err(end),
+            _ => Err(SessionEnd::lost("the standby spoke out of turn")),
+        },
     }
 }
 

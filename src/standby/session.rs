@@ -60,11 +60,13 @@ pub trait Lookup<S: Store>: Send + Sync + 'static {
 struct OpenSession<S: Store> {
     replica: Arc<Mutex<Replica<S>>>,
     session: SessionId,
+    guest: GuestId,
     /// The primary's.
     generation: Generation,
 }
 
-/// Serves one connection to its end. `peer` is what the certificate says.
+/// Serves one connection to its end. `peer` is what the certificate says. Returns also which guest's
+/// copy it filled, if it came that far.
 pub async fn serve<S: Store>(
     env: Env,
     site: SiteId,
@@ -73,23 +75,26 @@ pub async fn serve<S: Store>(
     mut rx: impl LinkRx<ToStandby>,
     handshake_max: Duration,
     lookup: &impl Lookup<S>,
-) -> SessionEnd {
+) -> (SessionEnd, Option<GuestId>) {
     let opening = open(&env, &site, &peer, &mut tx, &mut rx, lookup);
     let opened = match timeout(handshake_max, opening).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(end)) => {
             answer(&site, &mut tx, &end, handshake_max).await;
-            return end;
+            return (end, None);
         }
-        Err(_) => return SessionEnd::Link("the primary did not finish the handshake in time".into()),
+        Err(_) => {
+            let why = "the primary did not finish the handshake in time";
+            return (SessionEnd::Link(why.into()), None);
+        }
     };
     let end = match receive(&env, &opened, &site, &mut tx, &mut rx).await {
         Ok(never) => match never {},
         Err(end) => end,
     };
-    let OpenSession { replica, session, .. } = opened;
+    let OpenSession { replica, session, guest, .. } = opened;
     env.offload(move || lock(&replica).close_session(session)).await;
-    end
+    (end, Some(guest))
 }
 
 fn lock<S: Store>(replica: &Mutex<Replica<S>>) -> MutexGuard<'_, Replica<S>> {
@@ -138,7 +143,7 @@ async fn open<S: Store>(
         .map_err(SessionEnd::Refused)?;
     tx.send(ToPrimary::Opened(opened)).await?;
     lookup.opened(&guest);
-    Ok(OpenSession { replica, session, generation })
+    Ok(OpenSession { replica, session, guest, generation })
 }
 
 async fn receive<S: Store>(

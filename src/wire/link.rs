@@ -22,7 +22,7 @@ use super::message::{ToPrimary, ToStandby};
 /// The sending half of a link.
 pub trait LinkTx<M>: Send + 'static {
     /// Queues a message. If the future is dropped, the message was either queued whole or not at
-    /// all. After an error every further call fails too.
+    /// all. After an error other than [`LinkError::Unsendable`] every further call fails too.
     fn send(&mut self, message: M) -> impl Future<Output = Result<(), LinkError>> + Send;
 }
 
@@ -149,6 +149,9 @@ pub enum LinkError {
     /// The peer sent what may not be sent.
     #[error("the peer broke the protocol: {0}")]
     Wire(#[from] WireError),
+    /// A message of our own is out of bounds; it was not sent, and the link goes on.
+    #[error("a message was not sent: {0}")]
+    Unsendable(WireError),
     /// Certificates or lists were renewed, and the peer's is no longer good.
     #[error("the link was dropped: {0}")]
     Dropped(String),
@@ -159,7 +162,7 @@ impl LinkError {
     pub fn retry(&self) -> RetryClass {
         match self {
             Self::Handshake { failure, .. } => failure.retry(),
-            Self::Wire(_) | Self::Dropped(_) => RetryClass::Permanent,
+            Self::Wire(_) | Self::Unsendable(_) | Self::Dropped(_) => RetryClass::Permanent,
             Self::Connect { .. } | Self::Closed | Self::Dead(_) | Self::Broken(_) => {
                 RetryClass::Transient
             }
@@ -170,7 +173,7 @@ impl LinkError {
     pub fn failure(&self) -> HandshakeFailure {
         match self {
             Self::Handshake { failure, .. } => *failure,
-            Self::Wire(_) => HandshakeFailure::Protocol,
+            Self::Wire(_) | Self::Unsendable(_) => HandshakeFailure::Protocol,
             Self::Dead(_) => HandshakeFailure::Timeout,
             Self::Dropped(_) => HandshakeFailure::Revoked,
             Self::Connect { .. } | Self::Closed | Self::Broken(_) => HandshakeFailure::Other,

@@ -17,7 +17,7 @@ pub(crate) fn pipe() -> (MemoryTx, MemoryRx) {
 
 impl<M: Message> LinkTx<M> for MemoryTx {
     async fn send(&mut self, message: M) -> Result<(), LinkError> {
-        let bytes = message.encode()?.to_bytes();
+        let bytes = message.encode().map_err(LinkError::Unsendable)?.to_bytes();
         self.0.send(bytes).await.map_err(|_| LinkError::Closed)
     }
 }
