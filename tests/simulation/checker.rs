@@ -9,7 +9,7 @@
 //! | nothing is settled early | at a settle the base is an acknowledged point that was cut at or after what is settled |
 //! | memory bounds hold | staging memory, queue on the wire, status' backlog |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -20,7 +20,7 @@ use lifeboat::guest::fake::{self, FakeMachine, FakeSpec};
 use lifeboat::ids::{Epoch, Generation, ImageRoot};
 use lifeboat::journal::{Journal, RecoveryPoint, Store};
 use lifeboat::page::{Layout, PAGE_SIZE, PageAddr};
-use lifeboat::wire::message::{ToPrimary, ToStandby};
+use lifeboat::wire::message::ToPrimary;
 
 use crate::guest::Book;
 use crate::net::Seen;
@@ -85,17 +85,30 @@ struct State {
     promoted: Option<(Generation, Epoch)>,
     violations: Vec<String>,
     acks: u64,
-    parts_max: usize,
+    /// Epochs that retention dropped, or a replaced disk took along.
+    gone: BTreeSet<Epoch>,
+    mismatches: u64,
+    sabotaged: bool,
 }
 
 impl Checker {
-    pub fn new(spec: FakeSpec) -> Self {
+    /// `sabotaged`: image roots are meant to differ.
+    pub fn new(spec: FakeSpec, sabotaged: bool) -> Self {
+        let state = State {
+            sabotaged,
+            ..State::default()
+        };
         Self {
             layout: spec.layout(),
             spec,
             book: Arc::default(),
-            shared: Arc::default(),
+            shared: Arc::new(Mutex::new(state)),
         }
+    }
+
+    /// Image roots that differed.
+    pub fn mismatches(&self) -> u64 {
+        self.shared.lock().unwrap().mismatches
     }
 
     /// Something that may not be. Noted, because it is often found inside a role's task.
@@ -119,9 +132,29 @@ impl Checker {
         shared.acked.last_key_value().map_or(Epoch(0), |(e, _)| *e)
     }
 
-    /// The journal's disk was replaced by an empty one: nothing of it is promised any more.
+    fn is_gone(&self, epoch: Epoch) -> bool {
+        self.shared.lock().unwrap().gone.contains(&epoch)
+    }
+
+    /// The journal's disk was replaced: nothing of it is promised any more.
     pub fn forget_acks(&self) {
-        self.shared.lock().unwrap().acked.clear();
+        let mut shared = self.shared.lock().unwrap();
+        let acked = std::mem::take(&mut shared.acked);
+        shared.gone.extend(acked.into_keys());
+    }
+
+    /// Retention dropped what is in `before` and not in `after`. Never the newest.
+    pub fn thinned(&self, before: &[RecoveryPoint], after: &[RecoveryPoint]) {
+        if before.last().map(|p| p.epoch) != after.last().map(|p| p.epoch) {
+            self.violated("retention dropped the newest point");
+        }
+        let mut shared = self.shared.lock().unwrap();
+        for point in before {
+            if !after.iter().any(|p| p.epoch == point.epoch) {
+                shared.acked.remove(&point.epoch);
+                shared.gone.insert(point.epoch);
+            }
+        }
     }
 
     /// Site B promoted; `newest` is what it had.
@@ -147,10 +180,14 @@ impl Checker {
                     shared.violations.push(text);
                 }
             }
-            Seen::ToStandby(ToStandby::Part(part)) => {
-                shared.parts_max = shared.parts_max.max(part.len());
+            Seen::ToPrimary(ToPrimary::Mismatch { epoch, .. }) => {
+                shared.mismatches += 1;
+                if !shared.sabotaged {
+                    let text = format!("#{epoch} gave another image at the standby");
+                    shared.violations.push(text);
+                }
             }
-            _ => {}
+            Seen::ToPrimary(_) | Seen::ToStandby => {}
         }
     }
 
@@ -241,6 +278,7 @@ impl Checker {
         }
         let points = journal.points();
         let unsettled = machine.unsettled();
+        // After a disk was replaced, an older history may go on in the same journal.
         let newest_of_run = points.last().filter(|p| p.epoch >= base.epoch);
         let compare = points.iter().find(|p| p.epoch == base.epoch);
         for point in compare.into_iter().chain(newest_of_run) {
@@ -259,7 +297,7 @@ impl Checker {
                 ));
             }
         }
-        if compare.is_none() {
+        if compare.is_none() && !self.is_gone(base.epoch) {
             self.violated(format!("the guest settled with {base:?}, which is no point"));
         }
     }
@@ -273,7 +311,9 @@ impl Checker {
             }
             let points = journal.points();
             let Some(point) = points.iter().find(|p| p.epoch == base.epoch) else {
-                self.violated(format!("settled with #{}, which is no point", base.epoch));
+                if !self.is_gone(base.epoch) {
+                    self.violated(format!("settled with #{}, which is no point", base.epoch));
+                }
                 continue;
             };
             let cut = self.book.lock().unwrap().cuts.get(&point.captured_at).cloned();

@@ -48,7 +48,7 @@ pub type Tap = dyn Fn(Seen<'_>) + Send + Sync;
 
 /// A message that was handed to the network.
 pub enum Seen<'a> {
-    ToStandby(&'a ToStandby),
+    ToStandby,
     ToPrimary(&'a ToPrimary),
 }
 
@@ -83,7 +83,7 @@ impl SimMessage for ToStandby {
         }
     }
     fn seen(&self) -> Seen<'_> {
-        Seen::ToStandby(self)
+        Seen::ToStandby
     }
 }
 

@@ -9,8 +9,7 @@ use lifeboat::frame::Codec;
 use lifeboat::guest::CutStrategy;
 use lifeboat::guest::fake::FakeMachine;
 use lifeboat::ids::{Generation, GuestId, SiteId};
-use lifeboat::metrics::Metrics;
-use lifeboat::primary::{self, Command, Outcome, PrimaryOptions, PrimaryStatus};
+use lifeboat::primary::{self, Command, Meters, Outcome, PrimaryOptions, PrimaryStatus};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
@@ -83,7 +82,7 @@ impl Daemon {
         machine: &FakeMachine,
         net: &Net,
         clock: &Arc<SimClock>,
-        options: PrimaryOptions,
+        (options, meters): (PrimaryOptions, Meters),
         guest: (Dice, Manners, Arc<Mutex<Book>>),
         trace: Trace,
     ) -> Option<Self> {
@@ -94,10 +93,9 @@ impl Daemon {
         let dialer = SimDialer(net.clone());
         let (commands, orders) = mpsc::channel(4);
         let (published, status) = watch::channel(PrimaryStatus::default());
-        let metrics = Metrics::new(env.clone()).guest(&options.guest);
         let follow = follow(status.clone(), trace.clone());
         let task = tokio::spawn(async move {
-            let role = primary::run(env, guest, &dialer, options, metrics, published, orders);
+            let role = primary::run(env, guest, &dialer, options, meters, published, orders);
             let (outcome, _guest) = tokio::select! {
                 biased;
                 ended = role => ended,
@@ -120,10 +118,6 @@ impl Daemon {
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
             _ => {}
         }
-    }
-
-    pub fn is_finished(&self) -> bool {
-        self.task.is_finished()
     }
 
     /// Waits for the role's end.

@@ -9,14 +9,14 @@ use lifeboat::journal::{MemCatalogue, MemStore};
 use lifeboat::standby::{Lookup, Refusal, Replica, ReplicaOptions, SessionEnd, serve};
 use lifeboat::wire::message::Open;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::checker::Checker;
 use crate::dice::{Dice, SimClock, Trace};
 use crate::net::Net;
 
-/// Silence after which the standby gives a link up.
-const DEAD_AFTER: Duration = Duration::from_millis(2000);
+/// Time for a handshake.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
 
 /// The copy of the guest, shared with its sessions.
 pub type Shared = Arc<Mutex<Replica<MemStore>>>;
@@ -119,6 +119,15 @@ async fn supervise(
     }
 }
 
+/// One step of retention. What it drops is no longer promised.
+fn maintain(site: &SiteB, replica: &Shared) -> Result<(), String> {
+    let mut replica = replica.lock().unwrap();
+    let before = replica.journal().points();
+    replica.maintain(site.clock.now()).map_err(|e| e.to_string())?;
+    site.checker.thinned(&before, &replica.journal().points());
+    Ok(())
+}
+
 /// Accepts links until a session says that the copy is broken.
 async fn listen(site: &SiteB, mut dice: Dice, replica: Shared) -> String {
     let lookup = Arc::new(OneGuest {
@@ -127,12 +136,19 @@ async fn listen(site: &SiteB, mut dice: Dice, replica: Shared) -> String {
     });
     let mut incoming = site.net.listen();
     let mut sessions = JoinSet::new();
+    let mut maintenance = Instant::now() + dice.micros(10_000..500_000);
     let broken = loop {
         tokio::select! {
             biased;
+            () = sleep_until(maintenance) => {
+                maintenance += dice.micros(10_000..500_000);
+                if let Err(error) = maintain(site, &lookup.replica) {
+                    break error;
+                }
+            }
             Some(ended) = sessions.join_next() => match ended {
-                Ok(SessionEnd::Broken(error)) => break error.to_string(),
-                Ok(end) => site.trace.note("session", format_args!("ended: {end:?}")),
+                Ok((SessionEnd::Broken(error), _)) => break error.to_string(),
+                Ok((end, _)) => site.trace.note("session", format_args!("ended: {end:?}")),
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             },
             Some((rx, tx)) = incoming.recv() => {
@@ -140,7 +156,7 @@ async fn listen(site: &SiteB, mut dice: Dice, replica: Shared) -> String {
                 let (env, me, peer) = (Env::simulated(clock), site.site.clone(), site.peer.clone());
                 let lookup = lookup.clone();
                 sessions.spawn(async move {
-                    serve(env, me, peer, tx, rx, DEAD_AFTER, lookup.as_ref()).await
+                    serve(env, me, peer, tx, rx, HANDSHAKE_MAX, lookup.as_ref()).await
                 });
             }
         }

@@ -9,11 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use lifeboat::clock::Env;
 use lifeboat::guest::RunState;
 use lifeboat::guest::fake::{FakeMachine, FakeSpec};
 use lifeboat::ids::{Generation, GuestId, SiteId};
 use lifeboat::journal::{Faults, Journal, JournalOptions, MemCatalogue, MemStore, Retention};
-use lifeboat::primary::{Command, Outcome, PrimaryOptions};
+use lifeboat::metrics::Metrics;
+use lifeboat::primary::{Command, Meters, Outcome, PrimaryOptions};
 use lifeboat::standby::ReplicaOptions;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -61,6 +63,7 @@ pub struct World {
     spec: FakeSpec,
     manners: Manners,
     options: PrimaryOptions,
+    meters: Meters,
     clock_a: Arc<SimClock>,
     runs: u8,
     machine: FakeMachine,
@@ -70,6 +73,8 @@ pub struct World {
     b: Option<site_b::Daemon>,
     undo: Vec<(Instant, Undo)>,
     weather: Weather,
+    /// Site B's disk as it was some time ago.
+    backup: Option<(MemStore, MemCatalogue)>,
 }
 
 fn name<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
@@ -89,7 +94,7 @@ impl World {
             staging_pages: 32,
             steps_in_copy: dice.pick(0..4),
         };
-        let checker = Checker::new(spec.clone());
+        let checker = Checker::new(spec.clone(), script.sabotage != Sabotage::None);
         let weather = Weather {
             latency_micros: (100, dice.pick(200..60_000)),
             bytes_per_second: dice.pick(200_000..50_000_000),
@@ -109,6 +114,11 @@ impl World {
             slow_one_in: 200,
             abandon_one_in: dice.pick(200..5000),
             sabotage: script.sabotage,
+        };
+        let metrics = Metrics::new(Env::simulated(clock_a.clone()));
+        let meters = Meters {
+            guest: metrics.guest(&guest),
+            peer: metrics.peer(&site_b),
         };
         let machine = FakeMachine::boot(spec.clone(), [1; 16], clock_a.clone());
         let writer = Writer::start(&machine, dice.fork(), 10);
@@ -132,6 +142,7 @@ impl World {
             spec,
             manners,
             options,
+            meters,
             clock_a,
             runs: 1,
             machine,
@@ -141,6 +152,7 @@ impl World {
             b: None,
             undo: Vec::new(),
             weather,
+            backup: None,
         }
     }
 
@@ -154,7 +166,7 @@ impl World {
             &self.machine,
             &self.net,
             &self.clock_a,
-            self.options.clone(),
+            (self.options.clone(), self.meters.clone()),
             guest,
             self.trace.clone(),
         );
@@ -215,7 +227,7 @@ impl World {
 
     /// One more thing goes wrong.
     async fn fault(&mut self) {
-        match self.dice.pick(0..20) {
+        match self.dice.pick(0..21) {
             0 | 1 => {
                 self.trace.note("cut-link", "");
                 self.net.cut();
@@ -278,6 +290,7 @@ impl World {
                 }
                 self.later(Undo::HealDisk, 10_000..2_000_000);
             }
+            19 => self.replace_disk().await,
             _ => {
                 let pace = if self.dice.one_in(2) { 0 } else { PACE_MAX };
                 self.trace.note("pace", pace);
@@ -285,6 +298,22 @@ impl World {
                 self.later(Undo::Pace, 100_000..2_000_000);
             }
         }
+    }
+
+    /// Site B's disk is replaced: by an empty one, or by what it was at an earlier time. What it
+    /// promised in between is lost, and that is not the product's fault; it has to find its way from
+    /// there.
+    async fn replace_disk(&mut self) {
+        if self.backup.is_none() {
+            self.backup = Some((self.site_b.store.fork(), self.site_b.catalogue.fork()));
+            return;
+        }
+        self.kill_b(true).await;
+        let backup = self.backup.take().filter(|_| self.dice.one_in(2));
+        self.trace.note("new-disk", if backup.is_some() { "a backup" } else { "empty" });
+        (self.site_b.store, self.site_b.catalogue) = backup.unwrap_or_default();
+        self.site_b.store.crash(self.dice.next());
+        self.checker.forget_acks();
     }
 
     fn disk_fault(&mut self) {
@@ -529,10 +558,19 @@ fn replica_options(site: &SiteId) -> ReplicaOptions {
     ReplicaOptions {
         site: site.clone(),
         journal: JournalOptions {
-            segment_bytes: 2 << 20,
+            segment_bytes: 1 << 20,
             min_free_bytes: 0,
+            batch: 3,
+            flush_commits: 4,
             ..JournalOptions::default()
         },
-        retention: Retention::default(),
+        // Short, so that folding and merging happen in the few seconds that a run lasts.
+        retention: Retention {
+            continuous: Duration::from_secs(2),
+            minutely: 1,
+            hourly: 1,
+            daily: 1,
+            min_points: 2,
+        },
     }
 }
