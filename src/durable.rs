@@ -7,7 +7,9 @@ use std::path::Path;
 /// Replaces `path` with `bytes`, durably. A crash leaves the old file or the new one, never a part.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory)?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".new-")
+        .tempfile_in(directory)?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|e| e.error)?;
@@ -22,7 +24,10 @@ pub fn read(path: &Path, max: u64) -> io::Result<Option<Vec<u8>>> {
         Err(error) => return Err(error),
     };
     if metadata.len() > max {
-        let text = format!("{} bytes are more than the {max} that it may have", metadata.len());
+        let text = format!(
+            "{} bytes are more than the {max} that it may have",
+            metadata.len()
+        );
         return Err(io::Error::new(io::ErrorKind::InvalidData, text));
     }
     fs::read(path).map(Some)

@@ -11,6 +11,10 @@
 //! pages.
 
 pub mod backend;
+pub mod client;
 pub mod codes;
+pub mod runs;
+pub mod server;
+pub mod socket;
 pub mod time;
 pub mod types;

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -12,23 +11,22 @@ use tokio::time::Instant;
 use super::context::{SiteContext, run_dir, writer_of};
 use super::promotion::Failover;
 use super::record;
-use super::runs::{RunBook, RunHandle};
 use super::standbys::{Shared, Standbys, lock};
-use super::status::{Known, point_status, sync_path};
+use super::status::{Known, point_status};
 use super::supervisor::{self, Handle, Order};
+use super::verbs;
 use crate::config::resolved::SiteConfig;
 use crate::config::{self, Files};
 use crate::control::backend::Backend;
 use crate::control::codes::Reason;
+use crate::control::runs::RunBook;
 use crate::control::types::{
-    ApiError, CertificateStatus, ConsoleInfo, Done, FailoverRequest, GuestStatus,
-    JournalCheckReport, JournalRebuildReport, JournalStat, Outcome, PeerStatus, Points, Progress,
-    ProgressUnit, ProtectReport, ProtectRequest, Reloaded, Run, RunId, RunResult, Runs, SiteStatus,
-    StoreStatus, SyncStatus, VerifyReport,
+    ApiError, CertificateStatus, ConsoleInfo, Done, FailoverRequest, GuestStatus, JournalStat,
+    Outcome, PeerStatus, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
+    StoreStatus,
 };
 use crate::ids::{Epoch, GuestId, SiteId};
-use crate::metrics::labels::{Operation, VerifyResult};
-use crate::primary::Phase;
+use crate::metrics::labels::Operation;
 use crate::transport::TlsMaterial;
 
 /// A running site.
@@ -58,7 +56,16 @@ impl Site {
     ) -> Self {
         let (guests, ready) = (Mutex::default(), AtomicBool::new(false));
         let (config, inbound) = (watch::Sender::new(config), Mutex::default());
-        Self { context, standbys, inbound, config, runs, guests, material, ready }
+        Self {
+            context,
+            standbys,
+            inbound,
+            config,
+            runs,
+            guests,
+            material,
+            ready,
+        }
     }
 
     pub fn config(&self) -> Arc<SiteConfig> {
@@ -73,8 +80,12 @@ impl Site {
     /// Why the last link to a peer ended, as the guests' primaries saw it.
     pub fn link_error(&self, peer: &SiteId) -> Option<String> {
         let guests = self.guests();
-        let of_peer = guests.values().filter(|(h, _)| h.view.borrow().peer.as_ref() == Some(peer));
-        of_peer.filter_map(|(h, _)| h.primary.borrow().last_error.clone()).next()
+        let of_peer = guests
+            .values()
+            .filter(|(h, _)| h.view.borrow().peer.as_ref() == Some(peer));
+        of_peer
+            .filter_map(|(h, _)| h.primary.borrow().last_error.clone())
+            .next()
     }
 
     fn guests(&self) -> MutexGuard<'_, BTreeMap<GuestId, (Handle, JoinHandle<()>)>> {
@@ -148,7 +159,9 @@ impl Site {
     /// Brings the gauges up to date.
     pub fn refresh(&self) {
         let config = self.config();
-        self.names().iter().for_each(|guest| drop(self.guest_status(guest)));
+        self.names()
+            .iter()
+            .for_each(|guest| drop(self.guest_status(guest)));
         if let Some((free, capacity)) = super::space(&config.journal.path) {
             self.context.metrics.set_journal_space(free, capacity);
         }
@@ -171,7 +184,8 @@ impl Site {
         handle.ok_or_else(|| match self.known(guest) {
             Err(error) => error,
             Ok(()) => {
-                let text = format!("guest \"{guest}\" does not run at this site; its journal is here");
+                let text =
+                    format!("guest \"{guest}\" does not run at this site; its journal is here");
                 ApiError::new(Reason::WrongState, text)
             }
         })
@@ -182,8 +196,9 @@ impl Site {
         if !self.standbys.directory(guest).exists() {
             self.known(guest)?;
             let text = format!("guest \"{guest}\" has no journal at this site");
-            return Err(ApiError::new(Reason::NoSuchPoint, text)
-                .hint("ask the site that is its standby"));
+            return Err(
+                ApiError::new(Reason::NoSuchPoint, text).hint("ask the site that is its standby")
+            );
         }
         self.standbys.copy(guest).await.map_err(failed)
     }
@@ -204,9 +219,16 @@ impl Site {
             })?;
             applied.push("tls".to_owned());
             if !dropped.is_empty() {
-                tracing::warn!(?dropped, "links were dropped: their certificates are not good any more");
+                tracing::warn!(
+                    ?dropped,
+                    "links were dropped: their certificates are not good any more"
+                );
             }
-            *self.context.dialers.write().unwrap_or_else(PoisonError::into_inner) =
+            *self
+                .context
+                .dialers
+                .write()
+                .unwrap_or_else(PoisonError::into_inner) =
                 super::dialers(&new, material, &self.context.env);
         }
         self.standbys.configure(new.clone());
@@ -233,7 +255,10 @@ impl Site {
             ("peer", old.peers != new.peers),
             ("guest", old.guests != new.guests),
             ("journal", old.journal != new.journal),
-            ("defaults", old.retention != new.retention || old.replication != new.replication),
+            (
+                "defaults",
+                old.retention != new.retention || old.replication != new.replication,
+            ),
             ("fencing", old.fencing != new.fencing),
         ] {
             if changed {
@@ -243,7 +268,10 @@ impl Site {
         self.config.send_replace(new);
         self.start_guests();
         self.context.metrics.config_loaded(true);
-        Ok(Reloaded { applied, restart_needed: restart })
+        Ok(Reloaded {
+            applied,
+            restart_needed: restart,
+        })
     }
 
     fn peers(&self) -> Vec<PeerStatus> {
@@ -251,12 +279,18 @@ impl Site {
     }
 
     fn certificates(&self) -> Vec<CertificateStatus> {
-        self.material.as_ref().map_or_else(Vec::new, |m| super::listener::certificates(m))
+        self.material
+            .as_ref()
+            .map_or_else(Vec::new, |m| super::listener::certificates(m))
     }
 }
 
 fn done(guest: &GuestId, outcome: Outcome) -> Done {
-    Done { guest: guest.clone(), outcome, detail: None }
+    Done {
+        guest: guest.clone(),
+        outcome,
+        detail: None,
+    }
 }
 
 impl Backend for Site {
@@ -270,7 +304,11 @@ impl Backend for Site {
             version: env!("CARGO_PKG_VERSION").into(),
             now: self.context.env.now(),
             peers: self.peers(),
-            guests: self.names().iter().map(|guest| self.guest_status(guest)).collect(),
+            guests: self
+                .names()
+                .iter()
+                .map(|guest| self.guest_status(guest))
+                .collect(),
             journal: StoreStatus {
                 path: config.journal.path.clone(),
                 used_bytes,
@@ -289,7 +327,10 @@ impl Backend for Site {
     }
 
     async fn guest_stop(&self, guest: &GuestId) -> Result<Done, ApiError> {
-        let outcome = self.active(guest)?.ask(|reply| Order::Stop { reply }).await?;
+        let outcome = self
+            .active(guest)?
+            .ask(|reply| Order::Stop { reply })
+            .await?;
         Ok(done(guest, outcome))
     }
 
@@ -299,61 +340,21 @@ impl Backend for Site {
             return Err(ApiError::new(Reason::WrongState, "the guest does not run"));
         }
         let socket = run_dir(&self.context.state_dir, guest).join("console.sock");
-        Ok(ConsoleInfo { guest: guest.clone(), socket })
+        Ok(ConsoleInfo {
+            guest: guest.clone(),
+            socket,
+        })
     }
 
     async fn protect(&self, guest: &GuestId, request: ProtectRequest) -> Result<Run, ApiError> {
-        let handle = self.active(guest)?;
-        let ProtectRequest { peer, rpo_target_seconds } = request;
-        let rpo_target = rpo_target_seconds
-            .map(Duration::try_from_secs_f64)
-            .transpose()
-            .map_err(|e| ApiError::new(Reason::Usage, format!("rpo_target_seconds: {e}")))?;
-        let metrics = self.context.metrics.guest(guest);
-        let before = metrics.sent_bytes();
-        let env = self.context.env.clone();
-        self.runs.start(Operation::Protect, guest, move |run| async move {
-            run.step("start");
-            let already = handle.ask(|reply| Order::Protect { peer, rpo_target, reply }).await?;
-            run.step("first copy");
-            let mut primary = handle.primary.clone();
-            let (status, acked) = loop {
-                let status = primary.borrow_and_update().clone();
-                if let (Some(acked), Phase::Protected) = (status.acked, status.phase) {
-                    break (status, acked);
-                }
-                note_progress(&run, &status);
-                let view = handle.view.borrow().clone();
-                if !view.protecting {
-                    let why = view.problem.unwrap_or_else(|| "the guest ended".into());
-                    return Err(ApiError::new(Reason::Failed, why));
-                }
-                // The view changes without the status when the role ends.
-                let _ = tokio::time::timeout(Duration::from_secs(1), primary.changed()).await;
-            };
-            let peer = handle.view.borrow().peer.clone();
-            let generation = handle.view.borrow().record.as_ref().map(|r| r.generation);
-            let now = env.now();
-            Ok(RunResult::Protect(ProtectReport {
-                peer: peer.ok_or_else(|| failed("the guest is not replicated any more"))?,
-                already_protected: already,
-                sync: status.path.map(|(path, reason)| SyncStatus { path: sync_path(path), reason }),
-                point: crate::control::types::PointStatus {
-                    epoch: acked.epoch,
-                    generation: generation.unwrap_or_default(),
-                    captured_at: acked.captured_at,
-                    durable_at: None,
-                    age_seconds: now.since(acked.captured_at).as_secs_f64(),
-                    bytes: None,
-                    pages: None,
-                    root: None,
-                    pinned: false,
-                    tags: Vec::new(),
-                    verified_at: None,
-                },
-                sent_bytes: metrics.sent_bytes() - before,
-            }))
-        })
+        let verb = verbs::Protect {
+            env: self.context.env.clone(),
+            metrics: self.context.metrics.guest(guest),
+            handle: self.active(guest)?,
+            request,
+        };
+        let run = self.runs.begin(Operation::Protect, guest)?;
+        Ok(verb.spawn(run))
     }
 
     async fn unprotect(&self, guest: &GuestId, purge: bool) -> Result<Done, ApiError> {
@@ -382,15 +383,27 @@ impl Backend for Site {
         } else {
             Outcome::AlreadyUnprotected
         };
-        Ok(Done { guest: guest.clone(), outcome, detail })
+        Ok(Done {
+            guest: guest.clone(),
+            outcome,
+            detail,
+        })
     }
 
     async fn points(&self, guest: &GuestId) -> Result<Points, ApiError> {
         let copy = self.copy(guest).await?;
-        let points = self.context.env.offload(move || lock(&copy).journal().points()).await;
+        let points = self
+            .context
+            .env
+            .offload(move || lock(&copy).journal().points())
+            .await;
         let now = self.context.env.now();
         let points = points.iter().rev().map(|p| point_status(p, now)).collect();
-        Ok(Points { guest: guest.clone(), now, points })
+        Ok(Points {
+            guest: guest.clone(),
+            now,
+            points,
+        })
     }
 
     async fn failover(&self, guest: &GuestId, request: FailoverRequest) -> Result<Run, ApiError> {
@@ -407,38 +420,16 @@ impl Backend for Site {
             request,
             asked,
         };
-        self.runs.start(Operation::Failover, guest, |run| failover.run(run))
+        let run = self.runs.begin(Operation::Failover, guest)?;
+        Ok(failover.spawn(run))
     }
 
     async fn verify(&self, guest: &GuestId, point: Option<Epoch>) -> Result<Run, ApiError> {
         let copy = self.copy(guest).await?;
-        let (env, guest_id) = (self.context.env.clone(), guest.clone());
+        let (env, owned) = (self.context.env.clone(), guest.clone());
         let metrics = self.context.metrics.guest(guest);
-        self.runs.start(Operation::Verify, guest, move |run| async move {
-            run.step("replay");
-            let report = env.offload(move || verify(&copy, &guest_id, point)).await;
-            let now = env.now();
-            let (point, layout_pages, ram_pages, difference) = report?;
-            let differences = u64::from(difference.is_some());
-            let result = RunResult::Verify(VerifyReport {
-                point: point_status(&point, now),
-                memory_pages: ram_pages,
-                disk_pages: layout_pages - ram_pages,
-                differences,
-                first_differences: difference.iter().cloned().collect(),
-            });
-            match difference {
-                None => {
-                    metrics.verification(VerifyResult::Ok, now);
-                    Ok(result)
-                }
-                Some(text) => {
-                    metrics.verification(VerifyResult::Mismatch, now);
-                    run.result(result);
-                    Err(ApiError::new(Reason::Difference, text).hint("choose an older point"))
-                }
-            }
-        })
+        let run = self.runs.begin(Operation::Verify, guest)?;
+        Ok(verbs::verify(run, env, metrics, copy, owned, point))
     }
 
     async fn journal_stat(&self, guest: &GuestId) -> Result<JournalStat, ApiError> {
@@ -459,7 +450,7 @@ impl Backend for Site {
                     generation: journal.generation(),
                     size_bytes: used(&directory),
                     base_bytes: stat.base_bytes,
-                    segments: stat.segments,
+                    segments: u64::from(stat.segments),
                     free_bytes: stat.free_bytes,
                     points: points.len() as u64,
                     oldest_point_at: points.first().map(|p| p.captured_at),
@@ -473,60 +464,22 @@ impl Backend for Site {
 
     async fn journal_check(&self, guest: &GuestId) -> Result<Run, ApiError> {
         let copy = self.copy(guest).await?;
-        let env = self.context.env.clone();
-        self.runs.start(Operation::JournalCheck, guest, move |run| async move {
-            run.step("check");
-            let progress = run.clone();
-            let report = env
-                .offload(move || {
-                    lock(&copy).journal().check(&mut |done, total| {
-                        progress.progress(Progress { done, total, unit: ProgressUnit::Bytes });
-                    })
-                })
-                .await
-                .map_err(failed)?;
-            let problems = report.problems;
-            let result = RunResult::JournalCheck(JournalCheckReport {
-                points: report.points,
-                bytes: report.bytes,
-                problems: problems.clone(),
-            });
-            match problems.first() {
-                None => Ok(result),
-                Some(first) => {
-                    run.result(result);
-                    let text = format!("{} problems, the first: {first}", problems.len());
-                    Err(ApiError::new(Reason::Difference, text))
-                }
-            }
-        })
+        let run = self.runs.begin(Operation::JournalCheck, guest)?;
+        Ok(verbs::journal_check(run, self.context.env.clone(), copy))
     }
 
     async fn journal_rebuild(&self, guest: &GuestId) -> Result<Run, ApiError> {
         let copy = self.copy(guest).await?;
-        let env = self.context.env.clone();
-        self.runs.start(Operation::JournalRebuild, guest, move |run| async move {
-            run.step("rebuild");
-            let report = env
-                .offload(move || lock(&copy).journal_mut().rebuild_index())
-                .await
-                .map_err(failed)?;
-            Ok(RunResult::JournalRebuild(JournalRebuildReport {
-                points: report.points,
-                records: report.marks,
-                problems: report.problems,
-            }))
-        })
+        let run = self.runs.begin(Operation::JournalRebuild, guest)?;
+        Ok(verbs::journal_rebuild(run, self.context.env.clone(), copy))
     }
 
     async fn run(&self, id: &RunId) -> Result<Run, ApiError> {
-        self.runs.get(id).ok_or_else(|| {
-            ApiError::new(Reason::NoSuchRun, format!("there is no run {id}"))
-        })
+        self.runs.get(id)
     }
 
     async fn runs(&self) -> Result<Runs, ApiError> {
-        Ok(Runs { runs: self.runs.list() })
+        Ok(self.runs.list())
     }
 
     async fn reload(&self) -> Result<Reloaded, ApiError> {
@@ -537,57 +490,24 @@ impl Backend for Site {
         if self.ready.load(Ordering::Acquire) {
             return Ok(());
         }
-        Err(ApiError::new(Reason::NotReady, "the site is starting or ending"))
-    }
-}
-
-fn note_progress(run: &RunHandle, status: &crate::primary::PrimaryStatus) {
-    if let Some(p) = status.progress {
-        run.progress(Progress { done: p.pages_done, total: p.pages_total, unit: ProgressUnit::Pages });
-    }
-    if let Some(why) = &status.blocked_on {
-        run.detail(format!("waits for {why}"));
-    }
-}
-
-/// Replays a point; the last value says what differs.
-fn verify(
-    copy: &Shared,
-    guest: &GuestId,
-    point: Option<Epoch>,
-) -> Result<(crate::journal::RecoveryPoint, u64, u64, Option<String>), ApiError> {
-    use crate::standby::ReplicaError;
-    let replica = lock(copy);
-    let points = replica.journal().points();
-    let chosen = match point {
-        None => points.last(),
-        Some(epoch) => points.iter().find(|p| p.epoch == epoch),
-    };
-    let chosen = chosen.cloned().ok_or_else(|| match point {
-        Some(epoch) => ApiError::no_such_point(guest, epoch),
-        None => ApiError::new(Reason::NoSuchPoint, format!("guest \"{guest}\" has no recovery point here")),
-    })?;
-    let pages = |layout: &crate::page::Layout| (layout.pages(), layout.ram_pages());
-    let layout = replica.journal().layout().map(pages).unwrap_or_default();
-    match replica.materialise(&chosen) {
-        Ok(_) => Ok((chosen, layout.0, layout.1, None)),
-        Err(ReplicaError::Journal(error)) if error.is_damage() => {
-            Ok((chosen, layout.0, layout.1, Some(error.to_string())))
-        }
-        Err(error @ ReplicaError::Root { .. }) => {
-            Ok((chosen, layout.0, layout.1, Some(error.to_string())))
-        }
-        Err(error) => Err(error.into()),
+        Err(ApiError::new(
+            Reason::NotReady,
+            "the site is starting or ending",
+        ))
     }
 }
 
 /// Bytes that a directory occupies on disk.
 fn used(path: &std::path::Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
-    let Ok(metadata) = std::fs::symlink_metadata(path) else { return 0 };
+    let Ok(metadata) = std::fs::symlink_metadata(path) else {
+        return 0;
+    };
     if !metadata.is_dir() {
         return metadata.blocks() * 512;
     }
     let entries = std::fs::read_dir(path).into_iter().flatten();
-    entries.filter_map(|entry| Some(used(&entry.ok()?.path()))).sum()
+    entries
+        .filter_map(|entry| Some(used(&entry.ok()?.path())))
+        .sum()
 }

@@ -50,11 +50,15 @@ impl SiteContext {
 
     /// How a peer is reached.
     pub fn dialer(&self, peer: &SiteId) -> Result<Arc<TlsDialer>, ApiError> {
-        let dialers = self.dialers.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let dialers = self
+            .dialers
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         dialers.get(peer).cloned().ok_or_else(|| {
             let text = format!("site {peer} is not configured here, or has no address");
-            ApiError::new(Reason::Config, text)
-                .hint(format!("add [peer.{peer}] with address and server_name to the configuration"))
+            ApiError::new(Reason::Config, text).hint(format!(
+                "add [peer.{peer}] with address and server_name to the configuration"
+            ))
         })
     }
 }
@@ -71,7 +75,11 @@ pub(super) fn machine_spec(config: &GuestConfig) -> MachineSpec {
             working_set_pages: u32::try_from(working_set_bytes / PAGE_SIZE as u64)
                 .unwrap_or(u32::MAX),
         },
-        BootConfig::Linux { kernel, initrd, cmdline } => Boot::Linux {
+        BootConfig::Linux {
+            kernel,
+            initrd,
+            cmdline,
+        } => Boot::Linux {
             kernel: kernel.clone(),
             initrd: initrd.clone(),
             cmdline: cmdline.clone(),
@@ -80,7 +88,11 @@ pub(super) fn machine_spec(config: &GuestConfig) -> MachineSpec {
     let disks = config
         .disks
         .iter()
-        .map(|d| DiskSpec { id: d.id.clone(), path: d.path.clone(), read_only: d.read_only })
+        .map(|d| DiskSpec {
+            id: d.id.clone(),
+            path: d.path.clone(),
+            read_only: d.read_only,
+        })
         .collect();
     MachineSpec {
         guest: config.name.clone(),
@@ -132,8 +144,18 @@ pub(super) fn retention(config: &RetentionConfig) -> Retention {
     }
 }
 
+/// Pages of memory of this host.
+pub(super) fn host_pages() -> u64 {
+    // SAFETY: a call without memory of ours.
+    let pages = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) };
+    u64::try_from(pages).unwrap_or(0)
+}
+
 /// The peer that may write a guest here, if any.
 pub(super) fn writer_of(config: &SiteConfig, guest: &GuestId) -> Option<SiteId> {
-    let writer = config.peers.iter().find(|(_, peer)| peer.guests.contains(guest));
+    let writer = config
+        .peers
+        .iter()
+        .find(|(_, peer)| peer.guests.contains(guest));
     writer.map(|(site, _)| site.clone())
 }

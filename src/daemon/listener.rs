@@ -32,7 +32,11 @@ pub(super) fn files(tls: &TlsConfig) -> TlsPaths {
 }
 
 fn times(peer: &PeerConfig) -> LinkTimes {
-    LinkTimes { keepalive: peer.keepalive, dead_after: peer.dead_after, ..LinkTimes::default() }
+    LinkTimes {
+        keepalive: peer.keepalive,
+        dead_after: peer.dead_after,
+        ..LinkTimes::default()
+    }
 }
 
 /// A peer's dialer; `None` if it only connects here.
@@ -114,8 +118,16 @@ pub(super) async fn accept(site: Arc<Site>, mut listener: TlsListener) {
         tokio::spawn(async move {
             let (env, name) = (site.context.env.clone(), site.context.site.clone());
             let (tx, rx) = (accepted.tx, accepted.rx);
-            let (end, guest) =
-                standby::serve(env, name, peer.clone(), tx, rx, HANDSHAKE_MAX, &site.standbys).await;
+            let (end, guest) = standby::serve(
+                env,
+                name,
+                peer.clone(),
+                tx,
+                rx,
+                HANDSHAKE_MAX,
+                &site.standbys,
+            )
+            .await;
             ended(&site, &peer, guest, end).await;
         });
     }
@@ -141,10 +153,17 @@ fn heard(site: &Site, peer: &SiteId, config: &PeerConfig) -> Heard {
     let mut inbound = site.inbound.lock().unwrap_or_else(PoisonError::into_inner);
     let links = inbound.entry(peer.clone()).or_default();
     links.retain(|link| link.strong_count() > 0);
-    let dialed = site.context.dialer(peer).ok().map(|dialer| dialer.stats().clone());
+    let dialed = site
+        .context
+        .dialer(peer)
+        .ok()
+        .map(|dialer| dialer.stats().clone());
     let outbound = dialed.filter(|stats| stats.received_bytes() > 0);
-    let all: Vec<Arc<LinkStats>> =
-        links.iter().filter_map(std::sync::Weak::upgrade).chain(outbound.clone()).collect();
+    let all: Vec<Arc<LinkStats>> = links
+        .iter()
+        .filter_map(std::sync::Weak::upgrade)
+        .chain(outbound.clone())
+        .collect();
     let silent = all.iter().map(|stats| stats.since_received()).min();
     Heard {
         up: silent.is_some_and(|silent| silent < config.dead_after),
@@ -197,7 +216,11 @@ pub(super) fn certificates(material: &TlsMaterial) -> Vec<CertificateStatus> {
     own.chain(cas)
         .map(|(name, info)| CertificateStatus {
             name: name.into(),
-            subject: info.uris.first().cloned().unwrap_or_else(|| info.subject.clone()),
+            subject: info
+                .uris
+                .first()
+                .cloned()
+                .unwrap_or_else(|| info.subject.clone()),
             serial: info.serial.clone(),
             not_after: info.not_after,
         })

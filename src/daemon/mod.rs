@@ -15,10 +15,10 @@ mod context;
 mod listener;
 mod promotion;
 mod record;
-mod runs;
 mod standbys;
 mod status;
 mod supervisor;
+mod verbs;
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -34,14 +34,15 @@ use tokio::task::JoinSet;
 use crate::clock::Env;
 use crate::config::resolved::SiteConfig;
 use crate::config::{self, ConfigError, Files};
+use crate::control::runs::RunBook;
 use crate::control::server;
+use crate::control::socket::AdminSocket;
 use crate::ids::SiteId;
 use crate::metrics::Metrics;
 use crate::transport::{TlsDialer, TlsError, TlsListener, TlsMaterial};
 
 use backend::Site;
 use context::SiteContext;
-use runs::RunBook;
 use standbys::Standbys;
 
 /// Time that an ending site gives its primaries to get checkpoints on their way durable.
@@ -56,7 +57,9 @@ pub enum SiteError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// Another daemon has the state directory.
-    #[error("another daemon uses the state directory {0}: stop it first, or give this site a state directory of its own")]
+    #[error(
+        "another daemon uses the state directory {0}: stop it first, or give this site a state directory of its own"
+    )]
     Locked(PathBuf),
     /// A file or socket.
     #[error("{what} {path}: {source}")]
@@ -73,7 +76,10 @@ pub enum SiteError {
     Tls(#[from] TlsError),
 }
 
-fn io_error(what: &'static str, path: impl std::fmt::Display) -> impl FnOnce(io::Error) -> SiteError {
+fn io_error(
+    what: &'static str,
+    path: impl std::fmt::Display,
+) -> impl FnOnce(io::Error) -> SiteError {
     let path = path.to_string();
     move |source| SiteError::Io { what, path, source }
 }
@@ -116,11 +122,17 @@ struct Transport {
 
 fn transport(config: &SiteConfig, env: &Env) -> Result<Transport, SiteError> {
     let Some(tls) = &config.tls else {
-        return Ok(Transport { material: None, dialers: BTreeMap::new() });
+        return Ok(Transport {
+            material: None,
+            dialers: BTreeMap::new(),
+        });
     };
     let material = TlsMaterial::load(&config.site, listener::files(tls))?;
     let dialers = dialers(config, &material, env);
-    Ok(Transport { material: Some(material), dialers })
+    Ok(Transport {
+        material: Some(material),
+        dialers,
+    })
 }
 
 fn dialers(
@@ -155,26 +167,38 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         replication: config.replication,
         dialers: RwLock::new(transport.dialers),
     });
-    let runs = RunBook::new(env, metrics.clone(), config.state_dir.join("runs"));
-    let site = Arc::new(Site::new(context, config.clone(), standbys.clone(), runs, transport.material.clone()));
+    let runs = RunBook::new(env, metrics.clone());
+    let site = Arc::new(Site::new(
+        context,
+        config.clone(),
+        standbys.clone(),
+        runs,
+        transport.material.clone(),
+    ));
 
     let mut tasks = JoinSet::new();
-    let admin = server::bind_admin(&config.admin_socket)
+    let admin = AdminSocket::bind(&config.admin_socket)
         .map_err(io_error("admin socket", config.admin_socket.display()))?;
     let (stopping, stop) = tokio::sync::watch::channel(false);
-    tasks.spawn(server::serve_admin(admin, site.clone(), metrics.clone(), stop.clone()));
+    let serving = server::serve_admin(admin, site.clone(), metrics.clone(), stopped(stop.clone()));
+    tasks.spawn(logged("admin API", serving));
     if let Some(address) = config.metrics_listen {
         let tcp = tokio::net::TcpListener::bind(address)
             .await
             .map_err(io_error("metrics listener", address))?;
-        tasks.spawn(server::serve_metrics(tcp, site.clone(), metrics.clone(), stop.clone()));
+        let serving = server::serve_public(tcp, site.clone(), metrics.clone(), stopped(stop));
+        tasks.spawn(logged("metrics", serving));
     }
     standbys.open_all().await;
     if let (Some(address), Some(material)) = (config.listen, &transport.material) {
-        let (allowed, options) = (listener::allowed(&config), listener::options(&config, &metrics));
-        let listening = TlsListener::bind(address, material.clone(), allowed, options, Env::system())
-            .await
-            .map_err(io_error("listener for peers", address))?;
+        let (allowed, options) = (
+            listener::allowed(&config),
+            listener::options(&config, &metrics),
+        );
+        let listening =
+            TlsListener::bind(address, material.clone(), allowed, options, Env::system())
+                .await
+                .map_err(io_error("listener for peers", address))?;
         tracing::info!(%address, "accepts peers");
         tasks.spawn(listener::accept(site.clone(), listening));
     }
@@ -191,8 +215,13 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
     tracing::info!("ends; guests live on");
     // Servers that ended by themselves no longer listen.
     let _ = stopping.send(true);
-    if tokio::time::timeout(END_WITHIN, site.release_guests()).await.is_err() {
-        tracing::warn!("not all checkpoints on their way became durable in time; their changes are kept by the guests' monitors");
+    if tokio::time::timeout(END_WITHIN, site.release_guests())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            "not all checkpoints on their way became durable in time; their changes are kept by the guests' monitors"
+        );
     }
     tasks.shutdown().await;
     Ok(())
@@ -214,6 +243,19 @@ async fn signals(site: &Arc<Site>) -> Result<(), SiteError> {
             },
         }
     }
+}
+
+/// A server that ends by itself is worth a line.
+async fn logged(what: &'static str, serving: impl Future<Output = io::Result<()>>) {
+    if let Err(error) = serving.await {
+        tracing::error!(%error, "{what}: the server ended");
+    }
+}
+
+/// Ends when the site does.
+async fn stopped(mut stop: tokio::sync::watch::Receiver<bool>) {
+    // A sender that is gone means the same.
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// Keeps the gauges right between questions.

@@ -8,13 +8,13 @@ use tokio::time::Instant;
 
 use super::context::SiteContext;
 use super::record::guest_dir;
-use super::runs::RunHandle;
 use super::standbys::{Shared, lock};
 use super::status::point_status;
 use super::supervisor::{Handle, Order, Resume};
 use crate::config::resolved::FencingConfig;
 use crate::control::codes::Reason;
-use crate::control::types::{ApiError, FailoverReport, FailoverRequest, RunResult};
+use crate::control::runs::RunHandle;
+use crate::control::types::{ApiError, FailoverReport, FailoverRequest, Run, RunResult};
 use crate::device_state::DeviceState;
 use crate::failover::{DiskFiles, Fence, fence};
 use crate::guest::RunState;
@@ -53,8 +53,18 @@ impl From<ReplicaError> for ApiError {
 }
 
 impl Failover {
-    /// Runs all steps. See `crate::failover` for the drawing.
-    pub async fn run(self, run: RunHandle) -> Result<RunResult, ApiError> {
+    /// Starts it.
+    pub fn spawn(self, run: RunHandle) -> Run {
+        let now = run.run();
+        tokio::spawn(async move {
+            let result = self.carry_out(&run).await;
+            run.finish(result);
+        });
+        now
+    }
+
+    /// All steps. See `crate::failover` for the drawing.
+    async fn carry_out(self, run: &RunHandle) -> Result<RunResult, ApiError> {
         run.step("plan");
         let (point, newest, before) = self.choose().await?;
         let now = self.site.env.now();
@@ -84,7 +94,11 @@ impl Failover {
         run.step("promote");
         let generation = self
             .handle
-            .ask(|reply| Order::Promote { point: point.epoch, above: before, reply })
+            .ask(|reply| Order::Promote {
+                point: point.epoch,
+                above: before,
+                reply,
+            })
             .await?;
         report.generation_after = generation;
         run.detail(format!("generation {before} -> {generation}"));
@@ -96,7 +110,15 @@ impl Failover {
         run.step("resume");
         let resumed = self
             .handle
-            .ask(|reply| Order::Resume(Box::new(Resume { generation, spec, state, ram, reply })))
+            .ask(|reply| {
+                Order::Resume(Box::new(Resume {
+                    generation,
+                    spec,
+                    state,
+                    ram,
+                    reply,
+                }))
+            })
             .await;
         resumed?;
         report.rto_seconds = Some(self.asked.elapsed().as_secs_f64());
@@ -108,8 +130,10 @@ impl Failover {
                 run.detail("the guest runs; its memory image had the recorded root");
                 Ok(RunResult::Failover(report))
             }
-            other => Err(failed(format!("the guest was resumed and is now {other:?}"))
-                .hint(format!("lifeboat guest console {}", self.guest))),
+            other => Err(
+                failed(format!("the guest was resumed and is now {other:?}"))
+                    .hint(format!("lifeboat guest console {}", self.guest)),
+            ),
         }
     }
 
@@ -149,7 +173,10 @@ impl Failover {
         if self.request.fenced_by_operator {
             return Ok("the operator's word".into());
         }
-        let at = self.from.as_ref().map_or("the other site".to_owned(), |s| format!("site {s}"));
+        let at = self
+            .from
+            .as_ref()
+            .map_or("the other site".to_owned(), |s| format!("site {s}"));
         let not_fenced = |why: String| {
             ApiError::new(
                 Reason::NotFenced,
@@ -193,8 +220,12 @@ impl Failover {
         promotion: Promotion,
         generation: Generation,
     ) -> Result<(MachineSpec, DeviceState, OwnedFd), ApiError> {
-        let mut spec: MachineSpec = serde_json::from_slice(&promotion.manifest.machine)
-            .map_err(|e| failed(format!("the point's machine description cannot be read: {e}")))?;
+        let mut spec: MachineSpec =
+            serde_json::from_slice(&promotion.manifest.machine).map_err(|e| {
+                failed(format!(
+                    "the point's machine description cannot be read: {e}"
+                ))
+            })?;
         let state = DeviceState::from_bytes(&promotion.manifest.device_state).map_err(failed)?;
         let ram = promotion.image.fd().try_clone().map_err(failed)?;
         let directory = guest_dir(&self.site.state_dir, &self.guest)
@@ -227,6 +258,9 @@ fn write_disks(
         return Ok(Vec::new());
     }
     let mut disks = DiskFiles::create(layout, &directory).map_err(failed)?;
-    lock(copy).journal().replay(promotion.point.epoch, &mut disks).map_err(failed)?;
+    lock(copy)
+        .journal()
+        .replay(promotion.point.epoch, &mut disks)
+        .map_err(failed)?;
     disks.finish().map_err(failed)
 }

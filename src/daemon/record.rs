@@ -87,7 +87,9 @@ pub enum RecordError {
         source: io::Error,
     },
     /// It is not what we wrote.
-    #[error("{path} is damaged ({why}): it says who owns the guest, so nothing is started; restore the file from a backup, or remove it once you are sure that the guest runs nowhere else")]
+    #[error(
+        "{path} is damaged ({why}): it says who owns the guest, so nothing is started; restore the file from a backup, or remove it once you are sure that the guest runs nowhere else"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -113,7 +115,10 @@ pub fn load(state_dir: &Path, guest: &GuestId) -> Result<Option<GuestRecord>, Re
         Ok(None) => return Ok(None),
         Err(source) => return Err(RecordError::Io { path, source }),
     };
-    let damaged = |why: String| RecordError::Damaged { path: path.clone(), why };
+    let damaged = |why: String| RecordError::Damaged {
+        path: path.clone(),
+        why,
+    };
     let record: GuestRecord = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
     if record.version != GuestRecord::VERSION {
         return Err(damaged(format!("version {} is not known", record.version)));
@@ -124,7 +129,10 @@ pub fn load(state_dir: &Path, guest: &GuestId) -> Result<Option<GuestRecord>, Re
 /// Writes a guest's record durably.
 pub fn store(state_dir: &Path, guest: &GuestId, record: &GuestRecord) -> Result<(), RecordError> {
     let path = path(state_dir, guest);
-    let fail = |source: io::Error| RecordError::Io { path: path.clone(), source };
+    let fail = |source: io::Error| RecordError::Io {
+        path: path.clone(),
+        source,
+    };
     let directory = guest_dir(state_dir, guest);
     std::fs::create_dir_all(&directory).map_err(fail)?;
     let bytes = serde_json::to_vec_pretty(record).expect("a record has only plain fields");
@@ -133,7 +141,9 @@ pub fn store(state_dir: &Path, guest: &GuestId, record: &GuestRecord) -> Result<
 
 /// The guests that have a record here.
 pub fn list(state_dir: &Path) -> Vec<GuestId> {
-    let Ok(entries) = std::fs::read_dir(state_dir.join("guests")) else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir(state_dir.join("guests")) else {
+        return Vec::new();
+    };
     let mut guests: Vec<GuestId> = entries
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok())
         .filter(|guest| path(state_dir, guest).exists())
@@ -152,12 +162,17 @@ mod tests {
         let guest: GuestId = "db1".parse().unwrap();
         assert_eq!(load(state.path(), &guest).unwrap(), None);
         let mut record = GuestRecord::first();
-        record.standing =
-            Standing::Fenced { by: "site-b".parse().unwrap(), generation: Generation(2) };
+        record.standing = Standing::Fenced {
+            by: "site-b".parse().unwrap(),
+            generation: Generation(2),
+        };
         store(state.path(), &guest, &record).unwrap();
         assert_eq!(load(state.path(), &guest).unwrap(), Some(record));
         assert_eq!(list(state.path()), [guest.clone()]);
         std::fs::write(path(state.path(), &guest), b"{").unwrap();
-        assert!(matches!(load(state.path(), &guest), Err(RecordError::Damaged { .. })));
+        assert!(matches!(
+            load(state.path(), &guest),
+            Err(RecordError::Damaged { .. })
+        ));
     }
 }

@@ -42,8 +42,14 @@ struct Inner {
 
 /// What is known of a copy.
 enum Copy {
-    Open { replica: Shared, status: watch::Receiver<ReplicaStatus>, notes: Vec<String> },
-    Failed { why: String },
+    Open {
+        replica: Shared,
+        status: watch::Receiver<ReplicaStatus>,
+        notes: Vec<String>,
+    },
+    Failed {
+        why: String,
+    },
 }
 
 /// Locks a copy. Its own invariants are asserted, and a copy whose owner panicked is opened anew by
@@ -61,20 +67,33 @@ impl Standbys {
             copies: Mutex::default(),
             opening: tokio::sync::Mutex::default(),
         };
-        Self { inner: Arc::new(inner) }
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
     fn config(&self) -> Arc<SiteConfig> {
-        self.inner.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.inner
+            .config
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// A reload.
     pub fn configure(&self, config: Arc<SiteConfig>) {
-        *self.inner.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+        *self
+            .inner
+            .config
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = config;
     }
 
     fn copies(&self) -> MutexGuard<'_, BTreeMap<GuestId, Copy>> {
-        self.inner.copies.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .copies
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Directory of a guest's journal.
@@ -85,9 +104,15 @@ impl Standbys {
     /// Guests that have a journal here, or may get one.
     pub fn guests(&self) -> Vec<GuestId> {
         let config = self.config();
-        let allowed = config.peers.values().flat_map(|peer| peer.guests.iter().cloned());
-        let entries = std::fs::read_dir(&config.journal.path).into_iter().flatten();
-        let there = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok());
+        let allowed = config
+            .peers
+            .values()
+            .flat_map(|peer| peer.guests.iter().cloned());
+        let entries = std::fs::read_dir(&config.journal.path)
+            .into_iter()
+            .flatten();
+        let there =
+            entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok());
         let mut guests: Vec<GuestId> = allowed.chain(there).collect();
         guests.sort();
         guests.dedup();
@@ -112,8 +137,7 @@ impl Standbys {
         if let Some(Copy::Open { replica, .. }) = self.copies().get(guest) {
             return Ok(replica.clone());
         }
-        let (directory, options, owned) =
-            (self.directory(guest), self.options(), guest.clone());
+        let (directory, options, owned) = (self.directory(guest), self.options(), guest.clone());
         let opened = self
             .inner
             .env
@@ -121,18 +145,25 @@ impl Standbys {
             .await;
         match opened {
             Ok((replica, notes)) => {
-                notes.iter().for_each(|note| tracing::warn!(%guest, "journal: {note}"));
+                notes
+                    .iter()
+                    .for_each(|note| tracing::warn!(%guest, "journal: {note}"));
                 let status = replica.subscribe();
                 let replica = Arc::new(Mutex::new(replica));
                 self.watch(guest.clone(), status.clone());
-                let copy = Copy::Open { replica: replica.clone(), status, notes };
+                let copy = Copy::Open {
+                    replica: replica.clone(),
+                    status,
+                    notes,
+                };
                 self.copies().insert(guest.clone(), copy);
                 Ok(replica)
             }
             Err(why) => {
                 let metrics = self.inner.metrics.guest(guest);
                 metrics.journal_error(crate::metrics::labels::JournalOp::Open);
-                self.copies().insert(guest.clone(), Copy::Failed { why: why.clone() });
+                self.copies()
+                    .insert(guest.clone(), Copy::Failed { why: why.clone() });
                 Err(why)
             }
         }
@@ -146,9 +177,12 @@ impl Standbys {
             journal: JournalOptions {
                 segment_bytes: config.journal.segment_bytes,
                 min_free_bytes: config.journal.min_free.of(capacity),
+                owner: format!("the daemon of site {}", config.site),
+                opened_at: self.inner.env.now(),
                 ..JournalOptions::default()
             },
             retention: super::context::retention(&config.retention),
+            ram_pages_max: super::context::host_pages(),
         }
     }
 
@@ -178,14 +212,6 @@ impl Standbys {
                 }
             }
         });
-    }
-
-    /// The copy if it is open.
-    pub fn get(&self, guest: &GuestId) -> Option<Shared> {
-        match self.copies().get(guest) {
-            Some(Copy::Open { replica, .. }) => Some(replica.clone()),
-            _ => None,
-        }
     }
 
     /// Snapshot of a copy; `Err` says why it cannot be used.
@@ -234,8 +260,11 @@ impl Standbys {
                 .collect();
             for (guest, replica) in open {
                 let now = self.inner.env.now();
-                let result =
-                    self.inner.env.offload(move || lock(&replica).maintain(now)).await;
+                let result = self
+                    .inner
+                    .env
+                    .offload(move || lock(&replica).maintain(now))
+                    .await;
                 if let Err(error) = result {
                     self.reopen(&guest, &error).await;
                 }
@@ -249,18 +278,31 @@ fn open(
     guest: &GuestId,
     options: ReplicaOptions,
 ) -> Result<(Replica<DirStore>, Vec<String>), String> {
-    let store = DirStore::new(directory)
-        .map_err(|e| format!("{}: {e}; check that it exists and may be written", directory.display()))?;
+    let store = DirStore::new(directory).map_err(|e| {
+        format!(
+            "{}: {e}; check that it exists and may be written",
+            directory.display()
+        )
+    })?;
     let catalogue = SledCatalogue::open(&directory.join("catalog")).map_err(|e| e.to_string())?;
     let (replica, report) =
         Replica::open(store, Box::new(catalogue), guest, options).map_err(|e| e.to_string())?;
-    Ok((replica, report.notes()))
+    let mut notes = report.notices;
+    notes.extend(
+        report.lost.iter().map(|e| {
+            format!("checkpoint #{e} was durable and is lost: run `lifeboat journal check`")
+        }),
+    );
+    Ok((replica, notes))
 }
 
 impl Lookup<DirStore> for Standbys {
     async fn lookup(&self, peer: &SiteId, open: &Open) -> Result<Shared, Refusal> {
         let config = self.config();
-        let allowed = config.peers.get(peer).is_some_and(|p| p.guests.contains(&open.guest));
+        let allowed = config
+            .peers
+            .get(peer)
+            .is_some_and(|p| p.guests.contains(&open.guest));
         if !allowed {
             return Err(Refusal::Refused(
                 RefuseReason::NotAllowed,
@@ -272,21 +314,33 @@ impl Lookup<DirStore> for Standbys {
         }
         let state_dir = config.state_dir.clone();
         let guest = open.guest.clone();
-        let record = self.inner.env.offload(move || record::load(&state_dir, &guest)).await;
+        let record = self
+            .inner
+            .env
+            .offload(move || record::load(&state_dir, &guest))
+            .await;
         match record {
             Ok(Some(record)) if record.standing == Standing::Active => {
                 if record.generation > open.generation {
                     self.inner.metrics.guest(&open.guest).fence_rejection();
-                    return Err(Refusal::Fenced { generation: record.generation });
+                    return Err(Refusal::Fenced {
+                        generation: record.generation,
+                    });
                 }
                 return Err(Refusal::Refused(
                     RefuseReason::Active,
-                    format!("guest \"{}\" is active at site {} too", open.guest, config.site),
+                    format!(
+                        "guest \"{}\" is active at site {} too",
+                        open.guest, config.site
+                    ),
                 ));
             }
             Ok(_) => {}
             Err(error) => {
-                return Err(Refusal::Refused(RefuseReason::JournalFailed, error.to_string()));
+                return Err(Refusal::Refused(
+                    RefuseReason::JournalFailed,
+                    error.to_string(),
+                ));
             }
         }
         self.copy(&open.guest)

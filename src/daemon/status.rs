@@ -12,7 +12,7 @@ use crate::ids::{Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
 use crate::metrics::GuestMetrics;
 use crate::metrics::labels::{GuestState, Role};
-use crate::primary::{self, Phase, PrimaryStatus};
+use crate::primary::{self, Acked, Phase, PrimaryStatus};
 use crate::standby::ReplicaStatus;
 use crate::vmm::spec::{Boot, MachineSpec};
 
@@ -29,6 +29,23 @@ pub(super) fn point_status(point: &RecoveryPoint, now: Timestamp) -> PointStatus
         root: Some(point.root.to_string()),
         pinned: point.pinned,
         tags: point.tags.clone(),
+        verified_at: None,
+    }
+}
+
+/// A checkpoint that the standby acknowledged, as the primary knows it.
+pub(super) fn acked_status(acked: &Acked, generation: Generation, now: Timestamp) -> PointStatus {
+    PointStatus {
+        epoch: acked.epoch,
+        generation,
+        captured_at: acked.captured_at,
+        durable_at: None,
+        age_seconds: now.since(acked.captured_at).as_secs_f64(),
+        bytes: None,
+        pages: None,
+        root: None,
+        pinned: false,
+        tags: Vec::new(),
         verified_at: None,
     }
 }
@@ -146,7 +163,10 @@ impl Known<'_> {
             (_, Some(Err(why))) => Some(why.clone()),
             (_, Some(Ok(copy))) if copy.problem.is_some() => copy.problem.clone(),
             (_, Some(Ok(copy))) if !copy.receiving => {
-                let from = self.writer.as_ref().map_or("a primary".into(), |s| format!("site {s}"));
+                let from = self
+                    .writer
+                    .as_ref()
+                    .map_or("a primary".into(), |s| format!("site {s}"));
                 Some(format!("nothing arrives from {from}"))
             }
             _ => None,
@@ -155,19 +175,7 @@ impl Known<'_> {
 
     fn last_point(&self) -> Option<PointStatus> {
         if let (Role::Active, Some(acked)) = (self.role(), self.primary.as_ref()?.acked) {
-            return Some(PointStatus {
-                epoch: acked.epoch,
-                generation: self.generation(),
-                captured_at: acked.captured_at,
-                durable_at: None,
-                age_seconds: self.now.since(acked.captured_at).as_secs_f64(),
-                bytes: None,
-                pages: None,
-                root: None,
-                pinned: false,
-                tags: Vec::new(),
-                verified_at: None,
-            });
+            return Some(acked_status(&acked, self.generation(), self.now));
         }
         match self.copy.as_ref()? {
             Ok(copy) => copy.newest.as_ref().map(|p| point_status(p, self.now)),
@@ -194,14 +202,19 @@ impl Known<'_> {
         let copy = self.copy.as_ref().and_then(|c| c.as_ref().ok());
         let view = self.view.clone().unwrap_or_default();
         let primary = self.primary.clone().unwrap_or_default();
-        let peer = if active { view.peer.clone() } else { self.writer.clone() };
+        let peer = if active {
+            view.peer.clone()
+        } else {
+            self.writer.clone()
+        };
         let state = self.state();
         self.metrics.set_role(role);
         self.metrics.set_state(state);
         self.metrics.set_peer(peer.as_ref());
         self.metrics.set_generation(self.generation());
         if let Some(target) = self.rpo_target() {
-            self.metrics.set_rpo_target(std::time::Duration::from_secs_f64(target));
+            self.metrics
+                .set_rpo_target(std::time::Duration::from_secs_f64(target));
         }
         if active {
             self.metrics.set_backlog(primary.backlog_bytes);
@@ -217,17 +230,25 @@ impl Known<'_> {
             rpo_target_seconds: self.rpo_target(),
             rpo_exposure_seconds: self.exposure(),
             last_point: self.last_point(),
-            points: if active { None } else { copy.map(|c| c.points as u64) },
+            points: if active {
+                None
+            } else {
+                copy.map(|c| c.points as u64)
+            },
             oldest_point_at: copy.filter(|_| !active).and_then(|c| c.oldest_at),
             pause_p50_seconds: self.metrics.pause_quantile(0.5),
             pause_p99_seconds: self.metrics.pause_quantile(0.99),
             backlog_bytes: if active { primary.backlog_bytes } else { 0 },
             inflight: if active { primary.inflight as u32 } else { 0 },
             sent_bytes: self.metrics.sent_bytes(),
-            sync: primary.path.clone().filter(|_| active).map(|(path, reason)| SyncStatus {
-                path: sync_path(path),
-                reason,
-            }),
+            sync: primary
+                .path
+                .clone()
+                .filter(|_| active)
+                .map(|(path, reason)| SyncStatus {
+                    path: sync_path(path),
+                    reason,
+                }),
             sync_progress: primary.progress.filter(|_| active).map(|p| Progress {
                 done: p.pages_done,
                 total: p.pages_total,

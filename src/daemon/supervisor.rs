@@ -42,11 +42,19 @@ pub(super) enum Order {
     /// Stop the guest.
     Stop { reply: Reply<Did> },
     /// Replicate it. Answered as soon as the role runs; true if it ran before.
-    Protect { peer: Option<SiteId>, rpo_target: Option<Duration>, reply: Reply<bool> },
+    Protect {
+        peer: Option<SiteId>,
+        rpo_target: Option<Duration>,
+        reply: Reply<bool>,
+    },
     /// Do not replicate it any more; true if it was.
     Unprotect { reply: Reply<bool> },
     /// A failover to this site begins; answered with the generation to promote.
-    Promote { point: Epoch, above: Generation, reply: Reply<Generation> },
+    Promote {
+        point: Epoch,
+        above: Generation,
+        reply: Reply<Generation>,
+    },
     /// Run the guest from a materialised point.
     Resume(Box<Resume>),
     /// The configuration changed.
@@ -100,7 +108,10 @@ impl Handle {
 enum Process {
     Absent,
     Held(BuiltinGuest),
-    Protecting { role: JoinHandle<(Outcome, BuiltinGuest)>, commands: mpsc::Sender<Command> },
+    Protecting {
+        role: JoinHandle<(Outcome, BuiltinGuest)>,
+        commands: mpsc::Sender<Command>,
+    },
 }
 
 struct Supervisor {
@@ -123,10 +134,24 @@ pub(super) fn spawn(
     let (view, view_rx) = watch::channel(View::default());
     let (primary, primary_rx) = watch::channel(PrimaryStatus::default());
     let process = Process::Absent;
-    let supervisor =
-        Supervisor { site, guest, config, record: None, process, view, primary };
+    let supervisor = Supervisor {
+        site,
+        guest,
+        config,
+        record: None,
+        process,
+        view,
+        primary,
+    };
     let task = tokio::spawn(supervisor.run(inbox));
-    (Handle { orders, view: view_rx, primary: primary_rx }, task)
+    (
+        Handle {
+            orders,
+            view: view_rx,
+            primary: primary_rx,
+        },
+        task,
+    )
 }
 
 fn failed(error: impl std::fmt::Display) -> ApiError {
@@ -164,7 +189,10 @@ impl Supervisor {
         self.record = record::load(&self.site.state_dir, &self.guest).map_err(failed)?;
         self.publish();
         let run_dir = self.site.run_dir(&self.guest);
-        if let Some(guest) = BuiltinGuest::adopt(&run_dir, &self.guest).await.map_err(failed)? {
+        if let Some(guest) = BuiltinGuest::adopt(&run_dir, &self.guest)
+            .await
+            .map_err(failed)?
+        {
             tracing::info!(guest = %self.guest, pid = guest.pid(), "found the guest running");
             return self.adopted(guest).await;
         }
@@ -219,7 +247,11 @@ impl Supervisor {
             v.rpo_target = Some(rpo_target);
             v.protecting = protecting;
             if v.machine.is_none() {
-                v.machine = self.record.as_ref().and_then(|r| r.machine.clone()).or(configured);
+                v.machine = self
+                    .record
+                    .as_ref()
+                    .and_then(|r| r.machine.clone())
+                    .or(configured);
             }
             if matches!(self.process, Process::Absent) {
                 (v.run_state, v.pid) = (None, None);
@@ -240,15 +272,20 @@ impl Supervisor {
     fn rpo_target(&self) -> Duration {
         let given = self.record.as_ref().and_then(|r| r.rpo_target_ms);
         given.map(Duration::from_millis).unwrap_or_else(|| {
-            self.config.as_ref().map_or(self.site.replication.rpo_target, |c| {
-                c.replication.rpo_target
-            })
+            self.config
+                .as_ref()
+                .map_or(self.site.replication.rpo_target, |c| {
+                    c.replication.rpo_target
+                })
         })
     }
 
     fn save(&mut self, record: GuestRecord) -> Result<(), ApiError> {
         record::store(&self.site.state_dir, &self.guest, &record).map_err(failed)?;
-        self.site.metrics.guest(&self.guest).set_generation(record.generation);
+        self.site
+            .metrics
+            .guest(&self.guest)
+            .set_generation(record.generation);
         self.record = Some(record);
         self.publish();
         Ok(())
@@ -259,15 +296,29 @@ impl Supervisor {
         match order {
             Order::Start { force, reply } => drop(reply.send(self.start(force).await)),
             Order::Stop { reply } => drop(reply.send(self.stop().await)),
-            Order::Protect { peer, rpo_target, reply } => {
+            Order::Protect {
+                peer,
+                rpo_target,
+                reply,
+            } => {
                 drop(reply.send(self.protect(peer, rpo_target)));
             }
             Order::Unprotect { reply } => drop(reply.send(self.unprotect().await)),
-            Order::Promote { point, above, reply } => {
+            Order::Promote {
+                point,
+                above,
+                reply,
+            } => {
                 drop(reply.send(self.promote(point, above)));
             }
             Order::Resume(resume) => {
-                let Resume { generation, spec, state, ram, reply } = *resume;
+                let Resume {
+                    generation,
+                    spec,
+                    state,
+                    ram,
+                    reply,
+                } = *resume;
                 drop(reply.send(self.resume(generation, spec, state, ram).await));
             }
             Order::Configure(config) => {
@@ -283,7 +334,9 @@ impl Supervisor {
             return match &self.view.borrow().run_state {
                 Some(RunState::Failed(why) | RunState::Stopped(why)) => Err(ApiError::new(
                     Reason::WrongState,
-                    format!("the guest ended ({why}) and its process is kept so that this can be seen"),
+                    format!(
+                        "the guest ended ({why}) and its process is kept so that this can be seen"
+                    ),
                 )
                 .hint(format!("lifeboat guest stop {}", self.guest))),
                 _ => Ok(Did::AlreadyRunning),
@@ -295,7 +348,10 @@ impl Supervisor {
             Standing::Fenced { by, generation } => {
                 return Err(ApiError::new(
                     Reason::Fenced,
-                    format!("site {by} owns the guest with generation {generation}; this site has {}", record.generation),
+                    format!(
+                        "site {by} owns the guest with generation {generation}; this site has {}",
+                        record.generation
+                    ),
                 ));
             }
             Standing::Promoting { point } => {
@@ -317,9 +373,10 @@ impl Supervisor {
             self.ask_peer(&peer, &record, &spec).await?;
         }
         self.save(record)?;
-        let unbooted = BuiltinGuest::spawn(&self.site.exe, &self.site.run_dir(&self.guest), &self.guest)
-            .await
-            .map_err(failed)?;
+        let unbooted =
+            BuiltinGuest::spawn(&self.site.exe, &self.site.run_dir(&self.guest), &self.guest)
+                .await
+                .map_err(failed)?;
         let guest = unbooted.boot(&spec).await.map_err(failed)?;
         self.hold(guest);
         self.problem(None);
@@ -337,11 +394,14 @@ impl Supervisor {
         let options = self.options(peer, record.generation)?;
         let dialer = self.site.dialer(peer)?;
         let layout = spec.layout().map_err(failed)?;
-        let machine = serde_json::to_vec(spec).expect("a machine description has only plain fields");
+        let machine =
+            serde_json::to_vec(spec).expect("a machine description has only plain fields");
         match primary::ask_owner(&self.site.env, &*dialer, &options, &layout, &machine).await {
             Ownership::Ours => Ok(()),
             Ownership::Fenced { generation, site } => {
-                let text = format!("the guest was failed over: site {site} owns it with generation {generation}");
+                let text = format!(
+                    "the guest was failed over: site {site} owns it with generation {generation}"
+                );
                 self.fence(record.clone(), generation, site)?;
                 Err(ApiError::new(Reason::Fenced, text))
             }
@@ -365,7 +425,10 @@ impl Supervisor {
         by: SiteId,
     ) -> Result<(), ApiError> {
         tracing::error!(guest = %self.guest, %generation, site = %by, "fenced: another site owns the guest");
-        self.save(GuestRecord { standing: Standing::Fenced { by, generation }, ..record })
+        self.save(GuestRecord {
+            standing: Standing::Fenced { by, generation },
+            ..record
+        })
     }
 
     /// Takes the guest back from its role, if it has one.
@@ -412,8 +475,15 @@ impl Supervisor {
         }
     }
 
-    fn options(&self, peer: &SiteId, generation: Generation) -> Result<primary::PrimaryOptions, ApiError> {
-        let replication = self.config.as_ref().map_or(&self.site.replication, |c| &c.replication);
+    fn options(
+        &self,
+        peer: &SiteId,
+        generation: Generation,
+    ) -> Result<primary::PrimaryOptions, ApiError> {
+        let replication = self
+            .config
+            .as_ref()
+            .map_or(&self.site.replication, |c| &c.replication);
         let mut options = primary_options(&self.site, &self.guest, peer, generation, replication);
         options.rpo_target = self.rpo_target();
         Ok(options)
@@ -425,12 +495,20 @@ impl Supervisor {
         rpo_target: Option<Duration>,
     ) -> Result<bool, ApiError> {
         let Some(peer) = peer.or_else(|| self.peer()) else {
-            return Err(ApiError::new(Reason::Usage, "no site is given to replicate the guest to")
-                .hint("name one with --peer, or as `peer` in the guest's configuration"));
+            return Err(
+                ApiError::new(Reason::Usage, "no site is given to replicate the guest to")
+                    .hint("name one with --peer, or as `peer` in the guest's configuration"),
+            );
         };
-        let Some(mut record) = self.record.clone().filter(|r| r.standing == Standing::Active) else {
-            return Err(ApiError::new(Reason::WrongState, "the guest is not active at this site")
-                .hint(format!("lifeboat guest start {}", self.guest)));
+        let Some(mut record) = self
+            .record
+            .clone()
+            .filter(|r| r.standing == Standing::Active)
+        else {
+            return Err(
+                ApiError::new(Reason::WrongState, "the guest is not active at this site")
+                    .hint(format!("lifeboat guest start {}", self.guest)),
+            );
         };
         if let Process::Protecting { .. } = self.process {
             if record.protected_to.as_ref() == Some(&peer) {
@@ -456,10 +534,16 @@ impl Supervisor {
 
     /// Gives the guest to a primary role, if it runs and is to be replicated.
     fn protect_if_wanted(&mut self) -> Result<(), ApiError> {
-        let Some(record) = self.record.clone().filter(|r| r.standing == Standing::Active) else {
+        let Some(record) = self
+            .record
+            .clone()
+            .filter(|r| r.standing == Standing::Active)
+        else {
             return Ok(());
         };
-        let Some(peer) = record.protected_to else { return Ok(()) };
+        let Some(peer) = record.protected_to else {
+            return Ok(());
+        };
         if !matches!(self.process, Process::Held(_)) {
             return Ok(());
         }
@@ -506,7 +590,11 @@ impl Supervisor {
                 r.generation
             }
             // The number this promotion already raised, and was interrupted after.
-            Some(r) if matches!(r.standing, Standing::Promoting { .. }) && r.generation == above => above,
+            Some(r)
+                if matches!(r.standing, Standing::Promoting { .. }) && r.generation == above =>
+            {
+                above
+            }
             Some(r) if r.standing == Standing::Active => {
                 let text = "this site owns the guest already";
                 return Err(ApiError::new(Reason::WrongState, text)
@@ -601,7 +689,9 @@ impl Supervisor {
 
     /// Asks a guest without a role how it is.
     async fn look(&mut self) {
-        let Process::Held(guest) = &mut self.process else { return };
+        let Process::Held(guest) = &mut self.process else {
+            return;
+        };
         match guest.state().await {
             Ok(state) => self.view.send_modify(|v| v.run_state = Some(state)),
             Err(error) => {

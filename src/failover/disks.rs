@@ -50,7 +50,10 @@ impl Drop for DiskFile {
 
 impl DiskFile {
     fn create(path: PathBuf, id: DiskId, bytes: usize) -> Result<Self, DisksError> {
-        let fail = |source: io::Error| DisksError::Io { path: path.clone(), source };
+        let fail = |source: io::Error| DisksError::Io {
+            path: path.clone(),
+            source,
+        };
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -73,7 +76,13 @@ impl DiskFile {
         if at == libc::MAP_FAILED {
             return Err(fail(io::Error::last_os_error()));
         }
-        Ok(Self { id, path, file, at: at.cast(), bytes })
+        Ok(Self {
+            id,
+            path,
+            file,
+            at: at.cast(),
+            bytes,
+        })
     }
 }
 
@@ -82,7 +91,10 @@ impl DiskFiles {
     /// space of the whole disk first, so that a full file system is an error here and not a fault
     /// while pages are written.
     pub fn create(layout: &Layout, directory: &Path) -> Result<Self, DisksError> {
-        let fail = |source: io::Error| DisksError::Io { path: directory.to_owned(), source };
+        let fail = |source: io::Error| DisksError::Io {
+            path: directory.to_owned(),
+            source,
+        };
         std::fs::create_dir_all(directory).map_err(fail)?;
         let mut disks = Vec::new();
         for region in layout.regions() {
@@ -98,18 +110,28 @@ impl DiskFiles {
             };
             if reserved != 0 {
                 let source = io::Error::from_raw_os_error(reserved);
-                return Err(DisksError::Io { path: disk.path.clone(), source });
+                return Err(DisksError::Io {
+                    path: disk.path.clone(),
+                    source,
+                });
             }
             disks.push(Some(disk));
         }
-        Ok(Self { layout: layout.clone(), disks, scratch: Box::new([0; PAGE_SIZE]) })
+        Ok(Self {
+            layout: layout.clone(),
+            disks,
+            scratch: Box::new([0; PAGE_SIZE]),
+        })
     }
 
     /// Makes what was written durable and returns the files.
     pub fn finish(self) -> Result<Vec<(DiskId, PathBuf)>, DisksError> {
         let mut files = Vec::new();
         for disk in self.disks.iter().flatten() {
-            let fail = |source: io::Error| DisksError::Io { path: disk.path.clone(), source };
+            let fail = |source: io::Error| DisksError::Io {
+                path: disk.path.clone(),
+                source,
+            };
             // SAFETY: the whole mapping of `create`, which lives as long as `disk`.
             if unsafe { libc::msync(disk.at.cast(), disk.bytes, libc::MS_SYNC) } < 0 {
                 return Err(fail(io::Error::last_os_error()));
@@ -131,7 +153,10 @@ impl PageImage for DiskFiles {
             return Ok(&mut self.scratch);
         };
         let offset = addr.page as usize * PAGE_SIZE;
-        assert!(offset + PAGE_SIZE <= disk.bytes, "the layout gave the file its size");
+        assert!(
+            offset + PAGE_SIZE <= disk.bytes,
+            "the layout gave the file its size"
+        );
         // SAFETY: inside the mapping (asserted); `&mut self` makes this the only reference.
         Ok(unsafe { &mut *disk.at.add(offset).cast() })
     }

@@ -95,8 +95,14 @@ mod tests {
         let long = Duration::from_secs(20);
         fence(&fence_with(&["true"], long)).await.unwrap();
         let script = "test \"$LIFEBOAT_GUEST-$LIFEBOAT_SITE-$LIFEBOAT_GENERATION\" = db1-site-a-7";
-        fence(&fence_with(&["sh", "-c", script], long)).await.unwrap();
-        let refused = fence(&fence_with(&["sh", "-c", "echo no power >&2; exit 3"], long)).await;
+        fence(&fence_with(&["sh", "-c", script], long))
+            .await
+            .unwrap();
+        let refused = fence(&fence_with(
+            &["sh", "-c", "echo no power >&2; exit 3"],
+            long,
+        ))
+        .await;
         assert!(matches!(refused, Err(FenceError::Refused { output, .. }) if output == "no power"));
         let missing = fence(&fence_with(&["/nonexistent/fence"], long)).await;
         assert!(matches!(missing, Err(FenceError::Start(..))));

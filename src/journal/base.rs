@@ -67,7 +67,11 @@ fn leaves_name(region: usize) -> String {
 }
 
 pub(super) fn place(addr: PageAddr) -> String {
-    format!("page {} of {}", addr.page, content_name(usize::from(addr.region.0)))
+    format!(
+        "page {} of {}",
+        addr.page,
+        content_name(usize::from(addr.region.0))
+    )
 }
 
 impl<S: Store> Base<S> {
@@ -124,7 +128,10 @@ impl<S: Store> Base<S> {
     /// Pages of each region.
     pub fn regions(&self) -> impl Iterator<Item = (RegionId, u32)> + use<S> {
         let pages: Vec<u32> = self.regions.iter().map(|r| r.pages).collect();
-        pages.into_iter().enumerate().map(|(i, pages)| (RegionId(i as u16), pages))
+        pages
+            .into_iter()
+            .enumerate()
+            .map(|(i, pages)| (RegionId(i as u16), pages))
     }
 
     fn region(&self, id: RegionId) -> &RegionFiles<S::File> {
@@ -158,9 +165,12 @@ impl<S: Store> Base<S> {
             content = vec![0; leaves.len() * PAGE_SIZE];
             let offset = u64::from(range.start) * PAGE_SIZE as u64;
             let name = content_name(usize::from(id.0));
-            self.region(id).content.read_at(offset, &mut content).map_err(|e| {
-                JournalError::corrupt(name, format!("it cannot be read at {offset}: {e}"))
-            })?;
+            self.region(id)
+                .content
+                .read_at(offset, &mut content)
+                .map_err(|e| {
+                    JournalError::corrupt(name, format!("it cannot be read at {offset}: {e}"))
+                })?;
         }
         Ok(Chunk {
             start: range.start,
@@ -284,7 +294,11 @@ impl<'a, S: Store> Writer<'a, S> {
             if self.cache.len() >= CACHE_PAGES {
                 self.flush()?;
             }
-            let page = if whole { Box::new([0; PAGE_SIZE]) } else { self.load(addr)? };
+            let page = if whole {
+                Box::new([0; PAGE_SIZE])
+            } else {
+                self.load(addr)?
+            };
             self.cache.insert(addr, page);
         }
         Ok(self.cache.get_mut(&addr).expect("inserted above"))

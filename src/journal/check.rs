@@ -3,9 +3,9 @@
 use super::base::{self, Base, CHUNK_PAGES, Stored};
 use super::catalogue::Hints;
 use super::error::JournalError;
+use super::marks::Marks;
 use super::open::Journal;
 use super::recover::{Recovery, RecoveryReport, read_part, verify_frame};
-use super::marks::Marks;
 use super::store::Store;
 use super::superblock::{self, Slot};
 use crate::frame::FrameError;
@@ -141,7 +141,11 @@ impl<S: Store> Journal<S> {
         self.usable()?;
         let mut report = CheckReport::default();
         let has_base = self.super_.base_epoch > Epoch(0);
-        let pages = self.layout.as_ref().filter(|_| has_base).map_or(0, |l| l.pages());
+        let pages = self
+            .layout
+            .as_ref()
+            .filter(|_| has_base)
+            .map_or(0, |l| l.pages());
         let frames: u64 = self.frames.iter().map(|f| f.bytes).sum();
         let mut state = CheckProgress {
             done: 0,
@@ -153,7 +157,11 @@ impl<S: Store> Journal<S> {
             let mut bytes = Vec::new();
             let read = read_part(&self.segments, at, &mut bytes).is_ok();
             if !read || Marks::parse(&bytes, self.super_.journal).is_none() {
-                report.find(at.to_string(), "the record of tags and pins is damaged", None);
+                report.find(
+                    at.to_string(),
+                    "the record of tags and pins is damaged",
+                    None,
+                );
             }
         }
         if has_base && let Err(error) = self.check_base(&mut report, &mut state, progress) {
@@ -165,7 +173,10 @@ impl<S: Store> Journal<S> {
     fn check_superblocks(&self, report: &mut CheckReport) -> Result<(), JournalError> {
         let listed = |e| JournalError::io("list the files of", &self.store.place(), e);
         let names = self.store.list().map_err(listed)?;
-        for (slot, name) in superblock::read(&self.store, &names)?.iter().zip(superblock::NAMES) {
+        for (slot, name) in superblock::read(&self.store, &names)?
+            .iter()
+            .zip(superblock::NAMES)
+        {
             let what = match slot {
                 Slot::Valid(content) if **content == self.super_ => continue,
                 Slot::Valid(_) => "it is not the newest superblock",
@@ -203,7 +214,11 @@ impl<S: Store> Journal<S> {
             match verified {
                 Ok((_, footer)) if footer.root == info.root => {}
                 Ok(_) => {
-                    report.find(format!("epoch {}", info.epoch), "its root is another one", from);
+                    report.find(
+                        format!("epoch {}", info.epoch),
+                        "its root is another one",
+                        from,
+                    );
                 }
                 Err(JournalError::Corrupt { location, why }) => report.find(location, &why, from),
                 Err(error) => {
@@ -277,7 +292,12 @@ impl<S: Store> Journal<S> {
             now: self.options.opened_at,
         }
         .run(true);
-        for loc in self.frames.iter().flat_map(|f| &f.parts).chain(&self.marks_at) {
+        for loc in self
+            .frames
+            .iter()
+            .flat_map(|f| &f.parts)
+            .chain(&self.marks_at)
+        {
             self.segments.release(*loc);
         }
         self.marks_at = None;
@@ -286,7 +306,11 @@ impl<S: Store> Journal<S> {
         let taken = self.take(recovered, &Hints::default());
         let report = self.guard(taken)?;
         self.flush_catalogue();
-        tracing::info!(rows = stale, points = report.points, "the catalogue was rebuilt");
+        tracing::info!(
+            rows = stale,
+            points = report.points,
+            "the catalogue was rebuilt"
+        );
         Ok(report)
     }
 }

@@ -50,7 +50,9 @@ impl Pending {
 
     fn fits(&self, layout: &Layout) -> bool {
         self.extent.iter().all(|(region, end)| {
-            layout.get(*region).is_some_and(|r| *end <= u64::from(r.pages))
+            layout
+                .get(*region)
+                .is_some_and(|r| *end <= u64::from(r.pages))
         })
     }
 }
@@ -110,7 +112,10 @@ impl<S: Store> Journal<S> {
             return Err(JournalError::LayoutChanged);
         }
         if !pending.fits(&layout) {
-            return Err(order(&pending.first, "it names pages outside its own layout"));
+            return Err(order(
+                &pending.first,
+                "it names pages outside its own layout",
+            ));
         }
         let loc = self.append(last_part)?;
         self.segments.sync(Lane::Commit)?;
@@ -124,7 +129,10 @@ impl<S: Store> Journal<S> {
             let old = std::mem::take(&mut self.frames);
             for frame in &old {
                 self.rows.remove_frame(frame.epoch);
-                frame.parts.iter().for_each(|loc| self.segments.release(*loc));
+                frame
+                    .parts
+                    .iter()
+                    .for_each(|loc| self.segments.release(*loc));
             }
             self.fold = None;
         }

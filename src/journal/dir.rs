@@ -172,11 +172,7 @@ impl Store for DirStore {
     }
 
     fn open(&self, name: &str, access: Access, writable: bool) -> io::Result<DirFile> {
-        self.with_options(
-            name,
-            access,
-            OpenOptions::new().read(true).write(writable),
-        )
+        self.with_options(name, access, OpenOptions::new().read(true).write(writable))
     }
 
     fn create(&self, name: &str, access: Access) -> io::Result<DirFile> {

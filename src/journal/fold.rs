@@ -154,7 +154,10 @@ impl<S: Store> Journal<S> {
             let damaged = |e: FrameError| JournalError::corrupt(loc.to_string(), e);
             let view = PartView::verify(&buffer).map_err(damaged)?;
             if !info.owns(view.header(), fold.part) {
-                return Err(JournalError::corrupt(loc.to_string(), "it is another frame"));
+                return Err(JournalError::corrupt(
+                    loc.to_string(),
+                    "it is another frame",
+                ));
             }
             view.check_layout(&layout).map_err(damaged)?;
             let mut image = FoldImage {
@@ -208,7 +211,10 @@ impl<S: Store> Journal<S> {
         })?;
         for frame in self.frames.drain(..fold.frame) {
             self.rows.remove_frame(frame.epoch);
-            frame.parts.iter().for_each(|loc| self.segments.release(*loc));
+            frame
+                .parts
+                .iter()
+                .for_each(|loc| self.segments.release(*loc));
         }
         self.refresh_points();
         Ok(())

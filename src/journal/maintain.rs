@@ -147,7 +147,11 @@ impl<S: Store> Journal<S> {
         }
         let keep = self.segments.usage().live.max(4) as usize;
         let trimmed = self.segments.trim(&self.store, keep);
-        Ok(if self.guard(trimmed)? { Work::Trim } else { Work::Nothing })
+        Ok(if self.guard(trimmed)? {
+            Work::Trim
+        } else {
+            Work::Nothing
+        })
     }
 
     /// The newest point of those that are to be folded now.
@@ -231,7 +235,10 @@ impl<S: Store> Journal<S> {
                 let damaged = |e: FrameError| JournalError::corrupt(loc.to_string(), e);
                 let header = crate::frame::PartHeader::parse(&buffer).map_err(damaged)?;
                 if !info.owns(&header, number) {
-                    return Err(JournalError::corrupt(loc.to_string(), "it is another frame"));
+                    return Err(JournalError::corrupt(
+                        loc.to_string(),
+                        "it is another frame",
+                    ));
                 }
                 merger.add(&buffer).map_err(damaged)?;
             }

@@ -84,8 +84,7 @@ impl Marks {
             return None;
         }
         let body = u32::from_le_bytes(block[12..16].try_into().expect("4 bytes")) as usize;
-        (body <= MARKS_BYTES_MAX)
-            .then(|| (BODY_AT + body + HASH_BYTES).next_multiple_of(BLOCK))
+        (body <= MARKS_BYTES_MAX).then(|| (BODY_AT + body + HASH_BYTES).next_multiple_of(BLOCK))
     }
 
     /// Reads a whole record.
@@ -132,7 +131,10 @@ mod tests {
             let mut bad = bytes.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
             let read = Marks::parse(&bad, journal);
-            assert!(read.is_none() || read == Marks::parse(&bytes, journal), "bit {bit}");
+            assert!(
+                read.is_none() || read == Marks::parse(&bytes, journal),
+                "bit {bit}"
+            );
         }
     }
 }

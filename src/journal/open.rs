@@ -83,7 +83,10 @@ impl Rows {
     /// Removes all rows; returns how many there were.
     pub fn forget(&mut self) -> Result<usize, JournalError> {
         let rows = self.catalogue.rows()?;
-        self.waiting = rows.iter().map(|(key, _)| Change::Remove(key.clone())).collect();
+        self.waiting = rows
+            .iter()
+            .map(|(key, _)| Change::Remove(key.clone()))
+            .collect();
         Ok(rows.len())
     }
 
@@ -102,7 +105,8 @@ impl Rows {
             return;
         }
         let value = encode(SCAN_FROM_KEY, &scan_from);
-        self.waiting.push(Change::Put(SCAN_FROM_KEY.to_vec(), value));
+        self.waiting
+            .push(Change::Put(SCAN_FROM_KEY.to_vec(), value));
         let stored = self
             .catalogue
             .apply(&self.waiting)
@@ -162,9 +166,11 @@ impl<S: Store> Journal<S> {
             !options.read_only,
         )
         .map_err(read_only_disk)?;
-        notices.extend(unusable.iter().map(|u| {
-            format!("{} is damaged: {}", segment::file_name(u.segment), u.why)
-        }));
+        notices.extend(
+            unusable
+                .iter()
+                .map(|u| format!("{} is damaged: {}", segment::file_name(u.segment), u.why)),
+        );
         notices.extend(catalogue.notice());
         let hints = match catalogue.rows() {
             Ok(rows) => Hints::read(rows),
@@ -303,7 +309,11 @@ impl<S: Store> Journal<S> {
         let Some(last) = self.frames.last().and_then(|f| f.parts.last()) else {
             return;
         };
-        let all = self.frames.iter().flat_map(|f| &f.parts).chain(&self.marks_at);
+        let all = self
+            .frames
+            .iter()
+            .flat_map(|f| &f.parts)
+            .chain(&self.marks_at);
         let end = all
             .filter(|loc| loc.segment == last.segment)
             .map(|loc| loc.end())
@@ -484,7 +494,10 @@ impl<S: Store> Journal<S> {
         let view = PartView::verify(&bytes).map_err(damaged)?;
         let root = view.footer().map(|f| f.root);
         if !info.owns(view.header(), info.parts.len() - 1) || root != Some(info.root) {
-            return Err(JournalError::corrupt(last.to_string(), "it is another frame"));
+            return Err(JournalError::corrupt(
+                last.to_string(),
+                "it is another frame",
+            ));
         }
         view.manifest().map_err(damaged)
     }

@@ -144,7 +144,10 @@ pub(super) fn read_part<S: Store>(
     buffer.resize(loc.len as usize, 0);
     match segments.read(loc, buffer) {
         Ok(true) => Ok(()),
-        Ok(false) => Err(JournalError::corrupt(loc.to_string(), "it is not there any more")),
+        Ok(false) => Err(JournalError::corrupt(
+            loc.to_string(),
+            "it is not there any more",
+        )),
         Err(error) => Err(JournalError::corrupt(
             loc.to_string(),
             format!("it cannot be read: {error}"),
@@ -275,7 +278,10 @@ impl<S: Store> Recovery<'_, S> {
         Recovered {
             chain,
             highest,
-            marks: found.marks.into_iter().max_by_key(|(m, loc)| (m.number, *loc)),
+            marks: found
+                .marks
+                .into_iter()
+                .max_by_key(|(m, loc)| (m.number, *loc)),
             report,
             unsynced,
         }
@@ -398,7 +404,9 @@ impl<S: Store> Recovery<'_, S> {
         // The newest frame of a quick attempt may rest on its row alone.
         if !thorough && let Some(newest) = chain.last() {
             if let Err(error) = verify_frame(self.segments, &newest.parts, &mut |_| Ok(())) {
-                report.notices.push(format!("epoch {}: {error}", newest.epoch));
+                report
+                    .notices
+                    .push(format!("epoch {}: {error}", newest.epoch));
                 chain.pop();
             }
         }
@@ -458,7 +466,11 @@ impl<S: Store> Recovery<'_, S> {
             list.push(header.epoch);
         }
         // Rows whose frames are gone altogether.
-        let gone = self.hints.frames.range(end.next()..).map(|(epoch, _)| *epoch);
+        let gone = self
+            .hints
+            .frames
+            .range(end.next()..)
+            .map(|(epoch, _)| *epoch);
         report.lost.extend(gone);
         for list in [&mut report.lost, &mut report.torn] {
             list.sort_unstable();

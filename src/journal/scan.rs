@@ -81,7 +81,10 @@ pub(super) fn scan<S: Store>(
         let Some(block) = window.block(offset) else {
             found.unreadable.push(loc(offset, BLOCK).to_string());
             // The rest of a file that was cut would fail block by block; a bad sector is rare.
-            if segments.read_raw(number, end - BLOCK as u64, &mut [0; BLOCK]).is_err() {
+            if segments
+                .read_raw(number, end - BLOCK as u64, &mut [0; BLOCK])
+                .is_err()
+            {
                 return;
             }
             offset += BLOCK as u64;

@@ -255,7 +255,10 @@ impl<S: Store> Segments<S> {
         let Some(segment) = self.files.get(&loc.segment) else {
             return Ok(false);
         };
-        if segment.sequence.unwrap_or(0) != loc.sequence || loc.end() > self.segment_bytes || into.len() > loc.len as usize {
+        if segment.sequence.unwrap_or(0) != loc.sequence
+            || loc.end() > self.segment_bytes
+            || into.len() > loc.len as usize
+        {
             return Ok(false);
         }
         segment.file.read_at(u64::from(loc.offset), into)?;
@@ -286,7 +289,11 @@ impl<S: Store> Segments<S> {
 
     /// Goes on appending after `end` of a segment that was written before.
     pub fn resume(&mut self, lane: Lane, number: u32, end: u64) {
-        if self.files.get(&number).is_some_and(|s| s.sequence.is_some()) {
+        if self
+            .files
+            .get(&number)
+            .is_some_and(|s| s.sequence.is_some())
+        {
             self.lanes[lane as usize] = Some(Cursor {
                 segment: number,
                 offset: end,
@@ -375,8 +382,7 @@ impl<S: Store> Segments<S> {
     }
 
     fn in_use(&self, number: u32) -> bool {
-        self.ready.contains(&number)
-            || self.lanes.iter().flatten().any(|c| c.segment == number)
+        self.ready.contains(&number) || self.lanes.iter().flatten().any(|c| c.segment == number)
     }
 
     fn free(&self) -> impl Iterator<Item = u32> {
@@ -416,12 +422,19 @@ impl<S: Store> Segments<S> {
         }
         let growing = self.growing.as_mut().expect("set above");
         let name = file_name(growing.number);
-        let step = if whole { self.segment_bytes } else { PREPARE_STEP as u64 };
+        let step = if whole {
+            self.segment_bytes
+        } else {
+            PREPARE_STEP as u64
+        };
         let until = (growing.zeroed + step).min(self.segment_bytes);
         let zeros = super::dir::AlignedBuf::new(PREPARE_STEP.min(self.segment_bytes as usize));
         while growing.zeroed < until {
             let piece = (until - growing.zeroed).min(zeros.len() as u64);
-            if let Err(error) = growing.file.write_at(growing.zeroed, &zeros[..piece as usize]) {
+            if let Err(error) = growing
+                .file
+                .write_at(growing.zeroed, &zeros[..piece as usize])
+            {
                 let error = self.write_error(store, &name, error);
                 self.growing = None;
                 // The half-made file would keep the space that is missing. If it cannot be removed
@@ -472,7 +485,10 @@ impl<S: Store> Segments<S> {
         let sequence = self.next_sequence;
         let header = pack_header(number, self.journal, sequence);
         let segment = self.files.get_mut(&number).expect("a free segment");
-        assert_eq!(segment.live, 0, "a segment with live content is not recycled");
+        assert_eq!(
+            segment.live, 0,
+            "a segment with live content is not recycled"
+        );
         if let Err(error) = segment.file.write_at(0, &header) {
             return Err(self.write_error(store, &file_name(number), error));
         }
@@ -517,7 +533,9 @@ mod tests {
 
     fn open(store: &MemStore) -> Segments<MemStore> {
         let names = store.list().unwrap();
-        Segments::open(store, &names, JournalId([1; 16]), BYTES, 0, true).unwrap().0
+        Segments::open(store, &names, JournalId([1; 16]), BYTES, 0, true)
+            .unwrap()
+            .0
     }
 
     #[test]
@@ -526,7 +544,9 @@ mod tests {
         let mut segments = open(&store);
         let mut live = Vec::new();
         for i in 0..100u8 {
-            let loc = segments.append(&store, Lane::Commit, &[i; 4 * BLOCK]).unwrap();
+            let loc = segments
+                .append(&store, Lane::Commit, &[i; 4 * BLOCK])
+                .unwrap();
             segments.sync(Lane::Commit).unwrap();
             live.push((i, loc));
             if live.len() > 6 {
@@ -558,7 +578,9 @@ mod tests {
             segments.append(&store, Lane::Commit, &[1; BLOCK]).unwrap();
         }
         for _ in 0..2 {
-            let error = segments.append(&store, Lane::Commit, &[1; BLOCK]).unwrap_err();
+            let error = segments
+                .append(&store, Lane::Commit, &[1; BLOCK])
+                .unwrap_err();
             assert!(matches!(error, JournalError::NoSpace { .. }), "{error}");
         }
         assert_eq!(store.files().len(), 1);

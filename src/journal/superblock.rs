@@ -144,7 +144,11 @@ pub(super) fn decide(slots: [Slot; 2], segments: bool) -> Verdict {
             repair: None,
         },
         [Slot::Valid(a), Slot::Valid(b)] => {
-            let (content, repair) = if a.sequence >= b.sequence { (a, 1) } else { (b, 0) };
+            let (content, repair) = if a.sequence >= b.sequence {
+                (a, 1)
+            } else {
+                (b, 0)
+            };
             Verdict::Use {
                 content,
                 repair: Some((repair, "it is older".to_owned())),

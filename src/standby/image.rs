@@ -17,7 +17,9 @@ use crate::page::{Layout, PAGE_SIZE, PageAddr};
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The kernel gave no memory.
-    #[error("no memory for an image of {mib} MiB: {source}; free memory at this site, or protect fewer guests here")]
+    #[error(
+        "no memory for an image of {mib} MiB: {source}; free memory at this site, or protect fewer guests here"
+    )]
     Memory {
         /// Size wanted.
         mib: u64,
@@ -78,19 +80,31 @@ impl Mapping {
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { fd: Arc::new(OwnedFd::from(file)), at: at.cast(), bytes })
+        Ok(Self {
+            fd: Arc::new(OwnedFd::from(file)),
+            at: at.cast(),
+            bytes,
+        })
     }
 
     fn page(&self, index: u64) -> &[u8; PAGE_SIZE] {
         let offset = index as usize * PAGE_SIZE;
-        assert!(offset + PAGE_SIZE <= self.bytes, "page {index} of an image of {} bytes", self.bytes);
+        assert!(
+            offset + PAGE_SIZE <= self.bytes,
+            "page {index} of an image of {} bytes",
+            self.bytes
+        );
         // SAFETY: inside the mapping (asserted), which lives as long as `self`.
         unsafe { &*self.at.add(offset).cast() }
     }
 
     fn page_mut(&mut self, index: u64) -> &mut [u8; PAGE_SIZE] {
         let offset = index as usize * PAGE_SIZE;
-        assert!(offset + PAGE_SIZE <= self.bytes, "page {index} of an image of {} bytes", self.bytes);
+        assert!(
+            offset + PAGE_SIZE <= self.bytes,
+            "page {index} of an image of {} bytes",
+            self.bytes
+        );
         // SAFETY: inside the mapping (asserted); `&mut self` makes this the only reference.
         unsafe { &mut *self.at.add(offset).cast() }
     }
@@ -101,13 +115,15 @@ impl Image {
     pub fn new(layout: &Layout) -> Result<Self, ImageError> {
         let pages = layout.ram_pages();
         let bytes = pages as usize * PAGE_SIZE;
-        let map = Mapping::new(bytes)
-            .map_err(|source| ImageError::Memory { mib: bytes as u64 >> 20, source })?;
+        let map = Mapping::new(bytes).map_err(|source| ImageError::Memory {
+            mib: bytes as u64 >> 20,
+            source,
+        })?;
         let pages32 = u32::try_from(pages).expect("a layout's RAM fits 4 TiB regions");
         Ok(Self {
             layout: layout.clone(),
             map,
-            tree: ImageTree::new(pages),
+            tree: ImageTree::new(pages as usize),
             // Pages nobody writes are zero and hash as such.
             touched: PageBitmap::full(pages32),
             scratch: Box::new([0; PAGE_SIZE]),
@@ -123,8 +139,9 @@ impl Image {
     /// blake3 of the whole image. Costs one hash per page written since the last call.
     pub fn root(&mut self) -> ImageRoot {
         for index in self.touched.iter() {
-            let index = u64::from(index);
-            self.tree.set(index, ImageTree::leaf(index, self.map.page(index)));
+            let page = self.map.page(u64::from(index));
+            self.tree
+                .set(index as usize, ImageTree::leaf(index as usize, page));
         }
         self.touched.clear_all();
         self.tree.root()
@@ -145,7 +162,10 @@ impl PageImage for Image {
                 Ok(self.map.page_mut(index))
             }
             None if self.layout.contains(addr) => Ok(&mut self.scratch),
-            None => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{addr:?} is outside the guest"))),
+            None => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{addr:?} is outside the guest"),
+            )),
         }
     }
 }
@@ -157,9 +177,20 @@ mod tests {
 
     fn layout() -> Layout {
         Layout::try_from(vec![
-            Region { kind: RegionKind::Ram { gpa: 0 }, pages: 5 },
-            Region { kind: RegionKind::Ram { gpa: 1 << 32 }, pages: 2 },
-            Region { kind: RegionKind::Disk { id: "d".parse().unwrap() }, pages: 3 },
+            Region {
+                kind: RegionKind::Ram { gpa: 0 },
+                pages: 5,
+            },
+            Region {
+                kind: RegionKind::Ram { gpa: 1 << 32 },
+                pages: 2,
+            },
+            Region {
+                kind: RegionKind::Disk {
+                    id: "d".parse().unwrap(),
+                },
+                pages: 3,
+            },
         ])
         .unwrap()
     }
@@ -167,7 +198,10 @@ mod tests {
     #[test]
     fn the_root_is_the_hash_of_the_bytes() {
         let mut image = Image::new(&layout()).unwrap();
-        assert_eq!(image.root().0, *blake3::hash(&[0; 7 * PAGE_SIZE]).as_bytes());
+        assert_eq!(
+            image.root().0,
+            *blake3::hash(&[0; 7 * PAGE_SIZE]).as_bytes()
+        );
         image.page_mut(PageAddr::new(1, 1)).unwrap()[9] = 7;
         image.page_mut(PageAddr::new(2, 1)).unwrap()[9] = 8;
         let root = image.root();

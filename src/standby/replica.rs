@@ -9,7 +9,8 @@ use crate::clock::Timestamp;
 use crate::frame::{FrameCheck, FrameError, Manifest, PartView};
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot, SiteId};
 use crate::journal::{
-    Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention, Store,
+    Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention,
+    Store,
 };
 use crate::page::Layout;
 use crate::wire::message::{Newest, Open, Opened, RefuseReason};
@@ -27,6 +28,8 @@ pub struct ReplicaOptions {
     pub journal: JournalOptions,
     /// Which points are kept.
     pub retention: Retention,
+    /// Most pages of RAM of a guest: what this host can hold. A peer's word sizes allocations.
+    pub ram_pages_max: u64,
 }
 
 /// Why a copy cannot be used.
@@ -42,7 +45,9 @@ pub enum ReplicaError {
     #[error("the peer sent a bad frame: {0}")]
     Frame(#[from] FrameError),
     /// The journal's newest point does not give the image that it promises.
-    #[error("recovery point #{epoch} is damaged: its image has root {found}, {expected} was recorded; choose an older point and run `lifeboat journal check`")]
+    #[error(
+        "recovery point #{epoch} is damaged: its image has root {found}, {expected} was recorded; choose an older point and run `lifeboat journal check`"
+    )]
     Root {
         /// The point.
         epoch: Epoch,
@@ -205,14 +210,20 @@ impl<S: Store> Replica<S> {
 
     fn rebuild_image(&mut self) -> Result<(), ReplicaError> {
         self.image = None;
-        let Some(layout) = self.journal.layout().cloned() else { return Ok(()) };
+        let Some(layout) = self.journal.layout().cloned() else {
+            return Ok(());
+        };
         let mut image = Image::new(&layout)?;
         if let Some(newest) = self.journal.newest().cloned() {
             self.journal.replay(newest.epoch, &mut image)?;
             let found = image.root();
             if found != newest.root {
                 let (epoch, expected) = (newest.epoch, newest.root);
-                return Err(ReplicaError::Root { epoch, expected, found });
+                return Err(ReplicaError::Root {
+                    epoch,
+                    expected,
+                    found,
+                });
             }
         }
         self.image = Some(image);
@@ -237,10 +248,24 @@ impl<S: Store> Replica<S> {
                 "the guest's memory or disks have another size than in the journal here; run `lifeboat unprotect --purge` at this site and protect it anew".into(),
             ));
         }
-        let internal = |e: ReplicaError| Refusal::Refused(RefuseReason::JournalFailed, e.to_string());
+        let ram = open.layout.ram_pages();
+        if !(2..=self.options.ram_pages_max).contains(&ram) {
+            return Err(Refusal::Refused(
+                RefuseReason::Layout,
+                format!(
+                    "a guest with {} MiB of memory is more than this site can hold ({} MiB)",
+                    ram >> 8,
+                    self.options.ram_pages_max >> 8
+                ),
+            ));
+        }
+        let internal =
+            |e: ReplicaError| Refusal::Refused(RefuseReason::JournalFailed, e.to_string());
         self.drop_incoming();
         if open.generation > ours {
-            self.journal.raise_generation(open.generation).map_err(|e| internal(e.into()))?;
+            self.journal
+                .raise_generation(open.generation)
+                .map_err(|e| internal(e.into()))?;
         }
         if self.image.is_none() {
             self.ready_image(&open.layout).map_err(internal)?;
@@ -291,7 +316,9 @@ impl<S: Store> Replica<S> {
         if session.0 == self.session {
             return Ok(());
         }
-        Err(ReplicaError::Stale { generation: self.journal.generation() })
+        Err(ReplicaError::Stale {
+            generation: self.journal.generation(),
+        })
     }
 
     /// The source gave the frame up.
@@ -310,7 +337,8 @@ impl<S: Store> Replica<S> {
         now: Timestamp,
     ) -> Result<Receipt, ReplicaError> {
         self.own(session)?;
-        self.status.send_modify(|s| s.received_bytes += bytes.len() as u64);
+        self.status
+            .send_modify(|s| s.received_bytes += bytes.len() as u64);
         let result = self.take_part(bytes, now);
         if let Err(error) = &result {
             self.drop_incoming();
@@ -354,12 +382,12 @@ impl<S: Store> Replica<S> {
 
     fn last_part(
         &mut self,
-        incoming: Incoming,
+        mut incoming: Incoming,
         bytes: &[u8],
         view: &PartView<'_>,
         now: Timestamp,
     ) -> Result<Receipt, ReplicaError> {
-        incoming.check.finish()?;
+        std::mem::take(&mut incoming.check).finish()?;
         let footer = view.footer().expect("the caller saw the footer");
         let manifest = view.manifest()?;
         view.check_layout(&manifest.layout)?;
@@ -380,7 +408,11 @@ impl<S: Store> Replica<S> {
                 self.publish();
                 return Ok(Receipt::Durable(point));
             }
-            Ok(()) => Receipt::Mismatch { epoch, expected, found },
+            Ok(()) => Receipt::Mismatch {
+                epoch,
+                expected,
+                found,
+            },
             Err(error) => {
                 self.journal.abort();
                 self.rebuild_image()?;
@@ -455,9 +487,11 @@ impl<S: Store> Replica<S> {
         let newest = points.last().is_some_and(|p| p.epoch == chosen.epoch);
         let image = if newest { self.image.take() } else { None };
         let promotion = match image {
-            Some(image) => {
-                Promotion { manifest: self.journal.manifest(chosen.epoch)?, image, point: chosen }
-            }
+            Some(image) => Promotion {
+                manifest: self.journal.manifest(chosen.epoch)?,
+                image,
+                point: chosen,
+            },
             None => self.materialise(&chosen)?,
         };
         self.publish();
@@ -475,8 +509,16 @@ impl<S: Store> Replica<S> {
         let found = image.root();
         if found != point.root {
             let (epoch, expected) = (point.epoch, point.root);
-            return Err(ReplicaError::Root { epoch, expected, found });
+            return Err(ReplicaError::Root {
+                epoch,
+                expected,
+                found,
+            });
         }
-        Ok(Promotion { manifest, image, point: point.clone() })
+        Ok(Promotion {
+            manifest,
+            image,
+            point: point.clone(),
+        })
     }
 }

@@ -92,8 +92,14 @@ pub async fn serve<S: Store>(
         Ok(never) => match never {},
         Err(end) => end,
     };
-    let OpenSession { replica, session, guest, .. } = opened;
-    env.offload(move || lock(&replica).close_session(session)).await;
+    let OpenSession {
+        replica,
+        session,
+        guest,
+        ..
+    } = opened;
+    env.offload(move || lock(&replica).close_session(session))
+        .await;
     (end, Some(guest))
 }
 
@@ -102,14 +108,21 @@ fn lock<S: Store>(replica: &Mutex<Replica<S>>) -> MutexGuard<'_, Replica<S>> {
 }
 
 /// Tells the primary why it may not go on.
-async fn answer(site: &SiteId, tx: &mut impl LinkTx<ToPrimary>, end: &SessionEnd, within: Duration) {
+async fn answer(
+    site: &SiteId,
+    tx: &mut impl LinkTx<ToPrimary>,
+    end: &SessionEnd,
+    within: Duration,
+) {
     let message = match end {
-        SessionEnd::Refused(Refusal::Fenced { generation }) => {
-            ToPrimary::Fenced { generation: *generation, site: site.clone() }
-        }
-        SessionEnd::Refused(Refusal::Refused(reason, text)) => {
-            ToPrimary::Refused { reason: *reason, text: text.clone() }
-        }
+        SessionEnd::Refused(Refusal::Fenced { generation }) => ToPrimary::Fenced {
+            generation: *generation,
+            site: site.clone(),
+        },
+        SessionEnd::Refused(Refusal::Refused(reason, text)) => ToPrimary::Refused {
+            reason: *reason,
+            text: text.clone(),
+        },
         _ => return,
     };
     // A peer that does not take its answer learns it at the next attempt.
@@ -135,7 +148,10 @@ async fn open<S: Store>(
             _ => return Err(SessionEnd::Link("the primary spoke out of turn".into())),
         }
     };
-    let replica = lookup.lookup(peer, &open).await.map_err(SessionEnd::Refused)?;
+    let replica = lookup
+        .lookup(peer, &open)
+        .await
+        .map_err(SessionEnd::Refused)?;
     let (owner, guest, generation) = (replica.clone(), open.guest.clone(), open.generation);
     let (session, opened) = env
         .offload(move || lock(&owner).open_session(&open))
@@ -143,7 +159,12 @@ async fn open<S: Store>(
         .map_err(SessionEnd::Refused)?;
     tx.send(ToPrimary::Opened(opened)).await?;
     lookup.opened(&guest);
-    Ok(OpenSession { replica, session, guest, generation })
+    Ok(OpenSession {
+        replica,
+        session,
+        guest,
+        generation,
+    })
 }
 
 async fn receive<S: Store>(
@@ -181,21 +202,41 @@ async fn part<S: Store>(
 ) -> Result<(), SessionEnd> {
     let (session, generation) = (opened.session, opened.generation);
     let (owner, now) = (opened.replica.clone(), env.now());
-    let taken = env.offload(move || lock(&owner).part(session, bytes, now)).await;
+    let taken = env
+        .offload(move || lock(&owner).part(session, bytes, now))
+        .await;
     match taken {
         Ok(Receipt::More) => Ok(()),
         Ok(Receipt::Durable(point)) => {
             let (epoch, root, durable_at) = (point.epoch, point.root, point.durable_at);
-            Ok(tx.send(ToPrimary::Ack { epoch, root, durable_at }).await?)
+            Ok(tx
+                .send(ToPrimary::Ack {
+                    epoch,
+                    root,
+                    durable_at,
+                })
+                .await?)
         }
-        Ok(Receipt::Mismatch { epoch, expected, found }) => {
-            Ok(tx.send(ToPrimary::Mismatch { epoch, expected, found }).await?)
-        }
+        Ok(Receipt::Mismatch {
+            epoch,
+            expected,
+            found,
+        }) => Ok(tx
+            .send(ToPrimary::Mismatch {
+                epoch,
+                expected,
+                found,
+            })
+            .await?),
         Err(ReplicaError::Stale { generation: higher }) => {
             // If a promotion is the reason, the old owner has to learn of it now.
             if higher > generation {
                 let site = site.clone();
-                tx.send(ToPrimary::Fenced { generation: higher, site }).await?;
+                tx.send(ToPrimary::Fenced {
+                    generation: higher,
+                    site,
+                })
+                .await?;
             }
             Err(SessionEnd::Stale)
         }

@@ -565,6 +565,7 @@ fn replica_options(site: &SiteId) -> ReplicaOptions {
             ..JournalOptions::default()
         },
         // Short, so that folding and merging happen in the few seconds that a run lasts.
+        ram_pages_max: 1 << 20,
         retention: Retention {
             continuous: Duration::from_secs(2),
             minutely: 1,
