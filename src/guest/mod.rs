@@ -18,7 +18,7 @@
 //! Adapters: `builtin` (our monitor, one process per guest), `fake` (deterministic, for the
 //! simulator).
 
-
+pub mod fake;
 
 use std::future::Future;
 use std::time::Duration;

@@ -154,7 +154,7 @@ impl Hints {
     }
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct MemRows {
     rows: BTreeMap<Vec<u8>, Vec<u8>>,
     durable: BTreeMap<Vec<u8>, Vec<u8>>,
@@ -191,6 +191,17 @@ impl MemCatalogue {
 
     fn state(&self) -> MutexGuard<'_, MemRows> {
         self.state.lock().expect("no holder of this lock panics")
+    }
+
+    /// A catalogue of its own in the same state, which does not fail.
+    pub fn fork(&self) -> Self {
+        let copy = MemRows {
+            failing: false,
+            ..self.state().clone()
+        };
+        Self {
+            state: Arc::new(Mutex::new(copy)),
+        }
     }
 
     /// Loses the changes since the last flush, but for the first `keep` batches of them.

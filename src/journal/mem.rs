@@ -100,7 +100,7 @@ impl Node {
     }
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct Disk {
     nodes: BTreeMap<u64, Node>,
     names: BTreeMap<String, u64>,
@@ -321,6 +321,20 @@ impl MemStore {
             names: disk.names.clone(),
             next: disk.next,
             ..Disk::default()
+        };
+        Self {
+            disk: Arc::new(Mutex::new(copy)),
+        }
+    }
+
+    /// A disk of its own in the same state: what is not synced here is not synced there. Nobody has
+    /// it open or locked, and nothing is planned to fail.
+    pub fn fork(&self) -> Self {
+        let copy = Disk {
+            locked: None,
+            faults: Faults::default(),
+            power_off: false,
+            ..self.disk().clone()
         };
         Self {
             disk: Arc::new(Mutex::new(copy)),
