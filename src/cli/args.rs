@@ -82,6 +82,27 @@ pub struct Global {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
+    /// Run the daemon of this site, in the foreground (needs --config).
+    Site,
+    /// Show a disaster on this machine: two sites, a guest, a kill, a failover. Under a minute.
+    Demo {
+        /// Keep everything in this directory, which must be empty or new.
+        #[arg(long, value_name = "DIR")]
+        keep: Option<PathBuf>,
+        /// Without /dev/kvm: a simulated guest behind the same engine.
+        #[arg(long)]
+        no_kvm: bool,
+    },
+    /// Run one guest's monitor; started by the daemon.
+    #[command(hide = true)]
+    Vmm {
+        /// The guest.
+        #[arg(long)]
+        guest: GuestId,
+        /// Where its sockets are.
+        #[arg(long, value_name = "DIR")]
+        run_dir: PathBuf,
+    },
     /// Show the site, its peers and its guests.
     Status {
         /// Only this guest.

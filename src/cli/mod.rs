@@ -19,6 +19,7 @@ pub mod logging;
 pub mod output;
 pub mod pki;
 pub mod render;
+pub mod site;
 pub mod text;
 pub mod units;
 pub mod verbs;
@@ -97,8 +98,17 @@ fn usage(error: &clap::Error, json: bool, streams: Streams<'_>) -> ExitCode {
 fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
     let Cli { global, verb } = cli;
     let file = global.config.as_deref();
-    logging::start_for_command(global.verbose);
     match verb {
+        Verb::Site => return site::run(file, global.verbose),
+        Verb::Vmm { guest, run_dir } => return site::monitor(&guest, &run_dir),
+        _ => logging::start_for_command(global.verbose),
+    }
+    match verb {
+        Verb::Site | Verb::Vmm { .. } => unreachable!("they were run above"),
+        Verb::Demo { keep, no_kvm } => {
+            let options = demo::DemoOptions { keep, json: global.json };
+            workers()?.block_on(demo::main(&options, no_kvm))
+        }
         Verb::Config(verb) => config::run(&verb, file, out),
         Verb::Pki(verb) => pki::run(verb, file, out).map(|()| ExitCode::Ok),
         Verb::Doctor => runtime()?.block_on(doctor::run(file, out)),
@@ -114,6 +124,12 @@ fn runtime() -> Result<tokio::runtime::Runtime, ApiError> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
+        .map_err(|error| ApiError::new(Reason::Failed, format!("no runtime: {error}")))
+}
+
+/// Daemons have a worker per processor.
+fn workers() -> Result<tokio::runtime::Runtime, ApiError> {
+    tokio::runtime::Runtime::new()
         .map_err(|error| ApiError::new(Reason::Failed, format!("no runtime: {error}")))
 }
 
