@@ -7,3 +7,4 @@ pub mod device_state;
 pub mod guest;
 pub mod ids;
 pub mod page;
+pub mod vmm;

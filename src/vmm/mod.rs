@@ -1,0 +1,4 @@
+//! The built-in monitor: one process per guest.
+
+pub mod staging;
+pub mod uffd;
