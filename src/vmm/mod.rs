@@ -27,6 +27,7 @@
 //!   error of KVM, of a device or of the guest ends in a hang or a panic.
 
 pub mod console;
+pub mod cut;
 pub mod devices;
 pub mod error;
 pub mod machine;

@@ -22,7 +22,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::page::PAGE_SIZE;
@@ -165,7 +165,8 @@ const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 pub fn sealed_memory_file(name: &str, bytes: usize) -> io::Result<(OwnedFd, u64)> {
     let name = std::ffi::CString::new(name)?;
     // SAFETY: the name is a C string that lives over the call.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let fd =
+        unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -249,7 +250,11 @@ impl Staging {
 
     /// Takes a slot; waits for one as described above. [`wake`](Self::wake) after setting
     /// `cancelled` ends the wait.
-    pub fn acquire(&self, urgency: Urgency, cancelled: &AtomicBool) -> Result<Slot<'_>, NoSlot> {
+    pub fn acquire(
+        self: &Arc<Self>,
+        urgency: Urgency,
+        cancelled: &AtomicBool,
+    ) -> Result<Slot, NoSlot> {
         let mut slots = self.lock();
         let started = Instant::now();
         loop {
@@ -263,7 +268,7 @@ impl Staging {
             if usable && let Some(index) = slots.free.pop() {
                 slots.states[index as usize] = SlotState::Filling;
                 return Ok(Slot {
-                    staging: self,
+                    staging: Arc::clone(self),
                     index,
                 });
             }
@@ -314,12 +319,12 @@ impl Staging {
 }
 
 /// A slot being filled. Dropping it frees it; [`lend`](Self::lend) gives it to the reader.
-pub struct Slot<'a> {
-    staging: &'a Staging,
+pub struct Slot {
+    staging: Arc<Staging>,
     index: u32,
 }
 
-impl Slot<'_> {
+impl Slot {
     /// Memory of `count` pages from page `first` of the slot on. Panics outside the slot.
     pub fn pages_mut(&mut self, first: usize, count: usize) -> &mut [u8] {
         assert!(first + count <= SLOT_PAGES, "{first} + {count} pages");
@@ -336,16 +341,18 @@ impl Slot<'_> {
 
     /// Marks the slot as the reader's and returns its number, to be announced.
     pub fn lend(self) -> u32 {
-        let (staging, index) = (self.staging, self.index);
-        std::mem::forget(self);
-        staging.lock().states[index as usize] = SlotState::Lent;
-        index
+        self.staging.lock().states[self.index as usize] = SlotState::Lent;
+        // The drop that follows leaves a lent slot alone.
+        self.index
     }
 }
 
-impl Drop for Slot<'_> {
+impl Drop for Slot {
     fn drop(&mut self) {
         let mut slots = self.staging.lock();
+        if slots.states[self.index as usize] == SlotState::Lent {
+            return;
+        }
         slots.states[self.index as usize] = SlotState::Free;
         slots.free.push(self.index);
         self.staging.changed.notify_all();

@@ -107,7 +107,8 @@ impl Uffd {
 
     fn open_by_syscall() -> io::Result<OwnedFd> {
         // SAFETY: the call takes flags only and returns a new descriptor or -1.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+        let fd =
+            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -305,8 +306,8 @@ mod tests {
     #[test]
     fn private_mappings_of_a_memory_file_fault_too() {
         let (fd, _) = crate::vmm::staging::sealed_memory_file("test", 64 * PAGE_SIZE).unwrap();
-        let memory = Mapping::of_file(&fd, 64 * PAGE_SIZE, crate::vmm::staging::Access::Private)
-            .unwrap();
+        let memory =
+            Mapping::of_file(&fd, 64 * PAGE_SIZE, crate::vmm::staging::Access::Private).unwrap();
         assert_eq!(
             faults_of(&memory, 64),
             (0..64).step_by(2).collect::<Vec<_>>()

@@ -1,12 +1,10 @@
-use std::collections::BTreeSet;
-use std::sync::Arc;
-
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 use super::*;
 
-fn area(slots: u32, stall: Duration) -> Staging {
-    Staging::new(StagingOptions { slots, stall }).unwrap()
+fn area(slots: u32, stall: Duration) -> Arc<Staging> {
+    Arc::new(Staging::new(StagingOptions { slots, stall }).unwrap())
 }
 
 const LONG: Duration = Duration::from_secs(600);
@@ -75,15 +73,10 @@ fn bulk_users_leave_a_reserve_and_an_urgent_user_stalls_in_the_end() {
 
 #[test]
 fn waiting_ends_by_release_or_by_cancel() {
-    let staging = Arc::new(area(4, LONG));
+    let staging = area(4, LONG);
     let cancelled = Arc::new(AtomicBool::new(false));
     let lent: Vec<u32> = (0..4)
-        .map(|_| {
-            staging
-                .acquire(Urgency::Urgent, &cancelled)
-                .unwrap()
-                .lend()
-        })
+        .map(|_| staging.acquire(Urgency::Urgent, &cancelled).unwrap().lend())
         .collect();
     let wait = |urgency| {
         let (staging, cancelled) = (staging.clone(), cancelled.clone());
