@@ -41,7 +41,7 @@ struct State {
 struct Input {
     waiting: VecDeque<u8>,
     /// Tells the serial port that input waits.
-    wake: Option<Box<dyn Fn() + Send>>,
+    wake: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
 /// A place in the output of a [`Console`].
@@ -81,10 +81,41 @@ impl Console {
         let room = INPUT_BYTES_MAX - input.waiting.len();
         let taken = bytes.len().min(room);
         input.waiting.extend(&bytes[..taken]);
-        if let Some(wake) = &input.wake {
+        // The port takes its own lock and then ours, so ours is released first.
+        let wake = input.wake.clone();
+        drop(input);
+        if let Some(wake) = wake {
             wake();
         }
         taken
+    }
+
+    /// Whom to tell of input.
+    pub(crate) fn on_input(&self, wake: impl Fn() + Send + Sync + 'static) {
+        lock(&self.shared.input).wake = Some(Arc::new(wake));
+    }
+
+    /// Takes up to `count` bytes of waiting input.
+    pub(crate) fn take_input(&self, count: usize) -> Vec<u8> {
+        let mut input = lock(&self.shared.input);
+        let count = count.min(input.waiting.len());
+        input.waiting.drain(..count).collect()
+    }
+
+    /// Adds output of the guest.
+    pub(crate) fn put_output(&self, bytes: &[u8]) {
+        let mut state = lock(&self.shared.state);
+        state.total += bytes.len() as u64;
+        state.ring.extend(bytes);
+        let over = state.ring.len().saturating_sub(BACKLOG_BYTES);
+        state.ring.drain(..over);
+        self.shared.more.notify_all();
+    }
+
+    /// There will be no more output.
+    pub(crate) fn close(&self) {
+        lock(&self.shared.state).closed = true;
+        self.shared.more.notify_all();
     }
 }
 
@@ -115,5 +146,49 @@ impl ConsoleOutput {
     pub fn ended(&self) -> bool {
         let state = lock(&self.shared.state);
         state.closed && state.total == self.next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reader_gets_everything_and_is_told_what_it_missed() {
+        let console = Console::default();
+        console.put_output(b"one ");
+        let (mut quick, mut slow) = (console.output(), console.output());
+        assert_eq!(quick.next(Duration::ZERO).unwrap().bytes, b"one ");
+        assert_eq!(quick.next(Duration::ZERO), None);
+        let long = vec![b'x'; BACKLOG_BYTES - 1];
+        console.put_output(&long);
+        assert_eq!(quick.next(Duration::ZERO).unwrap().bytes, long);
+        let chunk = slow.next(Duration::ZERO).unwrap();
+        assert_eq!((chunk.lost, chunk.bytes.len()), (3, BACKLOG_BYTES));
+        assert!(chunk.bytes.starts_with(b" x"));
+        console.close();
+        assert!(slow.ended() && quick.ended() && !console.output().ended());
+        assert_eq!(slow.next(Duration::from_secs(60)), None);
+    }
+
+    #[test]
+    fn a_waiting_reader_is_woken() {
+        let console = Console::default();
+        let mut output = console.output();
+        let reader = std::thread::spawn(move || output.next(Duration::from_secs(60)));
+        console.put_output(b"x");
+        assert_eq!(reader.join().unwrap().unwrap().bytes, b"x");
+    }
+
+    #[test]
+    fn input_is_bounded() {
+        let console = Console::default();
+        assert_eq!(
+            console.input(&vec![0; INPUT_BYTES_MAX + 1]),
+            INPUT_BYTES_MAX
+        );
+        assert_eq!(console.input(b"x"), 0);
+        assert_eq!(console.take_input(10).len(), 10);
+        assert_eq!(console.input(b"x"), 1);
     }
 }

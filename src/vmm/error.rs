@@ -68,6 +68,19 @@ pub enum VmmError {
     /// This host's CPU or KVM lacks what the saved guest uses.
     #[error("this host cannot run the saved guest: {0}")]
     Cpu(String),
+    /// A request to a device does not come to an end.
+    #[error(
+        "{name} has been busy with one request for {seconds} s: its storage does not answer. The guest runs on"
+    )]
+    DeviceBusy {
+        /// The device.
+        name: String,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// The guest's state could not be read at the last pause.
+    #[error("the guest's state could not be captured: {0}")]
+    Capture(String),
     /// The machine is in a state in which this cannot be done.
     #[error("cannot {what}: the guest is {state:?}")]
     State {

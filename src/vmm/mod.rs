@@ -5,8 +5,9 @@
 //!     spec.rs      what to build                     memory.rs   guest RAM and its device-write bitmap
 //!     kvm.rs       VM file descriptor, dirty log     vcpu.rs     vCPU threads and the gate they park at
 //!     boot/        first state of RAM and vCPUs      state.rs    vCPU and VM state as sections
+//!     gate.rs      where vCPU threads stop           cpuid.rs    what a vCPU is shown
 //!     devices/     serial port, virtio block, VM generation ID; console.rs is the host's side of the
-//!                  serial port
+//!                  serial port                       payload/    the demo guest
 //! ```
 //!
 //! Guest-physical map:
@@ -26,15 +27,23 @@
 //! - A guest that cannot go on is [`RunState::Failed`](crate::guest::RunState) with its cause; no
 //!   error of KVM, of a device or of the guest ends in a hang or a panic.
 
+pub(crate) mod boot;
 pub mod console;
+pub(crate) mod cpuid;
 pub mod cut;
 pub mod devices;
 pub mod error;
+pub(crate) mod gate;
+pub(crate) mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod payload;
+pub mod protocol;
 pub mod spec;
 pub mod staging;
+pub(crate) mod state;
 pub mod uffd;
+pub(crate) mod vcpu;
 
 pub use console::{Console, ConsoleOutput};
 pub use devices::disk::{Disk, WriteHook};

@@ -305,11 +305,12 @@ impl CutEngine {
         let target = &self.shared.target;
         let was_running = run_state == RunState::Running;
         let pages = PageSet::new(target.layout());
-        if was_running {
-            target.prepare_pause();
-        }
+        let prepared = match was_running {
+            true => target.prepare_pause(),
+            false => Ok(()),
+        };
         let started = Instant::now();
-        let captured = match target.pause() {
+        let captured = match prepared.and_then(|()| target.pause()) {
             Ok(()) => self.capture(pages, strategy, session),
             Err(source) => Err(CutError::Step {
                 step: "the pause",

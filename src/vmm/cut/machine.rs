@@ -23,8 +23,8 @@ impl CutTarget for Machine {
         Machine::run_state(self)
     }
 
-    fn prepare_pause(&self) {
-        self.hold_devices();
+    fn prepare_pause(&self) -> Result<(), TargetError> {
+        Ok(self.hold_devices()?)
     }
 
     fn pause(&self) -> Result<(), TargetError> {

@@ -74,7 +74,7 @@ pub trait CutTarget: Send + Sync + 'static {
     fn run_state(&self) -> RunState;
     /// Makes devices idle while the vCPUs go on, so that the pause does not wait for them. `resume`
     /// lets them go on.
-    fn prepare_pause(&self);
+    fn prepare_pause(&self) -> Result<(), TargetError>;
     /// Stops vCPUs and devices until `resume`: nothing changes RAM, disks or devices.
     fn pause(&self) -> Result<(), TargetError>;
     /// Lets it run.

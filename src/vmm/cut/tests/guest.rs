@@ -153,7 +153,9 @@ impl CutTarget for Machine {
         }
     }
 
-    fn prepare_pause(&self) {}
+    fn prepare_pause(&self) -> Result<(), TargetError> {
+        Ok(())
+    }
 
     fn pause(&self) -> Result<(), TargetError> {
         if self.fault() == Fault::DoesNotStop {

@@ -1,0 +1,615 @@
+//! Machines on real KVM.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vm_memory::Bytes;
+use vm_memory::GuestAddress;
+
+use super::test_guest::{
+    COUNTER, FREE, SCRIPT, Step, counter, elf, get, machine, no_kvm, put_script, set, spec, until,
+};
+use super::*;
+use crate::device_state::DeviceStateError;
+use crate::page::{PAGE_SIZE, PageAddr, PageRange};
+use crate::vmm::{Boot, DiskSpec, WriteHook};
+
+const GENID: u64 = 0xd010_0000;
+
+fn memfd(name: &std::ffi::CStr, bytes: u64) -> File {
+    // SAFETY: memfd_create only reads the name; the descriptor is ours alone.
+    let file = unsafe {
+        let fd = libc::memfd_create(name.as_ptr(), libc::MFD_ALLOW_SEALING);
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    };
+    file.set_len(bytes).unwrap();
+    file
+}
+
+/// The RAM image of a paused machine.
+fn image(machine: &Machine) -> OwnedFd {
+    let mut file = memfd(c"image", 0);
+    for range in machine.ram().ranges() {
+        let mut bytes = vec![0; range.bytes()];
+        let memory = machine.ram().memory();
+        memory
+            .read_slice(&mut bytes, GuestAddress(range.gpa))
+            .unwrap();
+        file.write_all(&bytes).unwrap();
+    }
+    file.into()
+}
+
+/// Saves a paused machine, ends it, and goes on with it from an image.
+fn reincarnate(machine: Machine) -> Machine {
+    let state = machine.save().unwrap();
+    let image = image(&machine);
+    let spec = machine.spec.clone();
+    drop(machine);
+    let state = DeviceState::from_bytes(&state.to_bytes()).unwrap();
+    let ram = GuestRam::from_image(&spec, &image).unwrap();
+    Machine::restore(&spec, ram, state).unwrap()
+}
+
+fn output(machine: &Machine) -> Vec<u8> {
+    machine
+        .console()
+        .output()
+        .next(Duration::ZERO)
+        .map_or(vec![], |c| c.bytes)
+}
+
+fn failure(machine: &Machine) -> String {
+    match machine.wait_change(&RunState::Running, Duration::from_secs(60)) {
+        RunState::Failed(cause) => cause,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn disk(id: &str, path: &Path) -> DiskSpec {
+    DiskSpec {
+        id: id.parse().unwrap(),
+        path: path.to_owned(),
+        read_only: false,
+    }
+}
+
+#[test]
+fn a_guest_runs_and_a_pause_really_stops_it() {
+    if no_kvm() {
+        return;
+    }
+    let machine = machine(&[&[Step::Count], &[Step::Count]], vec![]);
+    assert_eq!(machine.run_state(), RunState::Paused);
+    assert_eq!((counter(&machine, 0), counter(&machine, 1)), (0, 0));
+    for round in 0..20 {
+        let before = [counter(&machine, 0), counter(&machine, 1)];
+        machine.resume();
+        assert_eq!(machine.run_state(), RunState::Running);
+        until("progress", || {
+            counter(&machine, 0) > before[0] && counter(&machine, 1) > before[1]
+        });
+        machine.pause().unwrap();
+        let stopped = [counter(&machine, 0), counter(&machine, 1)];
+        for _ in 0..2000 {
+            std::thread::yield_now();
+            let now = [counter(&machine, 0), counter(&machine, 1)];
+            assert_eq!(now, stopped, "round {round}");
+        }
+        machine.pause().unwrap();
+    }
+    machine.stop();
+    machine.resume();
+    assert!(matches!(machine.run_state(), RunState::Stopped(_)));
+    assert!(matches!(machine.pause(), Err(VmmError::State { .. })));
+    assert!(matches!(machine.save(), Err(VmmError::State { .. })));
+}
+
+#[test]
+fn the_harvest_is_exactly_what_was_written() {
+    if no_kvm() {
+        return;
+    }
+    let (flag, done) = (FREE, FREE + 0x1000);
+    let (pages, start) = (100, FREE + 0x10_0000);
+    let script = [
+        Step::Store(done, 7),
+        Step::Wait(flag, 1),
+        Step::Scatter(start, pages),
+        Step::Store(done, 1),
+        Step::Wait(flag, 2),
+        Step::Store(done + 8, 1),
+        Step::Count,
+    ];
+    let machine = machine(&[&script], vec![]);
+    let page = |gpa: u64| PageAddr::new(0, (gpa / 4096) as u32);
+    let harvest = || {
+        let mut set = PageSet::new(machine.layout());
+        machine.harvest(&mut set).unwrap();
+        set.iter().collect::<Vec<_>>()
+    };
+    let boot = harvest();
+    for gpa in [0x1000, 0x2000, 0x8000, 0x20_0000, SCRIPT] {
+        assert!(boot.contains(&page(gpa)), "written at boot: {gpa:#x}");
+    }
+    assert_eq!(harvest(), []);
+    machine.resume();
+    // Pages that are only read count as written once, when KVM first maps them.
+    until("start", || get::<u32>(&machine, done) == 7);
+    harvest();
+    set(&machine, flag, 1u16);
+    until("done", || get::<u32>(&machine, done) == 1);
+    let mut expected = vec![page(flag), page(done)];
+    expected.extend((0..pages).map(|i| page(start + i * 0x8000)));
+    assert_eq!(harvest(), expected, "while it runs");
+    set(&machine, flag, 2u16);
+    until("count", || counter(&machine, 0) > 0);
+    machine.pause().unwrap();
+    assert_eq!(harvest(), [page(COUNTER), page(flag), page(done)]);
+    assert_eq!(harvest(), []);
+}
+
+#[test]
+fn a_saved_guest_goes_on_in_another_machine() {
+    if no_kvm() {
+        return;
+    }
+    let mut machine = machine(&[&[Step::Count], &[Step::Count]], vec![]);
+    for _ in 0..3 {
+        machine.resume();
+        let before = [counter(&machine, 0), counter(&machine, 1)];
+        until("progress", || {
+            counter(&machine, 0) > before[0] && counter(&machine, 1) > before[1]
+        });
+        machine.pause().unwrap();
+        let saved = [counter(&machine, 0), counter(&machine, 1)];
+        machine = reincarnate(machine);
+        assert_eq!([counter(&machine, 0), counter(&machine, 1)], saved);
+        let mut set = PageSet::new(machine.layout());
+        machine.harvest(&mut set).unwrap();
+        assert!(set.is_empty(), "a restored machine has written nothing");
+    }
+}
+
+#[test]
+fn an_access_that_is_half_done_at_a_save_is_done_once() {
+    if no_kvm() {
+        return;
+    }
+    let mut machine = machine(&[&[Step::Chatter]], vec![]);
+    let mut all = Vec::new();
+    for _ in 0..10 {
+        machine.resume();
+        let so_far = counter(&machine, 0);
+        until("output", || counter(&machine, 0) > so_far + 20);
+        machine.pause().unwrap();
+        all.extend(output(&machine));
+        machine = reincarnate(machine);
+    }
+    let expected: Vec<u8> = (0..all.len()).map(|i| i as u8).collect();
+    assert_eq!(all, expected, "every byte once and in order");
+}
+
+#[test]
+fn a_register_read_survives_a_save_and_the_generation_id_changes_by_it() {
+    if no_kvm() {
+        return;
+    }
+    let mut machine = machine(&[&[Step::Watch(GENID + 16)]], vec![]);
+    for restores in 0..6u64 {
+        machine.resume();
+        let before = counter(&machine, 0);
+        until("reads", || counter(&machine, 0) > before + 50);
+        machine.pause().unwrap();
+        assert_eq!(get::<u64>(&machine, COUNTER + 8), restores);
+        machine = reincarnate(machine);
+    }
+}
+
+#[test]
+fn ports_and_serial_output_arrive() {
+    if no_kvm() {
+        return;
+    }
+    let mut script: Vec<Step> = b"hello".iter().map(|b| Step::Out(0x3f8, *b)).collect();
+    script.extend([Step::Out(0x80, 1), Step::Out(0x64, 0xfe), Step::Count]);
+    let machine = machine(&[&script], vec![]);
+    machine.resume();
+    let state = machine.wait_change(&RunState::Running, Duration::from_secs(60));
+    assert_eq!(
+        state,
+        RunState::Stopped("the guest asked for a reset".into())
+    );
+    assert_eq!(output(&machine), b"hello");
+    machine.resume();
+    assert_eq!(machine.run_state(), state);
+    assert_eq!(counter(&machine, 0), 0);
+}
+
+#[test]
+fn a_triple_fault_is_a_failure_with_its_place() {
+    if no_kvm() {
+        return;
+    }
+    let machine = machine(&[&[Step::Crash], &[Step::Count]], vec![]);
+    machine.resume();
+    let cause = failure(&machine);
+    assert!(
+        cause.contains("triple fault of vCPU 0 at rip 0x200"),
+        "{cause}"
+    );
+    assert!(matches!(machine.pause(), Err(VmmError::State { .. })));
+    // The other vCPU stands still too.
+    let stopped = counter(&machine, 1);
+    for _ in 0..2000 {
+        std::thread::yield_now();
+        assert_eq!(counter(&machine, 1), stopped);
+    }
+}
+
+#[test]
+fn an_instruction_that_kvm_cannot_emulate_is_a_failure_with_its_bytes() {
+    if no_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, elf(true)).unwrap();
+    let mut spec = spec(1, vec![]);
+    spec.boot = Boot::Linux {
+        kernel,
+        initrd: None,
+        cmdline: String::new(),
+    };
+    let machine = Machine::boot(&spec).unwrap();
+    // Fetching an instruction from a device's registers works nowhere.
+    put_script(machine.ram(), SCRIPT, &[Step::Jump(0xd000_0000)]);
+    machine.resume();
+    let cause = failure(&machine);
+    assert!(cause.contains("KVM"), "{cause}");
+    assert!(cause.contains("rip 0xd0000000 (cpl 0"), "{cause}");
+}
+
+#[test]
+fn a_disk_has_one_writer() {
+    if no_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    std::fs::write(&path, vec![0; 8192]).unwrap();
+    let first = machine(&[&[Step::Count]], vec![disk("root", &path)]);
+    let second = Machine::boot(&spec(1, vec![disk("other", &path)]));
+    let Err(error) = second else {
+        panic!("two writers");
+    };
+    assert!(matches!(error, VmmError::DiskInUse { .. }));
+    assert!(
+        error.to_string().contains(path.to_str().unwrap()),
+        "{error}"
+    );
+    first.stop();
+    Machine::boot(&spec(1, vec![disk("other", &path)])).unwrap();
+    let absent = Machine::boot(&spec(1, vec![disk("x", Path::new("/absent/disk"))]));
+    let error = absent.err().unwrap().to_string();
+    assert!(error.contains("/absent/disk"), "{error}");
+}
+
+/// Steps that set up the driver of disk 0 with its ring at [`RING`].
+fn driver() -> Vec<Step> {
+    let write = |offset: u64, value| Step::Store(0xd000_0000 + offset, value);
+    vec![
+        write(0x70, 0),
+        write(0x70, 1),
+        write(0x70, 3),
+        write(0x24, 0),
+        write(0x20, 1 << 9),
+        write(0x24, 1),
+        write(0x20, 1),
+        write(0x70, 11),
+        write(0x30, 0),
+        write(0x38, 8),
+        write(0x80, RING as u32),
+        write(0x90, RING as u32 + 0x100),
+        write(0xa0, RING as u32 + 0x200),
+        write(0x44, 1),
+        write(0x70, 15),
+    ]
+}
+
+const RING: u64 = FREE + 0x1_0000;
+const HEADERS: u64 = FREE + 0x2_0000;
+const DATA: u64 = FREE + 0x3_0000;
+const STATUS: u64 = FREE + 0x4_0000;
+
+/// Lays out request `n` (0 or 1) of a kind in the ring: `pages` pages of data at `DATA + n pages`.
+fn request(machine: &Machine, n: u64, kind: u32, sector: u64, pages: u64) {
+    set(machine, HEADERS + n * 16, [u64::from(kind), sector]);
+    let data_flags = if kind == 0 { 3 } else { 1 };
+    let descriptor = |i: u64, addr: u64, len: u64, flags: u64, next: u64| {
+        let rest = len | flags << 32 | next << 48;
+        set(machine, RING + i * 16, [addr, rest]);
+    };
+    let head = n * 3;
+    let data = DATA + n * 0x1000;
+    descriptor(
+        head,
+        HEADERS + n * 16,
+        16,
+        1,
+        head + if pages > 0 { 1 } else { 2 },
+    );
+    descriptor(head + 1, data, pages * 4096, data_flags, head + 2);
+    descriptor(head + 2, STATUS + n, 1, 2, 0);
+    set(machine, STATUS + n, 0xffu8);
+    set(machine, RING + 0x104 + n * 2, head as u16);
+}
+
+#[derive(Default)]
+struct Hook(Mutex<Vec<(RegionId, PageRange)>>);
+
+impl WriteHook for Hook {
+    fn before_write(&self, region: RegionId, pages: PageRange) {
+        self.0.lock().unwrap().push((region, pages));
+    }
+}
+
+#[test]
+fn a_guest_writes_flushes_and_reads_its_disk() {
+    if no_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    std::fs::write(&path, vec![7; 16 * 4096]).unwrap();
+    let notify = Step::Store(0xd000_0050, 0);
+    let mut script = driver();
+    for requests in 1..=3u16 {
+        script.push(Step::Store(RING + 0x102, u32::from(requests)));
+        script.push(notify);
+        script.push(Step::Wait(RING + 0x202, requests));
+        script.push(Step::Wait(FREE, requests));
+    }
+    script.push(Step::Copy(0xd000_0070, FREE + 8));
+    script.push(Step::Count);
+    let machine = machine(&[&script], vec![disk("root", &path)]);
+    let hook = Arc::new(Hook::default());
+    machine.disks()[0].set_write_hook(Some(hook.clone()));
+    let content: Vec<u8> = (0..4096u32).map(|i| (i * 7) as u8).collect();
+    let memory = machine.ram().memory();
+    memory.write_slice(&content, GuestAddress(DATA)).unwrap();
+
+    // Write page 5, flush, read it back to another place.
+    request(&machine, 0, 1, 40, 1);
+    let used = || get::<u16>(&machine, RING + 0x202);
+    machine.resume();
+    until("write", || used() == 1);
+    assert_eq!(get::<u8>(&machine, STATUS), 0);
+    assert_eq!(&std::fs::read(&path).unwrap()[5 * 4096..6 * 4096], content);
+    set(&machine, RING + 0x106, 0u16);
+    request(&machine, 0, 4, 0, 0);
+    set(&machine, RING + 0x106, 0u16);
+    set(&machine, FREE, 1u16);
+    until("flush", || used() == 2);
+    assert_eq!(get::<u8>(&machine, STATUS), 0);
+
+    request(&machine, 1, 0, 40, 1);
+    set(&machine, RING + 0x108, 3u16);
+    let mut before = PageSet::new(machine.layout());
+    machine.harvest(&mut before).unwrap();
+    set(&machine, FREE, 2u16);
+    until("read", || used() == 3);
+    set(&machine, FREE, 3u16);
+    until("end", || counter(&machine, 0) > 0);
+    machine.pause().unwrap();
+    assert_eq!(get::<u8>(&machine, STATUS + 1), 0);
+    let mut read = vec![0; 4096];
+    memory
+        .read_slice(&mut read, GuestAddress(DATA + 0x1000))
+        .unwrap();
+    assert_eq!(read, content);
+    assert_eq!(get::<u32>(&machine, FREE + 8), 15, "the device is content");
+
+    // What the device wrote into RAM was harvested, and what it changed on disk.
+    let mut set = PageSet::new(machine.layout());
+    machine.harvest(&mut set).unwrap();
+    for gpa in [DATA + 0x1000, STATUS, RING] {
+        let page = PageAddr::new(0, (gpa / 4096) as u32);
+        assert!(set.get(page), "{gpa:#x}");
+    }
+    assert!(!set.get(PageAddr::new(0, (DATA / 4096) as u32)));
+    let disk = &machine.disks()[0];
+    let mut dirty = crate::bitmap::PageBitmap::new(disk.pages());
+    disk.dirty_harvest(&mut dirty);
+    assert_eq!(dirty.iter().collect::<Vec<_>>(), [5]);
+    let range = PageRange { start: 5, end: 6 };
+    assert_eq!(*hook.0.lock().unwrap(), [(RegionId(1), range)]);
+    let mut page = vec![0; PAGE_SIZE];
+    disk.read_pages(range, &mut page).unwrap();
+    assert_eq!(page, content);
+}
+
+#[test]
+fn requests_in_the_ring_at_a_save_are_served_after_the_restore() {
+    if no_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    std::fs::write(&path, vec![7; 16 * 4096]).unwrap();
+    let mut script = driver();
+    script.extend([
+        Step::Wait(FREE, 1),
+        Step::Store(RING + 0x102, 1),
+        Step::Store(0xd000_0050, 0),
+        Step::Store(FREE + 4, 1),
+        Step::Wait(RING + 0x202, 1),
+        Step::Count,
+    ]);
+    let machine = machine(&[&script], vec![disk("root", &path)]);
+    request(&machine, 0, 0, 0, 1);
+    machine.resume();
+    // The device is held while the guest hands it a request.
+    machine.hold_devices().unwrap();
+    set(&machine, FREE, 1u16);
+    until("notification", || get::<u32>(&machine, FREE + 4) == 1);
+    machine.pause().unwrap();
+    assert_eq!(get::<u16>(&machine, RING + 0x202), 0, "not served");
+    let machine = reincarnate(machine);
+    machine.resume();
+    until("service", || counter(&machine, 0) > 0);
+    assert_eq!(
+        (get::<u8>(&machine, STATUS), get::<u8>(&machine, DATA)),
+        (0, 7)
+    );
+}
+
+#[test]
+fn a_failed_disk_write_fails_the_guest() {
+    if no_kvm() {
+        return;
+    }
+    let file = memfd(c"disk", 8192);
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let mut script = driver();
+    script.extend([
+        Step::Store(RING + 0x102, 1),
+        Step::Store(0xd000_0050, 0),
+        Step::Wait(RING + 0x202, 1),
+        Step::Count,
+    ]);
+    let machine = machine(&[&script], vec![disk("root", Path::new(&path))]);
+    request(&machine, 0, 1, 0, 1);
+    // SAFETY: no memory is passed.
+    let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
+    assert_eq!(sealed, 0);
+    machine.resume();
+    let cause = failure(&machine);
+    for part in ["disk \"root\"", &path, "writing 4096 bytes", "os error 1"] {
+        assert!(cause.contains(part), "{cause}");
+    }
+    assert!(machine.pause().is_err());
+    assert_eq!(
+        get::<u16>(&machine, RING + 0x202),
+        0,
+        "nothing was reported"
+    );
+    assert_eq!(
+        (get::<u8>(&machine, STATUS), counter(&machine, 0)),
+        (0xff, 0)
+    );
+}
+
+#[test]
+fn a_state_of_another_machine_is_refused() {
+    if no_kvm() {
+        return;
+    }
+    let machine = machine(&[&[Step::Count]], vec![]);
+    let state = machine.save().unwrap();
+    let image = image(&machine);
+    let restore = |spec: &MachineSpec, state: &DeviceState| {
+        let ram = GuestRam::from_image(spec, &image)?;
+        Machine::restore(spec, ram, state.clone()).map(drop)
+    };
+    let good = spec(1, vec![]);
+    restore(&good, &state).unwrap();
+    let mut more = state.clone();
+    more.put("sound", 1, &0u8);
+    let error = restore(&good, &more).unwrap_err();
+    assert!(matches!(error, VmmError::DeviceState(DeviceStateError::Leftover(k)) if k == "sound"));
+    for kind in [
+        "machine", "irqchip", "pit", "clock", "vcpu.0", "serial", "genid",
+    ] {
+        let mut less = state.clone();
+        match less.take::<()>(kind, 1) {
+            Err(DeviceStateError::Malformed { .. }) | Ok(()) => {}
+            Err(other) => panic!("{other}"),
+        }
+        let error = restore(&good, &less).unwrap_err();
+        assert!(
+            matches!(&error, VmmError::DeviceState(DeviceStateError::Missing(k)) if k == kind),
+            "{error}"
+        );
+    }
+    let error = restore(&spec(2, vec![]), &state).unwrap_err().to_string();
+    assert!(
+        error.contains("vcpus: 1") && error.contains("vcpus: 2"),
+        "{error}"
+    );
+    let mut large = good.clone();
+    large.memory_bytes *= 2;
+    let error = restore(&large, &state).unwrap_err().to_string();
+    assert!(error.contains("image has only"), "{error}");
+}
+
+#[test]
+fn the_demo_payload_survives_a_failover_with_its_disk() {
+    if no_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+    let mut spec = spec(2, vec![disk("root", &path)]);
+    spec.boot = Boot::Demo {
+        working_set_pages: 500,
+    };
+    use crate::vmm::payload::abi;
+    let done = |machine: &Machine, lane| {
+        let word = get(machine, abi::status_word(lane, abi::STATUS_DONE));
+        abi::unseal(word).unwrap()
+    };
+    let errors = |machine: &Machine| -> Vec<u64> {
+        let words = [abi::STATUS_MEMORY_ERRORS, abi::STATUS_DISK_ERRORS];
+        let word = |lane, word| get(machine, abi::status_word(lane, word));
+        (0..2).flat_map(|l| words.map(|w| word(l, w))).collect()
+    };
+    let mut machine = Machine::boot(&spec).unwrap();
+    for restores in 0..3 {
+        machine.resume();
+        let before = [done(&machine, 0), done(&machine, 1)];
+        until("progress", || {
+            done(&machine, 0) > before[0] + 5000 && done(&machine, 1) > before[1] + 5000
+                || machine.run_state() != RunState::Running
+        });
+        machine.pause().unwrap();
+        assert_eq!(errors(&machine), [0; 4]);
+        let word = get(&machine, abi::status_word(0, abi::STATUS_GENERATION));
+        assert_eq!(abi::unseal(word), Some(restores));
+        machine = reincarnate(machine);
+    }
+}
+
+#[test]
+fn a_supplied_kernel_gets_to_its_first_lines() {
+    let Some(kernel) = std::env::var_os("LIFEBOAT_TEST_KERNEL") else {
+        eprintln!("skipped: LIFEBOAT_TEST_KERNEL names no kernel");
+        return;
+    };
+    if no_kvm() {
+        return;
+    }
+    let mut spec = spec(1, vec![]);
+    spec.memory_bytes = 128 << 20;
+    spec.boot = Boot::Linux {
+        kernel: kernel.into(),
+        initrd: None,
+        cmdline: "console=ttyS0 earlyprintk=ttyS0 noapic noxsave mitigations=off".into(),
+    };
+    let machine = Machine::boot(&spec).unwrap();
+    let mut output = machine.console().output();
+    machine.resume();
+    let mut text = Vec::new();
+    until("first line of the kernel", || {
+        let more = output.next(Duration::from_millis(100));
+        text.extend(more.map_or(vec![], |c| c.bytes));
+        String::from_utf8_lossy(&text).contains("Linux version")
+    });
+    machine.pause().unwrap();
+}
