@@ -30,6 +30,7 @@
 pub(crate) mod boot;
 pub mod console;
 pub(crate) mod cpuid;
+pub mod cut;
 pub mod devices;
 pub mod error;
 pub(crate) mod gate;
@@ -37,8 +38,11 @@ pub(crate) mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod payload;
+pub mod protocol;
 pub mod spec;
+pub mod staging;
 pub(crate) mod state;
+pub mod uffd;
 pub(crate) mod vcpu;
 
 pub use console::{Console, ConsoleOutput};

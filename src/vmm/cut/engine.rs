@@ -1,0 +1,426 @@
+//! The engine: makes rounds and cuts, keeps the debts, owns the copier and the fault thread.
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::debts::{Debts, UnknownCut};
+use super::job::{CancelReason, Job};
+use super::states::PageStates;
+use super::strategy::{Capture, CopyOnWrite, GuestPages, Live, StopAndCopy, Strategy};
+use super::{
+    CutError, CutStart, CutTarget, RoundStart, STOP_AND_COPY_PAGES_MAX, Session, TargetError,
+    copier, faults,
+};
+use crate::bitmap::PageSet;
+use crate::clock::{Clock, SystemClock, Timestamp};
+use crate::device_state::DeviceState;
+use crate::guest::{Base, Contents, CutId, CutStrategy, RunState};
+use crate::page::{PageAddr, PageRange, RegionId};
+use crate::vmm::WriteHook;
+
+/// What the threads share.
+pub(super) struct Shared {
+    pub(super) target: Arc<dyn CutTarget>,
+    pub(super) states: Arc<PageStates>,
+    state: Mutex<State>,
+    /// Signalled when a job begins or ends, and at the stop.
+    changed: Condvar,
+}
+
+struct State {
+    debts: Debts,
+    session: Option<Arc<Session>>,
+    job: Option<Arc<Job>>,
+    stop: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The job in progress.
+    pub(super) fn current(&self) -> Option<Arc<Job>> {
+        self.lock().job.clone()
+    }
+
+    fn copy_jobs(&self) {
+        loop {
+            let mut state = self.lock();
+            let job = loop {
+                match &state.job {
+                    Some(job) => break Arc::clone(job),
+                    None if state.stop => return,
+                    None => {
+                        state = self
+                            .changed
+                            .wait(state)
+                            .unwrap_or_else(PoisonError::into_inner);
+                    }
+                }
+            };
+            drop(state);
+            let result = copier::run(&*self.target, &self.states, &job);
+            let mut state = self.lock();
+            state.job = None;
+            match (result, job.cancel_reason()) {
+                (Ok(()), _) => job.session.outbox.end(job.id),
+                (Err(_), reason) => {
+                    state.debts.return_newest(job.id);
+                    let reason = reason.expect("a cancelled job has a reason");
+                    if reason != CancelReason::GivenBack {
+                        tracing::warn!(cut = job.id.0, %reason, "cut abandoned, nothing is lost");
+                        job.session.outbox.abandoned(job.id, &reason.to_string());
+                    }
+                }
+            }
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+}
+
+impl WriteHook for Shared {
+    fn before_write(&self, region: RegionId, pages: PageRange) {
+        let Some(job) = self.current().filter(|job| job.consistent) else {
+            return;
+        };
+        for page in pages.start..pages.end {
+            let read = |out: &mut [u8]| {
+                let range = PageRange {
+                    start: page,
+                    end: page + 1,
+                };
+                let read = self.target.read_disk(region, range, out);
+                read.map_err(|error| CancelReason::DiskRead {
+                    region: region.0,
+                    range,
+                    why: error.to_string(),
+                })
+            };
+            // A cancelled cut is void: the write may pass.
+            if job
+                .pull(&self.states, PageAddr { region, page }, read)
+                .is_err()
+            {
+                return;
+            }
+        }
+    }
+}
+
+/// The cut engine of one guest. Its calls may come from any thread; they are served one by one.
+pub struct CutEngine {
+    shared: Arc<Shared>,
+    pages: Arc<GuestPages>,
+    stop_and_copy: StopAndCopy,
+    copy_on_write: Option<Arc<CopyOnWrite>>,
+    /// Held by every call that starts or ends something.
+    serial: Mutex<()>,
+    stop: EventFd,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// A pause that was captured.
+struct Captured {
+    id: CutId,
+    pages: Arc<PageSet>,
+    device_state: DeviceState,
+    captured_at: Timestamp,
+    strategy: CutStrategy,
+}
+
+impl CutEngine {
+    /// An engine for a guest. Without userfaultfd it only copies inside the pause.
+    pub fn new(target: Arc<dyn CutTarget>) -> io::Result<Self> {
+        let states = Arc::new(PageStates::new(target.layout()));
+        let pages = Arc::new(GuestPages::new(Arc::clone(&target)));
+        let copy_on_write = match CopyOnWrite::new(Arc::clone(&pages), Arc::clone(&states)) {
+            Ok(strategy) => Some(Arc::new(strategy)),
+            Err(error) => {
+                tracing::warn!(%error, "no userfaultfd: cuts copy inside the pause, which is longer");
+                None
+            }
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                debts: Debts::new(target.layout()),
+                session: None,
+                job: None,
+                stop: false,
+            }),
+            changed: Condvar::new(),
+            states,
+            target,
+        });
+        let mut engine = Self {
+            stop_and_copy: StopAndCopy::new(Arc::clone(&pages)),
+            pages,
+            copy_on_write,
+            serial: Mutex::new(()),
+            stop: EventFd::new(EFD_NONBLOCK)?,
+            threads: Vec::new(),
+            shared,
+        };
+        engine.start_threads()?;
+        let hook: Arc<dyn WriteHook> = engine.shared.clone();
+        engine.shared.target.set_write_hook(Some(hook));
+        Ok(engine)
+    }
+
+    fn start_threads(&mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let copier = std::thread::Builder::new().name("copier".into());
+        self.threads.push(copier.spawn(move || shared.copy_jobs())?);
+        if let Some(protection) = self.copy_on_write.clone() {
+            let (shared, stop) = (Arc::clone(&self.shared), self.stop.try_clone()?);
+            let faults = std::thread::Builder::new().name("faults".into());
+            let run = move || faults::run(&shared, &protection, &stop);
+            self.threads.push(faults.spawn(run)?);
+        }
+        Ok(())
+    }
+
+    fn serial(&self) -> MutexGuard<'_, ()> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the changes are since.
+    pub fn base(&self) -> Option<Base> {
+        self.shared.lock().debts.base()
+    }
+
+    /// Gives all content to this reader from now on. The one before loses all its debts.
+    pub fn attach(&self, session: Arc<Session>) {
+        let _serial = self.serial();
+        self.return_debts();
+        self.shared.lock().session = Some(session);
+    }
+
+    /// This reader is gone: its debts are dirty again. Does nothing if another one took its place.
+    pub fn detach(&self, session: &Arc<Session>) {
+        let _serial = self.serial();
+        let current = self.shared.lock().session.clone();
+        if current.is_some_and(|current| Arc::ptr_eq(&current, session)) {
+            self.return_debts();
+            self.shared.lock().session = None;
+        }
+    }
+
+    /// Makes every debt dirty again and ends a round or cut in progress.
+    pub fn give_back(&self) {
+        let _serial = self.serial();
+        self.return_debts();
+    }
+
+    fn return_debts(&self) {
+        let mut state = self.shared.lock();
+        while let Some(job) = &state.job {
+            job.cancel(CancelReason::GivenBack);
+            state = self
+                .shared
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.debts.return_all();
+    }
+
+    /// Forgets the debts up to `id`: their content is durable as `base`.
+    pub fn settle(&self, id: CutId, base: Base) -> Result<(), UnknownCut> {
+        let _serial = self.serial();
+        let mut state = self.shared.lock();
+        if let Some(job) = &state.job
+            && job.id <= id
+        {
+            return Err(UnknownCut {
+                asked: id,
+                newest: (job.id.0 > 1).then(|| CutId(job.id.0 - 1)),
+            });
+        }
+        state.debts.settle(id, base)
+    }
+
+    /// What must hold before a round or cut, and the reader.
+    fn ready(&self) -> Result<(Arc<Session>, RunState), CutError> {
+        let state = self.shared.lock();
+        if let Some(job) = &state.job {
+            return Err(CutError::Busy(job.id));
+        }
+        let session = state.session.clone().ok_or(CutError::NoSession)?;
+        match self.shared.target.run_state() {
+            run_state @ (RunState::Running | RunState::Paused) => Ok((session, run_state)),
+            ended => Err(CutError::State(ended)),
+        }
+    }
+
+    /// Reads the dirty log into a new debt. A log that could not be read wholly has perhaps been
+    /// cleared: everything counts as dirty then.
+    fn harvest(&self, mut pages: PageSet) -> Result<(CutId, Arc<PageSet>), CutError> {
+        let harvested = self.shared.target.harvest(&mut pages);
+        let mut state = self.shared.lock();
+        match harvested {
+            Ok(()) => Ok(state.debts.begin(pages)),
+            Err(source) => {
+                state
+                    .debts
+                    .carry(&PageSet::full(self.shared.target.layout()));
+                Err(CutError::Step {
+                    step: "reading the dirty log",
+                    source,
+                })
+            }
+        }
+    }
+
+    fn start(&self, job: Job) {
+        self.shared.lock().job = Some(Arc::new(job));
+        self.shared.changed.notify_all();
+    }
+
+    /// Begins a fuzzy copy of the running guest.
+    pub fn round(&self, contents: Contents) -> Result<RoundStart, CutError> {
+        let _serial = self.serial();
+        let (session, _) = self.ready()?;
+        let layout = self.shared.target.layout();
+        // The log is read before the copy: what is written from here on is dirty again.
+        let (id, dirty) = self.harvest(PageSet::new(layout))?;
+        let pages = match contents {
+            Contents::Dirty => Arc::clone(&dirty),
+            Contents::All => Arc::new(PageSet::full(layout)),
+        };
+        let capture: Box<dyn Capture> = Box::new(Live(Arc::clone(&self.pages)));
+        self.start(Job::new(id, pages, false, capture, session));
+        Ok(RoundStart { id, dirty })
+    }
+
+    /// Makes a consistent cut. A guest that was paused before stays paused.
+    pub fn cut(&self, strategy: CutStrategy) -> Result<CutStart, CutError> {
+        let _serial = self.serial();
+        let (session, run_state) = self.ready()?;
+        let target = &self.shared.target;
+        let was_running = run_state == RunState::Running;
+        let pages = PageSet::new(target.layout());
+        let prepared = match was_running {
+            true => target.prepare_pause(),
+            false => Ok(()),
+        };
+        let started = Instant::now();
+        let captured = match prepared.and_then(|()| target.pause()) {
+            Ok(()) => self.capture(pages, strategy, session),
+            Err(source) => Err(CutError::Step {
+                step: "the pause",
+                source,
+            }),
+        };
+        if was_running {
+            target.resume();
+        }
+        let pause = match was_running {
+            true => started.elapsed(),
+            false => Duration::ZERO,
+        };
+        let captured = captured?;
+        // Wakes the copier, outside the pause.
+        self.shared.changed.notify_all();
+        Ok(CutStart {
+            id: captured.id,
+            dirty: captured.pages,
+            device_state: captured.device_state,
+            captured_at: captured.captured_at,
+            pause,
+            strategy: captured.strategy,
+        })
+    }
+
+    fn capture(
+        &self,
+        pages: PageSet,
+        strategy: CutStrategy,
+        session: Arc<Session>,
+    ) -> Result<Captured, CutError> {
+        let target = &self.shared.target;
+        let device_state = target.save().map_err(|source| CutError::Step {
+            step: "saving the devices",
+            source,
+        })?;
+        let captured_at = SystemClock.now();
+        let (id, pages) = self.harvest(pages)?;
+        let (capture, strategy) = self.capture_ram(&pages, strategy).map_err(|source| {
+            self.shared.lock().debts.return_newest(id);
+            CutError::Step {
+                step: "capturing the memory",
+                source,
+            }
+        })?;
+        for (region, map) in pages.regions().skip(target.ram().len()) {
+            self.shared.states.arm(region, map);
+        }
+        let job = Job::new(id, Arc::clone(&pages), true, capture, session);
+        // Before the guest runs: its first write must find the job.
+        self.shared.lock().job = Some(Arc::new(job));
+        Ok(Captured {
+            id,
+            pages,
+            device_state,
+            captured_at,
+            strategy,
+        })
+    }
+
+    /// Captures by the asked strategy, or by stop-and-copy if write protection is not to be had.
+    fn capture_ram(
+        &self,
+        pages: &Arc<PageSet>,
+        asked: CutStrategy,
+    ) -> Result<(Box<dyn Capture>, CutStrategy), TargetError> {
+        let protect = match asked {
+            CutStrategy::StopAndCopy => None,
+            CutStrategy::CopyOnWrite => self.copy_on_write.as_ref(),
+            CutStrategy::Auto => {
+                let ram = pages.regions().take(self.shared.target.ram().len());
+                let dirty: u64 = ram.map(|(_, map)| map.count()).sum();
+                self.copy_on_write
+                    .as_ref()
+                    .filter(|_| dirty >= STOP_AND_COPY_PAGES_MAX)
+            }
+        };
+        let reference: &dyn Strategy = &self.stop_and_copy;
+        let strategies = protect
+            .map(|strategy| strategy as &dyn Strategy)
+            .into_iter()
+            .chain([reference]);
+        let mut failure = None;
+        for strategy in strategies {
+            match strategy.capture(pages) {
+                Ok(capture) => return Ok((capture, strategy.kind())),
+                Err(error) => {
+                    tracing::warn!(strategy = ?strategy.kind(), %error, "memory was not captured");
+                    failure = Some(error);
+                }
+            }
+        }
+        Err(failure.expect("one strategy was tried").into())
+    }
+}
+
+impl Drop for CutEngine {
+    fn drop(&mut self) {
+        self.return_debts();
+        self.shared.target.set_write_hook(None);
+        self.shared.lock().stop = true;
+        self.shared.changed.notify_all();
+        if self.stop.write(1).is_err() {
+            unreachable!("an event counter of zero takes one");
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the cut engine had panicked");
+            }
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! The fault thread: answers writes to protected pages.
+//!
+//! It is a thread of its own, because vCPUs, device threads and the control thread may all fault.
+//! It waits for nothing but a staging slot, and for that a bounded time.
+
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::engine::Shared;
+use super::job::CancelReason;
+use super::strategy::CopyOnWrite;
+use crate::page::PAGE_SIZE;
+use crate::vmm::uffd::Wake;
+
+/// Answers faults until `stop` is signalled. After an error of userfaultfd all protection is lifted
+/// for good and the cut in progress is cancelled.
+pub fn run(shared: &Shared, protection: &Arc<CopyOnWrite>, stop: &EventFd) {
+    let mut faults = Vec::new();
+    loop {
+        let wake = protection.uffd().wait(stop);
+        let result = match wake {
+            Ok(Wake::Stop) => return,
+            Ok(Wake::Faults) => protection.uffd().read_faults(&mut faults).and_then(|()| {
+                faults
+                    .drain(..)
+                    .try_for_each(|at| answer(shared, protection, at))
+            }),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
+            tracing::error!(%error, "userfaultfd failed; cuts copy inside the pause from now on");
+            protection.give_up();
+            if let Some(job) = shared.current() {
+                job.cancel(CancelReason::Protection(error.to_string()));
+            }
+            return;
+        }
+    }
+}
+
+fn answer(shared: &Shared, protection: &CopyOnWrite, address: usize) -> io::Result<()> {
+    let _gate = protection.answering();
+    if let Some(addr) = protection.pages().locate(address)
+        && let Some(job) = shared.current()
+    {
+        let pages = protection.pages();
+        // A cancelled cut is void: the write may pass.
+        let _ = job.pull(&shared.states, addr, |out| {
+            pages.read(addr, out);
+            Ok(())
+        });
+    }
+    protection.uffd().unprotect(address, PAGE_SIZE)
+}
