@@ -89,9 +89,6 @@ pub enum Verb {
         /// Keep everything in this directory, which must be empty or new.
         #[arg(long, value_name = "DIR")]
         keep: Option<PathBuf>,
-        /// Without /dev/kvm: a simulated guest behind the same engine.
-        #[arg(long)]
-        no_kvm: bool,
     },
     /// Run one guest's monitor; started by the daemon.
     #[command(hide = true)]

@@ -105,9 +105,17 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
     }
     match verb {
         Verb::Site | Verb::Vmm { .. } => unreachable!("they were run above"),
-        Verb::Demo { keep, no_kvm } => {
-            let options = demo::DemoOptions { keep, json: global.json };
-            workers()?.block_on(demo::main(&options, no_kvm))
+        Verb::Demo { keep } => {
+            let options = demo::DemoOptions {
+                keep,
+                json: global.json,
+            };
+            Ok(match workers()?.block_on(demo::run(&options)) {
+                demo::DemoExit::Pass => ExitCode::Ok,
+                demo::DemoExit::Fail => ExitCode::Failed,
+                demo::DemoExit::NoKvm => ExitCode::Usage,
+                demo::DemoExit::Interrupted => ExitCode::Interrupted,
+            })
         }
         Verb::Config(verb) => config::run(&verb, file, out),
         Verb::Pki(verb) => pki::run(verb, file, out).map(|()| ExitCode::Ok),

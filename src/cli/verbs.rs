@@ -123,7 +123,12 @@ pub async fn run(
             let reloaded = client.reload().await?;
             out.result(reloaded, render::reloaded);
         }
-        Verb::Pki(_) | Verb::Config(_) | Verb::Doctor => {
+        Verb::Site
+        | Verb::Vmm { .. }
+        | Verb::Demo { .. }
+        | Verb::Pki(_)
+        | Verb::Config(_)
+        | Verb::Doctor => {
             unreachable!("these verbs need no daemon and are not sent here")
         }
     }

@@ -33,6 +33,9 @@ use check::Check;
 use resolved::SiteConfig;
 use source::Source;
 
+/// The configuration of `lifeboat site` when none is given.
+pub const DEFAULT_FILE: &str = "/etc/lifeboat/lifeboat.toml";
+
 /// Where the CLI looks for a daemon, and a daemon serves, when nothing else is said.
 pub const DEFAULT_SOCKET: &str = "/run/lifeboat/admin.sock";
 

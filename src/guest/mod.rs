@@ -20,6 +20,8 @@
 
 pub mod fake;
 
+pub mod builtin;
+
 use std::future::Future;
 use std::time::Duration;
 

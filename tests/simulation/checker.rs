@@ -34,7 +34,10 @@ impl FullImage {
     pub fn new(layout: &Layout) -> Self {
         let regions = layout.regions();
         Self {
-            regions: regions.iter().map(|r| vec![0; r.bytes() as usize]).collect(),
+            regions: regions
+                .iter()
+                .map(|r| vec![0; r.bytes() as usize])
+                .collect(),
         }
     }
 
@@ -171,7 +174,9 @@ impl Checker {
                 if let Some((generation, newest)) = shared.promoted
                     && *epoch > newest
                 {
-                    let text = format!("#{epoch} acknowledged after promotion to {generation} from #{newest}");
+                    let text = format!(
+                        "#{epoch} acknowledged after promotion to {generation} from #{newest}"
+                    );
                     shared.violations.push(text);
                 }
                 let before = shared.acked.insert(*epoch, *root);
@@ -211,9 +216,14 @@ impl Checker {
         }
         let promoted = self.shared.lock().unwrap().promoted;
         if let Some((generation, old)) = promoted {
-            let late = points.iter().find(|p| p.epoch > old && p.generation < generation);
+            let late = points
+                .iter()
+                .find(|p| p.epoch > old && p.generation < generation);
             if let Some(point) = late {
-                self.violated(format!("#{} of the old owner came after the promotion", point.epoch));
+                self.violated(format!(
+                    "#{} of the old owner came after the promotion",
+                    point.epoch
+                ));
             }
         }
         let checked = if deep { points.len() } else { 1 };
@@ -223,7 +233,11 @@ impl Checker {
     }
 
     /// One point: it replays, its root is right, and it is one cut of the guest. Its content, if so.
-    pub fn point<S: Store>(&self, journal: &Journal<S>, point: &RecoveryPoint) -> Option<(DeviceState, FullImage)> {
+    pub fn point<S: Store>(
+        &self,
+        journal: &Journal<S>,
+        point: &RecoveryPoint,
+    ) -> Option<(DeviceState, FullImage)> {
         let epoch = point.epoch;
         let mut image = FullImage::new(&self.layout);
         let manifest: Manifest = match journal.replay(epoch, &mut image) {
@@ -235,7 +249,10 @@ impl Checker {
         };
         let root = image.root(&self.layout);
         if root != point.root {
-            self.violated(format!("#{epoch} replays to root {root}, recorded is {}", point.root));
+            self.violated(format!(
+                "#{epoch} replays to root {root}, recorded is {}",
+                point.root
+            ));
         }
         let state = match DeviceState::from_bytes(&manifest.device_state) {
             Ok(state) => state,
@@ -244,7 +261,13 @@ impl Checker {
                 return None;
             }
         };
-        let cut = self.book.lock().unwrap().cuts.get(&point.captured_at).cloned();
+        let cut = self
+            .book
+            .lock()
+            .unwrap()
+            .cuts
+            .get(&point.captured_at)
+            .cloned();
         if cut.as_ref() != Some(&state) {
             self.violated(format!("#{epoch} is not the cut of its capture time"));
         }
@@ -298,7 +321,9 @@ impl Checker {
             }
         }
         if compare.is_none() && !self.is_gone(base.epoch) {
-            self.violated(format!("the guest settled with {base:?}, which is no point"));
+            self.violated(format!(
+                "the guest settled with {base:?}, which is no point"
+            ));
         }
     }
 
@@ -316,7 +341,13 @@ impl Checker {
                 }
                 continue;
             };
-            let cut = self.book.lock().unwrap().cuts.get(&point.captured_at).cloned();
+            let cut = self
+                .book
+                .lock()
+                .unwrap()
+                .cuts
+                .get(&point.captured_at)
+                .cloned();
             let at = cut.map(|state| fake::counter(state).expect("a state of the fake guest"));
             if at.is_none_or(|at| at < counter) {
                 self.violated(format!(

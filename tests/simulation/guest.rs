@@ -7,8 +7,7 @@ use lifeboat::clock::Timestamp;
 use lifeboat::device_state::DeviceState;
 use lifeboat::guest::fake::{FakeGuest, FakeMachine};
 use lifeboat::guest::{
-    Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo,
-    Round, RunState,
+    Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round, RunState,
 };
 use lifeboat::ids::Epoch;
 use lifeboat::page::PageAddr;
@@ -158,8 +157,16 @@ impl Guest for SimGuest {
         self.begun(cut.id);
         self.in_cut = true;
         let state = cut.device_state.clone();
-        let twice = self.book.lock().unwrap().cuts.insert(cut.captured_at, state);
-        assert!(twice.is_none(), "two cuts at one time: the clock's readings are unique");
+        let twice = self
+            .book
+            .lock()
+            .unwrap()
+            .cuts
+            .insert(cut.captured_at, state);
+        assert!(
+            twice.is_none(),
+            "two cuts at one time: the clock's readings are unique"
+        );
         self.drop_a_bit(&mut cut);
         self.delay().await;
         Ok(cut)

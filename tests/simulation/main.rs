@@ -81,7 +81,10 @@ fn report(seed: u64, run: &Run, failure: &str) -> String {
 
 fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is no number")))
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable}={text} is no number")),
+    )
 }
 
 const CHAOS: Script = Script {
@@ -128,11 +131,32 @@ fn faults_lose_nothing_and_replication_converges() {
     if seeds >= 1000 {
         let kinds = kinds.into_inner().unwrap();
         for wanted in [
-            "cut-link", "dead-link", "block", "refuse", "weather", "kill-a", "guest-dies", "kill-b",
-            "power-b", "bad-write", "bad-sync", "disk-full", "power-op", "catalogue", "pace", "reopen",
-            "resume", "delta", "full", "promoted", "converged",
+            "cut-link",
+            "dead-link",
+            "block",
+            "refuse",
+            "weather",
+            "kill-a",
+            "guest-dies",
+            "kill-b",
+            "power-b",
+            "bad-write",
+            "bad-sync",
+            "disk-full",
+            "power-op",
+            "catalogue",
+            "pace",
+            "reopen",
+            "resume",
+            "delta",
+            "full",
+            "promoted",
+            "converged",
         ] {
-            assert!(kinds.contains(wanted), "no seed saw {wanted:?}: the simulation lost its teeth");
+            assert!(
+                kinds.contains(wanted),
+                "no seed saw {wanted:?}: the simulation lost its teeth"
+            );
         }
     }
 }

@@ -373,11 +373,20 @@ impl Dialer for SimDialer {
         let mut state = net.lock();
         let blocked = state.blocked;
         let refused = state.refused;
-        let listener = state.listener.clone().filter(|_| !refused).ok_or_else(broken)?;
-        let (up, down) = (Pipe::new(net.clone(), blocked[0]), Pipe::new(net.clone(), blocked[1]));
+        let listener = state
+            .listener
+            .clone()
+            .filter(|_| !refused)
+            .ok_or_else(broken)?;
+        let (up, down) = (
+            Pipe::new(net.clone(), blocked[0]),
+            Pipe::new(net.clone(), blocked[1]),
+        );
         let accepted = (Rx(up.clone()), Tx(down.clone()));
         state.links.retain(|(up, _)| up.strong_count() > 0);
-        state.links.push((Arc::downgrade(&up), Arc::downgrade(&down)));
+        state
+            .links
+            .push((Arc::downgrade(&up), Arc::downgrade(&down)));
         drop(state);
         listener.send(accepted).map_err(|_| broken())?;
         Ok((Tx(up), Rx(down)))

@@ -22,7 +22,13 @@ use crate::net::{Net, SimDialer};
 pub const BACKLOG_BYTES: usize = 1 << 20;
 
 /// What all primaries of a world have in common.
-pub fn options(dice: &mut Dice, guest: &GuestId, site: &SiteId, peer: &SiteId, generation: Generation) -> PrimaryOptions {
+pub fn options(
+    dice: &mut Dice,
+    guest: &GuestId,
+    site: &SiteId,
+    peer: &SiteId,
+    generation: Generation,
+) -> PrimaryOptions {
     PrimaryOptions {
         guest: guest.clone(),
         site: site.clone(),
@@ -130,7 +136,10 @@ impl Daemon {
 }
 
 /// Traces what the role says of itself.
-async fn follow(mut status: watch::Receiver<PrimaryStatus>, trace: Trace) -> std::convert::Infallible {
+async fn follow(
+    mut status: watch::Receiver<PrimaryStatus>,
+    trace: Trace,
+) -> std::convert::Infallible {
     let mut before = PrimaryStatus::default();
     while status.changed().await.is_ok() {
         let now = status.borrow_and_update().clone();

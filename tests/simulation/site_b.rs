@@ -98,16 +98,23 @@ async fn supervise(
     loop {
         sleep(dice.micros(100..50_000)).await;
         let catalogue = Box::new(site.catalogue.clone());
-        let opened = Replica::open(site.store.clone(), catalogue, &site.guest, site.options.clone());
+        let opened = Replica::open(
+            site.store.clone(),
+            catalogue,
+            &site.guest,
+            site.options.clone(),
+        );
         let replica = match opened {
             Ok((replica, report)) => {
                 let newest = replica.journal().newest().map_or(0, |p| p.epoch.0);
-                site.trace.note("standby", format_args!("open at #{newest}: {report:?}"));
+                site.trace
+                    .note("standby", format_args!("open at #{newest}: {report:?}"));
                 site.checker.recovered(replica.journal(), false);
                 Arc::new(Mutex::new(replica))
             }
             Err(error) => {
-                site.trace.note("standby", format_args!("does not open: {error}"));
+                site.trace
+                    .note("standby", format_args!("does not open: {error}"));
                 sleep(Duration::from_millis(200)).await;
                 continue;
             }
@@ -164,4 +171,3 @@ async fn listen(site: &SiteB, mut dice: Dice, replica: Shared) -> String {
     sessions.shutdown().await;
     broken
 }
-

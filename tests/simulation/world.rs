@@ -160,7 +160,8 @@ impl World {
         if self.a.is_some() {
             return;
         }
-        self.trace.note("start-a", format_args!("run {}", self.runs));
+        self.trace
+            .note("start-a", format_args!("run {}", self.runs));
         let guest = (self.dice.fork(), self.manners, self.checker.book.clone());
         self.a = site_a::Daemon::start(
             &self.machine,
@@ -237,8 +238,10 @@ impl World {
                 self.net.silence();
             }
             3 | 4 => {
-                let (up, down) = [(true, true), (true, false), (false, true)][self.dice.pick(0..3) as usize];
-                self.trace.note("block", format_args!("to B {up}, to A {down}"));
+                let (up, down) =
+                    [(true, true), (true, false), (false, true)][self.dice.pick(0..3) as usize];
+                self.trace
+                    .note("block", format_args!("to B {up}, to A {down}"));
                 self.net.block(up, down);
                 self.later(Undo::Unblock, 10_000..4_000_000);
             }
@@ -282,7 +285,10 @@ impl World {
                 self.trace.note("catalogue", "");
                 match self.dice.pick(0..3) {
                     0 => self.site_b.catalogue.set_failing(true),
-                    1 => self.site_b.catalogue.flip(self.dice.next() as usize % 1000, 3),
+                    1 => self
+                        .site_b
+                        .catalogue
+                        .flip(self.dice.next() as usize % 1000, 3),
                     _ => {
                         self.kill_b(false).await;
                         self.site_b.catalogue.clear();
@@ -310,7 +316,14 @@ impl World {
         }
         self.kill_b(true).await;
         let backup = self.backup.take().filter(|_| self.dice.one_in(2));
-        self.trace.note("new-disk", if backup.is_some() { "a backup" } else { "empty" });
+        self.trace.note(
+            "new-disk",
+            if backup.is_some() {
+                "a backup"
+            } else {
+                "empty"
+            },
+        );
         (self.site_b.store, self.site_b.catalogue) = backup.unwrap_or_default();
         self.site_b.store.crash(self.dice.next());
         self.checker.forget_acks();
@@ -345,7 +358,9 @@ impl World {
     async fn step(&mut self, wait: Duration) {
         sleep(wait).await;
         let now = Instant::now();
-        let (due, rest) = std::mem::take(&mut self.undo).into_iter().partition(|(at, _)| *at <= now);
+        let (due, rest) = std::mem::take(&mut self.undo)
+            .into_iter()
+            .partition(|(at, _)| *at <= now);
         self.undo = rest;
         let due: Vec<(Instant, Undo)> = due;
         for (_, undo) in due {
@@ -367,7 +382,8 @@ impl World {
             let backlog = a.status.borrow().backlog_bytes;
             // A round looks for room and then adds one chunk's parts.
             if backlog > 2 * site_a::BACKLOG_BYTES as u64 {
-                self.checker.violated(format!("{backlog} bytes wait for the link"));
+                self.checker
+                    .violated(format!("{backlog} bytes wait for the link"));
             }
         }
         if let Some(replica) = self.b.as_ref().and_then(site_b::Daemon::replica)
@@ -399,7 +415,9 @@ impl World {
         let options = self.site_b.options.journal.clone();
         match Journal::open(store, Box::new(catalogue), &self.site_b.guest, options) {
             Ok((journal, _)) => self.checker.recovered(&journal, deep),
-            Err(error) => self.checker.violated(format!("a copy of B's disk does not recover: {error}")),
+            Err(error) => self
+                .checker
+                .violated(format!("a copy of B's disk does not recover: {error}")),
         }
     }
 
@@ -427,7 +445,8 @@ impl World {
         store.crash(self.dice.next());
         self.recover(store, catalogue, true);
         self.check();
-        self.trace.note("end", format_args!("{} acks", self.checker.acks()));
+        self.trace
+            .note("end", format_args!("{} acks", self.checker.acks()));
     }
 
     /// Everything works again.
@@ -456,14 +475,22 @@ impl World {
         let acks = self.checker.acks();
         let limit = Instant::now() + CONVERGE_WITHIN;
         while self.checker.acks() < acks + 2 || self.checker.newest_acked() <= epoch {
-            assert!(Instant::now() < limit, "no new point after all faults ended: {}", self.why());
+            assert!(
+                Instant::now() < limit,
+                "no new point after all faults ended: {}",
+                self.why()
+            );
             self.step(Duration::from_millis(100)).await;
         }
         self.trace.note("converged", self.checker.newest_acked());
         self.writer.pace.store(0, Ordering::Relaxed);
         let limit = Instant::now() + CONVERGE_WITHIN;
         while !self.settled_and_equal() {
-            assert!(Instant::now() < limit, "a guest at rest is not settled: {}", self.why());
+            assert!(
+                Instant::now() < limit,
+                "a guest at rest is not settled: {}",
+                self.why()
+            );
             self.step(Duration::from_millis(200)).await;
         }
         let daemon = self.a.take().expect("it was started");
@@ -490,8 +517,13 @@ impl World {
             return false;
         }
         let same = image.into_regions() == self.machine.image();
-        assert!(same, "#{} has the guest's state and not its content", newest.epoch);
-        self.machine.base().is_some_and(|b| b.epoch == newest.epoch) && self.machine.unsettled().is_empty()
+        assert!(
+            same,
+            "#{} has the guest's state and not its content",
+            newest.epoch
+        );
+        self.machine.base().is_some_and(|b| b.epoch == newest.epoch)
+            && self.machine.unsettled().is_empty()
     }
 
     fn why(&self) -> String {
@@ -515,19 +547,28 @@ impl World {
         let generation = Generation(2);
         let (state, image, newest) = {
             let mut replica = replica.lock().unwrap();
-            let newest = replica.journal().newest().cloned().expect("there are acknowledged points");
+            let newest = replica
+                .journal()
+                .newest()
+                .cloned()
+                .expect("there are acknowledged points");
             let promoted = replica.promote(generation, None);
             let promotion = promoted.unwrap_or_else(|e| panic!("promotion fails: {e}"));
             assert_eq!(promotion.point.epoch, newest.epoch);
-            let (state, image) = self.checker.point(replica.journal(), &newest).expect("a good point");
+            let (state, image) = self
+                .checker
+                .point(replica.journal(), &newest)
+                .expect("a good point");
             (state, image, newest)
         };
         drop(replica);
         self.checker.promoted(generation, newest.epoch);
-        self.trace.note("promoted", format_args!("at #{}", newest.epoch));
+        self.trace
+            .note("promoted", format_args!("at #{}", newest.epoch));
         let run = [200; 16];
         let clock = self.site_b.clock.clone();
-        let resumed = FakeMachine::restore(self.spec.clone(), run, clock, state, image.into_regions());
+        let resumed =
+            FakeMachine::restore(self.spec.clone(), run, clock, state, image.into_regions());
         let resumed = resumed.expect("the point restores");
         assert_eq!(resumed.state(), RunState::Paused);
         // The old side goes on for a while, whatever its link is like, and is fenced in the end.

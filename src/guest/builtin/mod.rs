@@ -1,0 +1,372 @@
+//! A guest of the built-in monitor: one process per guest, spoken to over its control socket.
+//!
+//! ```text
+//!   spawn ─▶ Unbooted ── boot | restore ──▶ BuiltinGuest ── stop ──▶ process exits
+//!   adopt (the process outlived an earlier daemon) ──▶ BuiltinGuest ── drop ──▶ guest lives on,
+//!                                                                     its debts are given back
+//! ```
+//!
+//! The process is a session of its own and no matter what becomes of the daemon it goes on. All
+//! content comes through the staging memory; a [`Chunk`] is a slot of it, and dropping the chunk
+//! frees the slot. Calls may be dropped at any await: replies are told apart by number, and content
+//! of a round or cut that nobody waits for is freed when it is met.
+
+mod connection;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::process::{Child, Command as Process};
+use tokio::time::{Instant, sleep, timeout};
+
+use connection::{Connection, Content};
+
+use super::{
+    Base, Chunk, ChunkMemory, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo,
+    Round, RunState,
+};
+use crate::device_state::DeviceState;
+use crate::ids::GuestId;
+use crate::vmm::MachineSpec;
+use crate::vmm::process::{CONTROL_SOCKET, LOG_FILE};
+use crate::vmm::protocol::{Command, Info, Reply};
+use crate::vmm::staging::{SLOT_PAGES, StagingView};
+
+/// How long a new process may take until it answers.
+const START_WITHIN: Duration = Duration::from_secs(15);
+/// How long a stopped process may take until it is gone (it flushes disks).
+const STOP_WITHIN: Duration = Duration::from_secs(60);
+/// Time between two attempts to reach a process that starts.
+const RETRY: Duration = Duration::from_millis(2);
+
+/// A guest of the built-in monitor.
+pub struct BuiltinGuest {
+    info: GuestInfo,
+    connection: Connection,
+    /// The round or cut whose content `next_chunk` hands out.
+    current: Option<CutId>,
+    /// Of a process that this daemon started: tokio reaps it when it ends.
+    _child: Option<Child>,
+}
+
+/// A process without a guest yet. Dropping it ends the process.
+pub struct Unbooted {
+    guest: GuestId,
+    connection: Connection,
+    child: Child,
+}
+
+impl BuiltinGuest {
+    /// Starts the monitor of a guest: `exe` is this program. The process keeps its sockets and its
+    /// log in `run_dir`.
+    pub async fn spawn(
+        exe: &Path,
+        run_dir: &Path,
+        guest: &GuestId,
+    ) -> Result<Unbooted, GuestError> {
+        let failed =
+            |what: &str, error: std::io::Error| GuestError::Failed(format!("{what}: {error}"));
+        std::fs::create_dir_all(run_dir).map_err(|e| failed(&run_dir.display().to_string(), e))?;
+        let log_path = run_dir.join(LOG_FILE);
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log_path)
+            .map_err(|e| failed(&log_path.display().to_string(), e))?;
+        let mut process = Process::new(exe);
+        process
+            .args(["vmm", "--guest", guest.as_str(), "--run-dir"])
+            .arg(run_dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        // SAFETY: between fork and exec only setsid is called, which is async-signal-safe.
+        unsafe {
+            process.pre_exec(|| {
+                if libc::setsid() < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let mut child = process
+            .spawn()
+            .map_err(|e| failed("the monitor cannot be started", e))?;
+        let socket = run_dir.join(CONTROL_SOCKET);
+        let deadline = Instant::now() + START_WITHIN;
+        loop {
+            if let Ok(Some(status)) = child.try_wait() {
+                return Err(GuestError::Failed(format!(
+                    "the monitor ended at its start ({}); see {}",
+                    status
+                        .signal()
+                        .map_or_else(|| status.to_string(), |s| format!("signal {s}")),
+                    log_path.display()
+                )));
+            }
+            match Connection::open(&socket, guest).await {
+                // A process that is about to end may still answer at the same name.
+                Ok(Some(connection)) if Some(connection.pid()) == child.id() => {
+                    return Ok(Unbooted {
+                        guest: guest.clone(),
+                        connection,
+                        child,
+                    });
+                }
+                Ok(_) => {}
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => {}
+            }
+            if Instant::now() > deadline {
+                let seconds = START_WITHIN.as_secs();
+                return Err(GuestError::Failed(format!(
+                    "the monitor did not answer within {seconds} s; see {}",
+                    log_path.display()
+                )));
+            }
+            sleep(RETRY).await;
+        }
+    }
+
+    /// Finds the process of a guest that an earlier daemon started. `None` if there is none.
+    pub async fn adopt(
+        run_dir: &Path,
+        guest: &GuestId,
+    ) -> Result<Option<BuiltinGuest>, GuestError> {
+        let Some(connection) = Connection::open(&run_dir.join(CONTROL_SOCKET), guest).await? else {
+            return Ok(None);
+        };
+        match connection.info().await? {
+            Some(info) => Ok(Some(Self::new(connection, info, None))),
+            // It was started and never got its guest. It ends with this connection.
+            None => Ok(None),
+        }
+    }
+
+    fn new(connection: Connection, info: Info, child: Option<Child>) -> Self {
+        let info = GuestInfo {
+            layout: info.layout,
+            machine: info.machine,
+            state: info.state.into(),
+            run: connection.run(),
+            base: info.base,
+        };
+        Self {
+            info,
+            connection,
+            current: None,
+            _child: child,
+        }
+    }
+
+    /// Process id of the monitor.
+    pub fn pid(&self) -> u32 {
+        self.connection.pid()
+    }
+
+    async fn done(&self, command: Command) -> Result<(), GuestError> {
+        match self.connection.call(command, None).await? {
+            Reply::Done => Ok(()),
+            other => Err(connection::odd(&other)),
+        }
+    }
+
+    /// A slot's pages as a chunk, if they are what they may be.
+    fn chunk(
+        &self,
+        slot: connection::LentSlot,
+        pages: Vec<crate::page::PageAddr>,
+    ) -> Result<Chunk, GuestError> {
+        let layout = &self.info.layout;
+        if pages.len() > SLOT_PAGES || !pages.iter().all(|addr| layout.contains(*addr)) {
+            let text = "it handed out pages that are not the guest's";
+            return Err(GuestError::Failed(text.into()));
+        }
+        let memory = Box::new(Lent {
+            count: pages.len(),
+            slot,
+        });
+        Ok(Chunk { pages, memory })
+    }
+}
+
+/// Memory of a chunk: a slot until the drop.
+struct Lent {
+    slot: connection::LentSlot,
+    count: usize,
+}
+
+impl ChunkMemory for Lent {
+    fn bytes(&self) -> &[u8] {
+        self.slot.view().slot(self.slot.number(), self.count)
+    }
+}
+
+impl Unbooted {
+    /// Builds the machine anew and runs it.
+    pub async fn boot(self, spec: &MachineSpec) -> Result<BuiltinGuest, GuestError> {
+        let command = Command::Boot { spec: json(spec) };
+        self.started(command, None).await
+    }
+
+    /// Builds the machine in a saved state and runs it. `ram` is a file with all RAM regions one
+    /// after the other; it is mapped privately and must not change any more.
+    pub async fn restore(
+        self,
+        spec: &MachineSpec,
+        state: DeviceState,
+        ram: OwnedFd,
+    ) -> Result<BuiltinGuest, GuestError> {
+        let command = Command::Restore {
+            spec: json(spec),
+            state,
+        };
+        self.started(command, Some(ram)).await
+    }
+
+    async fn started(
+        self,
+        command: Command,
+        image: Option<OwnedFd>,
+    ) -> Result<BuiltinGuest, GuestError> {
+        match self.connection.call(command, image).await? {
+            Reply::Done => {}
+            other => return Err(connection::odd(&other)),
+        }
+        let info = self.connection.info().await?.ok_or_else(|| {
+            GuestError::Failed(format!(
+                "it has no guest \"{}\" after its start",
+                self.guest
+            ))
+        })?;
+        Ok(BuiltinGuest::new(self.connection, info, Some(self.child)))
+    }
+}
+
+fn json(spec: &MachineSpec) -> Vec<u8> {
+    serde_json::to_vec(spec).expect("a machine description has only plain fields")
+}
+
+impl Guest for BuiltinGuest {
+    fn info(&self) -> &GuestInfo {
+        &self.info
+    }
+
+    async fn state(&mut self) -> Result<RunState, GuestError> {
+        match self.connection.call(Command::State, None).await? {
+            Reply::State(state) => Ok(state.into()),
+            other => Err(connection::odd(&other)),
+        }
+    }
+
+    async fn round(&mut self, contents: Contents) -> Result<Round, GuestError> {
+        match self
+            .connection
+            .call(Command::Round { contents }, None)
+            .await?
+        {
+            Reply::Round { id, dirty } => {
+                let dirty = dirty
+                    .decode(&self.info.layout)
+                    .ok_or_else(connection::no_set)?;
+                self.current = Some(id);
+                Ok(Round { id, dirty })
+            }
+            other => Err(connection::odd(&other)),
+        }
+    }
+
+    async fn cut(&mut self, strategy: CutStrategy) -> Result<Cut, GuestError> {
+        match self
+            .connection
+            .call(Command::Cut { strategy }, None)
+            .await?
+        {
+            Reply::Cut {
+                id,
+                dirty,
+                device_state,
+                captured_at,
+                pause,
+                strategy,
+            } => {
+                let dirty = dirty
+                    .decode(&self.info.layout)
+                    .ok_or_else(connection::no_set)?;
+                self.current = Some(id);
+                Ok(Cut {
+                    id,
+                    dirty,
+                    device_state,
+                    captured_at,
+                    pause,
+                    strategy,
+                })
+            }
+            other => Err(connection::odd(&other)),
+        }
+    }
+
+    async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
+        let Some(current) = self.current else {
+            return Ok(None);
+        };
+        loop {
+            match self.connection.content().await? {
+                Content::Chunk { cut, slot, pages } if cut == current => {
+                    return self.chunk(slot, pages).map(Some);
+                }
+                Content::End { cut } if cut == current => {
+                    self.current = None;
+                    return Ok(None);
+                }
+                Content::Abandoned { cut, why } if cut == current => {
+                    self.current = None;
+                    return Err(GuestError::Abandoned(why));
+                }
+                // Of a round or cut that nobody waits for any more: its slot is freed by the drop.
+                _ => {}
+            }
+        }
+    }
+
+    async fn settle(&mut self, id: CutId, base: Base) -> Result<(), GuestError> {
+        self.done(Command::Settle { id, base }).await
+    }
+
+    async fn give_back(&mut self) -> Result<(), GuestError> {
+        self.current = None;
+        self.connection.discard_content();
+        self.done(Command::GiveBack).await?;
+        self.connection.discard_content();
+        Ok(())
+    }
+
+    async fn pause(&mut self) -> Result<(), GuestError> {
+        self.done(Command::Pause).await
+    }
+
+    async fn resume(&mut self) -> Result<(), GuestError> {
+        self.done(Command::Resume).await
+    }
+
+    async fn stop(&mut self) -> Result<(), GuestError> {
+        self.done(Command::Stop).await?;
+        // The connection ends when the process does: disks are unlocked then.
+        timeout(STOP_WITHIN, self.connection.closed())
+            .await
+            .map_err(|_| {
+                let seconds = STOP_WITHIN.as_secs();
+                GuestError::Failed(format!(
+                    "the monitor is not gone {seconds} s after its guest was stopped"
+                ))
+            })
+    }
+}
+
+/// Keeps [`StagingView`] shared between a connection and the chunks that outlive it.
+type View = Arc<StagingView>;
