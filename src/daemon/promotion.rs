@@ -176,7 +176,7 @@ impl Failover {
         let at = self
             .from
             .as_ref()
-            .map_or("the other site".to_owned(), |s| format!("site {s}"));
+            .map_or("the other site".to_owned(), SiteId::to_string);
         let not_fenced = |why: String| {
             ApiError::new(
                 Reason::NotFenced,

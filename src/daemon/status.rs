@@ -117,7 +117,7 @@ impl Known<'_> {
 
     fn state(&self) -> GuestState {
         match (self.role(), self.record().map(|r| &r.standing)) {
-            (_, Some(Standing::Fenced { .. })) => GuestState::Fenced,
+            (Role::None, Some(Standing::Fenced { .. })) => GuestState::Fenced,
             (Role::Active, _) => self.active_state(),
             (Role::Standby, _) => match &self.copy {
                 Some(Ok(copy)) if copy.newest.is_none() => GuestState::InitialSync,
