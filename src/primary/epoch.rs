@@ -81,9 +81,9 @@ impl<G: Guest> Builder<'_, G> {
 
         let started = Instant::now();
         let cut = self.engine.guest.cut(self.engine.options.strategy).await?;
-        self.engine.metrics.pause(cut.pause);
+        self.engine.meters.guest.pause(cut.pause);
         let dirty = cut.dirty.count();
-        self.engine.metrics.dirty(dirty * PAGE_SIZE as u64);
+        self.engine.meters.guest.dirty(dirty * PAGE_SIZE as u64);
         self.engine.round_first = dirty > self.engine.options.round_pages;
         if dirty as usize * PAGE_SIZE > self.queue.free() {
             self.give_back_cut(epoch, dirty).await?;
@@ -93,7 +93,8 @@ impl<G: Guest> Builder<'_, G> {
         let reading = Instant::now();
         self.take(Taking::Cut, None, 0).await?;
         self.engine
-            .metrics
+            .meters
+            .guest
             .phase(MetricPhase::Encode, reading.elapsed());
 
         let info = self.engine.guest.info();
@@ -114,7 +115,7 @@ impl<G: Guest> Builder<'_, G> {
         self.engine.image_known = true;
         self.engine.repair = None;
         self.first = None;
-        count(&self.engine.metrics, &finished.stats);
+        count(&self.engine.meters.guest, &finished.stats);
         finished
             .parts
             .into_iter()
@@ -133,8 +134,8 @@ impl<G: Guest> Builder<'_, G> {
             cut_at: started,
         });
         let (inflight, backlog) = (self.engine.inflight.len(), self.queue.bytes() as u64);
-        self.engine.metrics.set_inflight(inflight);
-        self.engine.metrics.set_backlog(backlog);
+        self.engine.meters.guest.set_inflight(inflight);
+        self.engine.meters.guest.set_backlog(backlog);
         self.engine.publish(|s| {
             s.inflight = inflight;
             s.backlog_bytes = backlog;
@@ -285,7 +286,10 @@ impl<G: Guest> Builder<'_, G> {
             .await;
         self.engine.guest.give_back().await?;
         self.engine.round_first = true;
-        self.engine.metrics.checkpoint(CheckpointResult::Aborted);
+        self.engine
+            .meters
+            .guest
+            .checkpoint(CheckpointResult::Aborted);
         let text = if need > max {
             format!(
                 "{} MiB change between two cuts, more than max_backlog ({} MiB): raise it, or give the link more",
@@ -324,7 +328,8 @@ impl<G: Guest> Builder<'_, G> {
             Event::Mismatch { epoch } => {
                 let now = self.engine.env.now();
                 self.engine
-                    .metrics
+                    .meters
+                    .guest
                     .verification(VerifyResult::Mismatch, now);
                 self.engine.repair = Some(format!(
                     "the standby's image root of #{epoch} differed from ours"

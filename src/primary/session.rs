@@ -13,6 +13,7 @@ use super::{Command, Phase, PrimaryOptions};
 use crate::clock::Env;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, Generation, ImageRoot, SiteId};
+use crate::metrics::labels::ConnectResult;
 use crate::page::Layout;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
@@ -230,8 +231,9 @@ async fn build_inner<G: Guest>(
         guest = %engine.options.guest, path = plan.path.as_str(), reason = plan.reason,
         "session with the standby is up"
     );
+    engine.meters.peer.connect(ConnectResult::Ok);
     if let Some(reason) = plan.resync {
-        engine.metrics.resync(reason);
+        engine.meters.guest.resync(reason);
     }
     let phase = match (plan.path, &opened.newest) {
         (SyncPath::Resume, _) => Phase::Protected,
