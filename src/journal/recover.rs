@@ -223,7 +223,7 @@ impl<S: Store> Recovery<'_, S> {
             }
         }
         let mut slow = self.attempt(0, true);
-        slow.report.full_scan = true;
+        slow.report.full_scan = self.segments.iter().next().is_some();
         slow
     }
 
