@@ -20,3 +20,6 @@ pub mod server;
 pub mod socket;
 pub mod time;
 pub mod types;
+
+#[cfg(test)]
+mod tests;
