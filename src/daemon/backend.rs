@@ -9,11 +9,12 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::context::{SiteContext, run_dir, writer_of};
+use super::orders::{Handle, Order};
 use super::promotion::Failover;
 use super::record;
 use super::standbys::{Shared, Standbys, lock};
 use super::status::{Known, point_status};
-use super::supervisor::{self, Handle, Order};
+use super::supervisor;
 use super::verbs;
 use crate::config::resolved::SiteConfig;
 use crate::config::{self, Files};
