@@ -159,7 +159,10 @@ fn a_journal_in_a_directory_survives_restarts_and_the_loss_of_its_catalogue() {
         replay_all(&journal, &images);
         assert_eq!(journal.check(&mut |_| ()).unwrap().findings, vec![]);
         let stat = journal.stat();
-        assert!(stat.syncs > 25 && (stat.base_bytes > 0 || round < 3), "{stat:?}");
+        assert!(
+            stat.syncs > 25 && (stat.base_bytes > 0 || round < 3),
+            "{stat:?}"
+        );
         drop(journal);
         if round == 1 {
             // sled lets go of its files a moment after the drop.
