@@ -156,6 +156,14 @@ impl<S: Store> Journal<S> {
         })?;
         let listed = |e| JournalError::io("list the files of", &store.place(), e);
         let names = store.list().map_err(listed)?;
+        if !options.read_only {
+            // A name that an earlier owner made may not be durable: its directory sync failed, or it
+            // was killed before.
+            store
+                .sync_dir()
+                .map_err(|e| JournalError::io("sync", "the directory", e))
+                .map_err(read_only_disk)?;
+        }
         let (super_, mut notices, created) = open_super(&store, &names, guest, &options)?;
         let (segments, unusable) = Segments::open(
             &store,
