@@ -197,3 +197,120 @@ pub(super) fn is_zero(page: &[u8; PAGE_SIZE]) -> bool {
         .iter()
         .all(|line| line.iter().fold(0, |sum, b| sum | b) == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    type Page = [u8; PAGE_SIZE];
+
+    fn edited(mut page: Page, edits: &[(usize, usize, u8)]) -> Page {
+        for (at, len, value) in edits {
+            let end = (at + len).min(PAGE_SIZE);
+            page[*at..end].fill(*value);
+        }
+        page
+    }
+
+    fn edits(max: usize) -> impl Strategy<Value = Vec<(usize, usize, u8)>> {
+        prop::collection::vec((0..PAGE_SIZE, 1usize..max, any::<u8>()), 0..60)
+    }
+
+    proptest! {
+        #[test]
+        fn a_delta_turns_old_new_and_torn_into_new(
+            base in edits(2000), edits in edits(40), mix in prop::collection::vec(any::<bool>(), PAGE_SIZE),
+        ) {
+            let old = edited([0; PAGE_SIZE], &base);
+            let new = edited(old, &edits);
+            let mut delta = b"before".to_vec();
+            match encode(&old, &new, &mut delta) {
+                Delta::Same => prop_assert!(old == new && delta == b"before"),
+                Delta::TooLong => prop_assert!(old != new),
+                Delta::Runs => {
+                    let delta = &delta[6..];
+                    prop_assert!((DELTA_BYTES_MIN..=DELTA_BYTES_LIMIT).contains(&delta.len()));
+                    let torn = std::array::from_fn(|i| if mix[i] { old[i] } else { new[i] });
+                    for mut page in [old, new, torn] {
+                        apply(delta, &mut page).unwrap();
+                        prop_assert!(page == new);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn painted_deltas_equal_applying_them_in_order(
+            steps in prop::collection::vec(edits(300), 1..8), below in any::<u8>(),
+        ) {
+            let mut page = [0; PAGE_SIZE];
+            let mut painted = Painted::new();
+            let mut direct = [below; PAGE_SIZE];
+            for edits in steps {
+                let new = edited(page, &edits);
+                let mut delta = vec![];
+                if encode(&page, &new, &mut delta) == Delta::Runs {
+                    painted.paint(&delta).unwrap();
+                    apply(&delta, &mut direct).unwrap();
+                    page = new;
+                }
+            }
+            let mut once = [below; PAGE_SIZE];
+            match painted.whole() {
+                Some(whole) => once = *whole,
+                None => {
+                    let mut delta = vec![];
+                    painted.encode(&mut delta);
+                    prop_assert!(delta.len() <= DELTA_BYTES_MAX);
+                    if !delta.is_empty() {
+                        apply(&delta, &mut once).unwrap();
+                    }
+                }
+            }
+            prop_assert!(once == direct);
+        }
+
+        #[test]
+        fn any_bytes_are_a_delta_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..200), words in 0u16..4) {
+            let mut page = [0; PAGE_SIZE];
+            let _ = apply(&bytes, &mut page);
+            // Small runs get further into the loop.
+            let shaped: Vec<u8> = bytes.chunks(12).flat_map(|c| [&[3, 0][..], &words.to_le_bytes(), c].concat()).collect();
+            let _ = apply(&shaped, &mut page);
+        }
+    }
+
+    #[test]
+    fn the_longest_painted_delta_is_within_the_format() {
+        for hole in 0..WORDS {
+            let mut painted = Painted::new();
+            let mut delta = vec![];
+            if hole > 0 {
+                push_run(0, &[1; PAGE_SIZE][..hole * WORD], &mut delta);
+            }
+            if hole + 1 < WORDS {
+                push_run(1, &[1; PAGE_SIZE][(hole + 1) * WORD..], &mut delta);
+                if hole == 0 {
+                    delta[..2].copy_from_slice(&1u16.to_le_bytes());
+                }
+            }
+            painted.paint(&delta).unwrap();
+            assert!(painted.whole().is_none());
+            let mut out = vec![];
+            painted.encode(&mut out);
+            assert!(out.len() <= DELTA_BYTES_MAX, "hole at word {hole}");
+        }
+    }
+
+    #[test]
+    fn zero_means_every_byte() {
+        assert!(is_zero(&[0; PAGE_SIZE]));
+        for i in 0..PAGE_SIZE {
+            let mut page = [0; PAGE_SIZE];
+            page[i] = 0x80;
+            assert!(!is_zero(&page), "byte {i}");
+        }
+    }
+}

@@ -184,19 +184,22 @@ impl Merger {
             writer.zero(addr);
         }
         for (addr, merged) in &self.content {
-            let whole = match merged {
-                Merged::Whole(page) => Some(&**page),
-                Merged::Painted(painted) => painted.whole(),
+            let page = match merged {
+                Merged::Whole(page) => page,
+                Merged::Painted(painted) => match painted.whole() {
+                    Some(page) => page,
+                    None => {
+                        scratch.clear();
+                        painted.encode(&mut scratch);
+                        writer.delta(*addr, &scratch);
+                        continue;
+                    }
+                },
             };
-            match (whole, merged) {
-                (Some(page), _) if delta::is_zero(page) => writer.zero(*addr),
-                (Some(page), _) => writer.raw(*addr, page),
-                (None, Merged::Painted(painted)) => {
-                    scratch.clear();
-                    painted.encode(&mut scratch);
-                    writer.delta(*addr, &scratch);
-                }
-                (None, Merged::Whole(_)) => unreachable!("a whole page is whole"),
+            if delta::is_zero(page) {
+                writer.zero(*addr);
+            } else {
+                writer.raw(*addr, page);
             }
         }
         writer

@@ -256,7 +256,7 @@ impl FrameWriter {
         if open.bytes.is_empty() {
             return;
         }
-        let probe = open.poor < POOR_BATCHES || open.poor % PROBE_EVERY == 0;
+        let probe = open.poor < POOR_BATCHES || open.poor.is_multiple_of(PROBE_EVERY);
         let codec = if probe { self.codec } else { Codec::None };
         let at = self.part.len();
         self.part.resize(at + BATCH_HEADER_BYTES, 0);
