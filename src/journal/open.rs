@@ -296,6 +296,7 @@ impl<S: Store> Journal<S> {
         let best = [found.as_ref(), hinted]
             .into_iter()
             .flatten()
+            .filter(|(marks, _)| marks.rank(self.super_.marks).is_some())
             .max_by_key(|(marks, _)| marks.number);
         if best.map_or(0, |(marks, _)| marks.number) < self.super_.marks {
             report.notices.push(
