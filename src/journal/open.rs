@@ -541,7 +541,7 @@ impl<S: Store> Journal<S> {
 
 fn check_options(options: &JournalOptions) -> Result<(), JournalError> {
     let bytes = options.segment_bytes;
-    if bytes % 4096 != 0
+    if !bytes.is_multiple_of(4096)
         || !(segment::SEGMENT_BYTES_MIN..=segment::SEGMENT_BYTES_MAX).contains(&bytes)
     {
         return Err(JournalError::Options(
