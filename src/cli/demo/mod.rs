@@ -13,12 +13,15 @@
 //! working set without an error. The demo uses nothing that an operator has not: child processes,
 //! the admin API, signals, files.
 //!
+//! `--no-kvm` tells the same story of a fake guest: see [`simulated`].
+//!
 //! Nothing is left: processes are ended and files deleted whatever happened, unless `--keep`.
 
 mod console;
 mod process;
 mod proof;
 mod report;
+mod simulated;
 mod workspace;
 
 use std::path::PathBuf;
@@ -42,6 +45,8 @@ use workspace::{GUEST, WORKING_SET_PAGES, Workspace};
 const DEMO_WITHIN: Duration = Duration::from_secs(58);
 /// How long the guest is shown protected before the disaster.
 const SHOW_FOR: Duration = Duration::from_secs(8);
+/// The same of a simulated guest.
+const SHOW_SIMULATED_FOR: Duration = Duration::from_secs(5);
 /// Time between two live lines.
 const SHOW_EVERY: Duration = Duration::from_millis(500);
 /// How long a moment with a checkpoint on its way is looked for.
@@ -56,6 +61,8 @@ pub struct DemoOptions {
     pub keep: Option<PathBuf>,
     /// End with one line of JSON on standard output.
     pub json: bool,
+    /// Simulate the guest; `/dev/kvm` is not needed then.
+    pub no_kvm: bool,
 }
 
 /// How the demo ended, as an exit code.
@@ -76,18 +83,27 @@ pub enum DemoExit {
 pub async fn run(options: &DemoOptions) -> DemoExit {
     let voice = Voice {
         json: options.json,
-        simulated: false,
+        simulated: options.no_kvm,
     };
-    if let Err(error) = kvm_ioctls::Kvm::new() {
+    if !options.no_kvm
+        && let Err(error) = kvm_ioctls::Kvm::new()
+    {
         voice.say(format_args!(
             "there is no usable /dev/kvm here ({error}): load the kvm module, or get access to the \
              device (group kvm); `lifeboat demo --no-kvm` shows the same with a simulated guest"
         ));
         return DemoExit::NoKvm;
     }
-    let mut verdict = Verdict::new(false);
+    let mut verdict = Verdict::new(options.no_kvm);
+    let story = async {
+        if options.no_kvm {
+            simulated::tell(options, SHOW_SIMULATED_FOR, voice, &mut verdict).await
+        } else {
+            tell(options, voice, &mut verdict).await
+        }
+    };
     let told = tokio::select! {
-        told = timeout(DEMO_WITHIN, tell(options, voice, &mut verdict)) => told,
+        told = timeout(DEMO_WITHIN, story) => told,
         _ = tokio::signal::ctrl_c() => {
             voice.say("interrupted: everything is ended and removed");
             return DemoExit::Interrupted;
