@@ -11,11 +11,22 @@ const KILLS: u64 = 20;
 /// Longest random wait before a kill.
 const DELAY_MS: u64 = 300;
 
-/// SplitMix64.
-struct Dice(u64);
+/// Random numbers that can be had again: SplitMix64.
+pub struct Dice(u64);
 
 impl Dice {
-    fn below(&mut self, end: u64) -> u64 {
+    /// By LIFEBOAT_SEED, or by the time. The seed is printed.
+    pub fn from_environment() -> Dice {
+        let seed = number("LIFEBOAT_SEED").unwrap_or_else(|| {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            now.expect("a time after 1970").subsec_nanos().into()
+        });
+        println!("LIFEBOAT_SEED={seed}");
+        Dice(seed)
+    }
+
+    /// A number from 0 to `end` - 1.
+    pub fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -66,13 +77,8 @@ fn nothing_that_was_acked_is_lost_whoever_is_killed() {
     if !kvm("nothing_that_was_acked_is_lost_whoever_is_killed") {
         return;
     }
-    let seed = number("LIFEBOAT_SEED").unwrap_or_else(|| {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        now.expect("a time after 1970").subsec_nanos().into()
-    });
     let kills = number("LIFEBOAT_KILLS").unwrap_or(KILLS);
-    println!("LIFEBOAT_SEED={seed} LIFEBOAT_KILLS={kills}");
-    let mut dice = Dice(seed);
+    let mut dice = Dice::from_environment();
     let mut pair = Pair::protected(Options::default());
     pair.more_points(3);
     let mut known: Vec<Epoch> = epochs(&pair.b.points());
@@ -109,7 +115,11 @@ fn nothing_that_was_acked_is_lost_whoever_is_killed() {
         pair.point_after(acked.max(now[0]));
         if victim != Victim::Monitor {
             let status = pair.at_a();
-            assert_eq!(status.pid, Some(monitor), "kill {kill}: the guest is another");
+            assert_eq!(
+                status.pid,
+                Some(monitor),
+                "kill {kill}: the guest is another"
+            );
             let path = status.sync.map(|sync| sync.path);
             assert_ne!(path, Some(SyncPath::Full), "kill {kill}");
         }
