@@ -250,7 +250,8 @@ impl Site {
             ("tls", old.tls != new.tls),
         ]
         .into_iter()
-        .filter_map(|(key, changed)| changed.then(|| key.to_owned()))
+        .filter(|(_, changed)| *changed)
+        .map(|(key, _)| key.to_owned())
         .collect();
         for (key, changed) in [
             ("peer", old.peers != new.peers),

@@ -296,6 +296,7 @@ impl<S: Store> Journal<S> {
         let best = [found.as_ref(), hinted]
             .into_iter()
             .flatten()
+            .filter(|(marks, _)| marks.rank(self.super_.marks).is_some())
             .max_by_key(|(marks, _)| marks.number);
         if best.map_or(0, |(marks, _)| marks.number) < self.super_.marks {
             report.notices.push(
@@ -540,7 +541,7 @@ impl<S: Store> Journal<S> {
 
 fn check_options(options: &JournalOptions) -> Result<(), JournalError> {
     let bytes = options.segment_bytes;
-    if bytes % 4096 != 0
+    if !bytes.is_multiple_of(4096)
         || !(segment::SEGMENT_BYTES_MIN..=segment::SEGMENT_BYTES_MAX).contains(&bytes)
     {
         return Err(JournalError::Options(

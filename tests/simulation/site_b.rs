@@ -177,7 +177,7 @@ pub fn replica_options(site: &SiteId) -> ReplicaOptions {
     ReplicaOptions {
         site: site.clone(),
         journal: JournalOptions {
-            segment_bytes: 1 << 20,
+            segment_bytes: 2 << 20,
             min_free_bytes: 0,
             batch: 3,
             flush_commits: 4,

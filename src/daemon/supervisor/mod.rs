@@ -35,7 +35,7 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 
 enum Process {
     Absent,
-    Held(BuiltinGuest),
+    Held(Box<BuiltinGuest>),
     Protecting {
         role: JoinHandle<(Outcome, BuiltinGuest)>,
         commands: mpsc::Sender<Command>,
@@ -156,7 +156,7 @@ impl Supervisor {
     fn hold(&mut self, guest: BuiltinGuest) {
         let machine = serde_json::from_slice(&guest.info().machine).ok();
         let (state, pid) = (guest.info().state.clone(), guest.pid());
-        self.process = Process::Held(guest);
+        self.process = Process::Held(Box::new(guest));
         self.view.send_modify(|v| {
             v.run_state = Some(state);
             v.pid = Some(pid);
@@ -261,7 +261,7 @@ impl Supervisor {
     async fn take(&mut self) -> Option<BuiltinGuest> {
         match std::mem::replace(&mut self.process, Process::Absent) {
             Process::Absent => None,
-            Process::Held(guest) => Some(guest),
+            Process::Held(guest) => Some(*guest),
             Process::Protecting { role, commands } => {
                 // A role that ends by itself has closed the channel; its end is what is wanted.
                 let _ = commands.send(Command::Drain(DRAIN)).await;
@@ -385,7 +385,7 @@ impl Supervisor {
             peer: self.site.metrics.peer(&peer),
         };
         let role = tokio::spawn(async move {
-            primary::run(env, guest, &*dialer, options, meters, status, inbox).await
+            primary::run(env, *guest, &*dialer, options, meters, status, inbox).await
         });
         self.process = Process::Protecting { role, commands };
         self.publish();

@@ -72,8 +72,8 @@ impl StoreFile for CountingFile {
         self.syncs.fetch_add(1, Ordering::Relaxed);
         self.file.sync_data()
     }
-    fn len(&self) -> std::io::Result<u64> {
-        self.file.len()
+    fn size(&self) -> std::io::Result<u64> {
+        self.file.size()
     }
     fn set_len(&self, bytes: u64) -> std::io::Result<()> {
         self.file.set_len(bytes)
