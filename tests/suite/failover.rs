@@ -131,7 +131,9 @@ fn an_old_owner_that_returns_stops_its_guest_and_stays_fenced() {
         (pair.at_a().state == GuestState::Fenced).then_some(())
     });
     pair.a.gone(left_running);
-    wait("no process is shown", || pair.at_a().pid.is_none().then_some(()));
+    wait("no process is shown", || {
+        pair.at_a().pid.is_none().then_some(())
+    });
     let fenced = pair.at_a();
     assert_eq!(fenced.generation, Generation(2));
     assert_ne!(fenced.role, Role::Active);

@@ -135,7 +135,12 @@ impl Pair {
         fs::create_dir(b.dir()).unwrap();
         let disk = File::create_new(a.dir().join("root.img")).unwrap();
         disk.set_len(DISK_BYTES).unwrap();
-        let guest = guest(GUEST, options.memory_mib, options.working_set_mib, "root.img");
+        let guest = guest(
+            GUEST,
+            options.memory_mib,
+            options.working_set_mib,
+            "root.img",
+        );
         let text = configuration("site-a", "site-b", port_a, towards_b, r#"["db1"]"#);
         fs::write(a.config(), text + &guest + &options.more_a).unwrap();
         let text = configuration("site-b", "site-a", port_b, port_a, options.allowed);

@@ -164,7 +164,11 @@ impl Site {
     /// Runs a verb with `--json`.
     pub fn cli(&self, args: &[&str]) -> Ran {
         let mut command = Command::new(PROGRAM);
-        command.arg("--json").arg("-c").arg(self.config()).args(args);
+        command
+            .arg("--json")
+            .arg("-c")
+            .arg(self.config())
+            .args(args);
         run_to_end(command)
     }
 
