@@ -270,9 +270,9 @@ impl<S: Store> Recovery<'_, S> {
         let (chain, unsynced) = self.chain(&mut pool, thorough, &mut report);
         let end = chain.last().map_or(self.super_.base_epoch, |f| f.epoch);
         self.sort_leftovers(&pool, &chain, end, &mut report);
-        let points = chain.iter().filter(|f| f.epoch > self.super_.floor);
+        let mut points = chain.iter().filter(|f| f.epoch > self.super_.floor);
         report.points = points.clone().count();
-        report.newest = points.last().map_or(Epoch(0), |f| f.epoch);
+        report.newest = points.next_back().map_or(Epoch(0), |f| f.epoch);
         Recovered {
             chain,
             highest,
@@ -401,13 +401,14 @@ impl<S: Store> Recovery<'_, S> {
             chain.push(info);
         }
         // The newest frame of a quick attempt may rest on its row alone.
-        if !thorough && let Some(newest) = chain.last() {
-            if let Err(error) = verify_frame(self.segments, &newest.parts, &mut |_| Ok(())) {
-                report
-                    .notices
-                    .push(format!("epoch {}: {error}", newest.epoch));
-                chain.pop();
-            }
+        if !thorough
+            && let Some(newest) = chain.last()
+            && let Err(error) = verify_frame(self.segments, &newest.parts, &mut |_| Ok(()))
+        {
+            report
+                .notices
+                .push(format!("epoch {}: {error}", newest.epoch));
+            chain.pop();
         }
         unsynced.sort_unstable();
         unsynced.dedup();

@@ -104,7 +104,7 @@ impl<S: Store> Journal<S> {
                         }
                     };
                     *image.page_mut(addr).map_err(image_failed)? = *content;
-                    image.touched(addr).map_err(image_failed)?;
+                    image.touched(addr);
                 }
                 start = end;
             }

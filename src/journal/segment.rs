@@ -193,7 +193,7 @@ impl<S: Store> Segments<S> {
             let file = store
                 .open(name, Access::Blocks, writable)
                 .map_err(|e| JournalError::io("open", name, e))?;
-            let len = file.len().map_err(|e| JournalError::io("size", name, e))?;
+            let len = file.size().map_err(|e| JournalError::io("size", name, e))?;
             let mut block = vec![0; BLOCK];
             let read = file.read_at(0, &mut block);
             if len < segment_bytes && block.iter().all(|b| *b == 0) {
@@ -306,7 +306,7 @@ impl<S: Store> Segments<S> {
     /// retained on behalf of the caller.
     pub fn append(&mut self, store: &S, lane: Lane, bytes: &[u8]) -> Result<Loc, JournalError> {
         assert!(
-            bytes.len() % BLOCK == 0 && !bytes.is_empty(),
+            bytes.len().is_multiple_of(BLOCK) && !bytes.is_empty(),
             "parts and marks are whole blocks"
         );
         if bytes.len() as u64 > self.capacity() {
@@ -521,78 +521,5 @@ impl<S: Store> Segments<S> {
             live: live as u32,
             free: self.free().count() as u32 + self.ready.len() as u32,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::mem::{Faults, MemStore};
-    use super::*;
-
-    const BYTES: u64 = 16 * BLOCK as u64;
-
-    fn open(store: &MemStore) -> Segments<MemStore> {
-        let names = store.list().unwrap();
-        Segments::open(store, &names, JournalId([1; 16]), BYTES, 0, true)
-            .unwrap()
-            .0
-    }
-
-    #[test]
-    fn segments_are_recycled_and_old_places_become_void() {
-        let store = MemStore::new();
-        let mut segments = open(&store);
-        let mut live = Vec::new();
-        for i in 0..100u8 {
-            let loc = segments
-                .append(&store, Lane::Commit, &[i; 4 * BLOCK])
-                .unwrap();
-            segments.sync(Lane::Commit).unwrap();
-            live.push((i, loc));
-            if live.len() > 6 {
-                let (old, loc) = live.remove(0);
-                segments.release(loc);
-                let mut back = vec![0; 4 * BLOCK];
-                let found = segments.read(loc, &mut back).unwrap();
-                assert!(!found || back[0] == old);
-            }
-            while !segments.prepare(&store).unwrap() {}
-        }
-        assert!(segments.usage().total <= 5, "{:?}", segments.usage());
-        for (i, loc) in &live {
-            let mut back = vec![0; 4 * BLOCK];
-            assert!(open(&store).read(*loc, &mut back).unwrap());
-            assert_eq!(back, vec![*i; 4 * BLOCK]);
-        }
-    }
-
-    #[test]
-    fn a_full_disk_leaves_no_half_made_segment() {
-        let store = MemStore::new();
-        let mut segments = open(&store);
-        store.set_faults(Faults {
-            capacity: Some(BYTES + BYTES / 2),
-            ..Faults::default()
-        });
-        for _ in 0..15 {
-            segments.append(&store, Lane::Commit, &[1; BLOCK]).unwrap();
-        }
-        for _ in 0..2 {
-            let error = segments
-                .append(&store, Lane::Commit, &[1; BLOCK])
-                .unwrap_err();
-            assert!(matches!(error, JournalError::NoSpace { .. }), "{error}");
-        }
-        assert_eq!(store.files().len(), 1);
-        let number = segments.lanes[0].unwrap().segment;
-        (0..15).for_each(|i| {
-            segments.release(Loc {
-                sequence: 1,
-                segment: number,
-                offset: DATA_AT as u32 + i * BLOCK as u32,
-                len: BLOCK as u32,
-            });
-        });
-        assert_eq!(segments.usage().live, 0);
     }
 }
