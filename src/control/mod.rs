@@ -15,6 +15,7 @@ pub mod client;
 pub mod codes;
 #[cfg(test)]
 pub(crate) mod fake;
+pub mod reports;
 pub mod runs;
 pub mod server;
 pub mod socket;

@@ -1,7 +1,7 @@
 //! What the admin API shows of guests, put together from their supervisors and copies.
 
+use super::orders::View;
 use super::record::{GuestRecord, Standing};
-use super::supervisor::View;
 use crate::clock::Timestamp;
 use crate::control::types::{
     DiskSummary, GuestStatus, MachineSummary, PointStatus, Progress, ProgressUnit, SyncPath,

@@ -74,7 +74,7 @@ pub async fn run<G: Guest, D: Dialer>(
             SessionEnd::Fenced { generation, site } => break Outcome::Fenced { generation, site },
             SessionEnd::Drained => break Outcome::Drained,
             SessionEnd::GuestEnded(state) => break Outcome::GuestEnded(state),
-            SessionEnd::Lost(why) => why,
+            SessionEnd::Lost(why) | SessionEnd::Abandoned(why) => why,
             SessionEnd::Refused(why) => {
                 backoff.slow();
                 why
@@ -133,7 +133,9 @@ pub async fn ask_owner(
     match session::inquire(env, dialer, options, layout, machine).await {
         Ok(_) => Ownership::Ours,
         Err(SessionEnd::Fenced { generation, site }) => Ownership::Fenced { generation, site },
-        Err(SessionEnd::Lost(why) | SessionEnd::Refused(why)) => Ownership::Unknown(why),
+        Err(SessionEnd::Lost(why) | SessionEnd::Refused(why) | SessionEnd::Abandoned(why)) => {
+            Ownership::Unknown(why)
+        }
         Err(SessionEnd::Drained | SessionEnd::GuestEnded(_)) => {
             Ownership::Unknown("the inquiry ended early".into())
         }

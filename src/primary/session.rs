@@ -26,6 +26,8 @@ pub(super) enum SessionEnd {
     Lost(String),
     /// The standby refused us for a reason that an operator has to remove; dial again, slowly.
     Refused(String),
+    /// The guest's monitor gave a round or cut up; the session goes on with another.
+    Abandoned(String),
     /// A higher generation exists.
     Fenced {
         generation: Generation,
@@ -270,7 +272,14 @@ async fn build_inner<G: Guest>(
     loop {
         wait(&mut builder, orders, &mut waiting, next_cut).await?;
         let started = Instant::now();
-        if builder.build().await? {
+        let built = match builder.build().await {
+            Err(SessionEnd::Abandoned(why)) => {
+                builder.void(format!("the guest's monitor: {why}")).await?;
+                false
+            }
+            built => built?,
+        };
+        if built {
             let epoch = builder.head.epoch;
             waiting.extend(orders.wanted.drain(..).map(|reply| (epoch, reply)));
             next_cut = started + builder.engine.pacing.interval();

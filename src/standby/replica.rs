@@ -471,7 +471,7 @@ impl<S: Store> Replica<S> {
         if self.incoming.is_some() {
             return Ok(false);
         }
-        let retention = self.options.retention.clone();
+        let retention = self.options.retention;
         let more = self.journal.maintain(now, &retention)?.more;
         if let Some(metrics) = &self.metrics {
             let stat = self.journal.stat();

@@ -168,3 +168,27 @@ fn a_seed_replays_the_same_run() {
         assert_eq!(first.trace, second.trace, "seed {seed} went two ways");
     }
 }
+
+/// Negative controls: what the product must never do is done to it on purpose, and noticed. A run
+/// may end before the sabotaged page matters, so that not every seed has to notice.
+#[test]
+fn sabotage_is_noticed() {
+    for sabotage in [
+        Sabotage::DropMemoryBit,
+        Sabotage::DropDiskBit,
+        Sabotage::LateDiskWrite,
+    ] {
+        let script = Script {
+            sabotage,
+            promote: Some(false),
+            ..CHAOS
+        };
+        let runs = (0..40).map(|seed| run(seed, script, false));
+        let noticed = runs.filter(|run| run.failure.is_some()).count();
+        println!("{sabotage:?}: noticed in {noticed} of 40 seeds");
+        assert!(
+            noticed >= 20,
+            "{sabotage:?} was noticed in {noticed} of 40 seeds only"
+        );
+    }
+}

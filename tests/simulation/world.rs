@@ -13,10 +13,9 @@ use lifeboat::clock::Env;
 use lifeboat::guest::RunState;
 use lifeboat::guest::fake::{FakeMachine, FakeSpec};
 use lifeboat::ids::{Generation, GuestId, SiteId};
-use lifeboat::journal::{Faults, Journal, JournalOptions, MemCatalogue, MemStore, Retention};
+use lifeboat::journal::{Faults, Journal, MemCatalogue, MemStore};
 use lifeboat::metrics::Metrics;
 use lifeboat::primary::{Command, Meters, Outcome, PrimaryOptions};
-use lifeboat::standby::ReplicaOptions;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::checker::Checker;
@@ -125,7 +124,7 @@ impl World {
         let site_b = SiteB {
             store: MemStore::new(),
             catalogue: MemCatalogue::new(),
-            options: replica_options(&site_b),
+            options: site_b::replica_options(&site_b),
             guest,
             site: site_b,
             peer: site_a,
@@ -592,27 +591,5 @@ impl World {
         let daemon = self.a.take().expect("it was started");
         let again = timeout(CONVERGE_WITHIN, daemon.outcome()).await;
         assert!(matches!(again, Ok(Outcome::Fenced { .. })), "{again:?}");
-    }
-}
-
-fn replica_options(site: &SiteId) -> ReplicaOptions {
-    ReplicaOptions {
-        site: site.clone(),
-        journal: JournalOptions {
-            segment_bytes: 1 << 20,
-            min_free_bytes: 0,
-            batch: 3,
-            flush_commits: 4,
-            ..JournalOptions::default()
-        },
-        // Short, so that folding and merging happen in the few seconds that a run lasts.
-        ram_pages_max: 1 << 20,
-        retention: Retention {
-            continuous: Duration::from_secs(2),
-            minutely: 1,
-            hourly: 1,
-            daily: 1,
-            min_points: 2,
-        },
     }
 }

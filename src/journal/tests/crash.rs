@@ -51,7 +51,6 @@ fn history(seed: u64, steps: usize) {
                 world.open().unwrap();
                 world.resync();
             }
-            eprintln!("seed {seed} step {step}");
             world.verify();
         }
     }

@@ -287,7 +287,12 @@ impl World {
     pub fn open(&mut self) -> Result<RecoveryReport, JournalError> {
         self.journal = None;
         let catalogue = Box::new(self.catalogue.clone());
-        let (journal, report) = Journal::open(self.store.clone(), catalogue, &guest(), self.options.clone())?;
+        let (journal, report) = Journal::open(
+            self.store.clone(),
+            catalogue,
+            &guest(),
+            self.options.clone(),
+        )?;
         self.journal = Some(journal);
         Ok(report)
     }
