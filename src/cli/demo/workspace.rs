@@ -10,6 +10,7 @@
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -26,6 +27,8 @@ const WORKING_SET_MIB: u32 = 16;
 pub(super) const WORKING_SET_PAGES: u64 = (WORKING_SET_MIB as u64) << 8;
 /// Its disk.
 const DISK_BYTES: u64 = 16 << 20;
+/// Longest interval between two checkpoints.
+pub(super) const CHECKPOINT_MAX: Duration = Duration::from_millis(500);
 /// The address of both sites.
 pub(super) const LOOPBACK: &str = "127.0.0.1";
 
@@ -190,6 +193,7 @@ fn empty_directory(dir: &Path) -> anyhow::Result<PathBuf> {
 
 fn configuration(me: &SiteFiles, other: &SiteFiles, port: u16, peer_port: u16) -> String {
     let (name, peer) = (&me.name, &other.name);
+    let checkpoint_ms = CHECKPOINT_MAX.as_millis();
     format!(
         r#"# Made by `lifeboat demo`.
 
@@ -223,7 +227,7 @@ guests = ["{GUEST}"]
 
 [defaults.replication]
 rpo_target = "2s"
-checkpoint = {{ min = "20ms", max = "500ms" }}
+checkpoint = {{ min = "20ms", max = "{checkpoint_ms}ms" }}
 
 [journal]
 path = "state/journal"
