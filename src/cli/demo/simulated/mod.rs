@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::report::{Verdict, Voice, mebibytes};
 use super::workspace::{Home, certificates};
-use super::{DemoOptions, MOMENT_WITHIN, POLL, SHOW_EVERY};
+use super::{DemoOptions, POLL, SHOW_EVERY};
 use crate::clock::{Clock, Env, SystemClock};
 use crate::device_state::DeviceState;
 use crate::failover::DiskFiles;
@@ -37,6 +37,8 @@ use crate::standby::Promotion;
 
 use sites::{Copy, Processor, SiteA, SiteB, lock};
 
+/// How long a moment with a checkpoint on its way is looked for.
+const MOMENT_WITHIN: Duration = Duration::from_secs(3);
 /// Longest time for one step of the story that should take a moment.
 const STEP_WITHIN: Duration = Duration::from_secs(10);
 /// Steps that the resumed guest runs before all of it is checked again.
