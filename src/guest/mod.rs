@@ -18,6 +18,8 @@
 //! Adapters: `builtin` (our monitor, one process per guest), `fake` (deterministic, for the
 //! simulator).
 
+pub mod builtin;
+
 use std::future::Future;
 use std::time::Duration;
 

@@ -38,6 +38,7 @@ pub(crate) mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod payload;
+pub mod process;
 pub mod protocol;
 pub mod spec;
 pub mod staging;

@@ -179,7 +179,7 @@ impl CutEngine {
         if let Some(protection) = self.copy_on_write.clone() {
             let (shared, stop) = (Arc::clone(&self.shared), self.stop.try_clone()?);
             let faults = std::thread::Builder::new().name("faults".into());
-            let run = move || faults::run(&shared, &protection, &stop);
+            let run = move || faults::run_guarded(&shared, &protection, &stop);
             self.threads.push(faults.spawn(run)?);
         }
         Ok(())

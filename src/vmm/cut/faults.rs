@@ -4,6 +4,7 @@
 //! It waits for nothing but a staging slot, and for that a bounded time.
 
 use std::io;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -14,9 +15,18 @@ use super::strategy::CopyOnWrite;
 use crate::page::PAGE_SIZE;
 use crate::vmm::uffd::Wake;
 
+/// As [`run`]; a panic is treated like an error of userfaultfd, because the guest would wait for this
+/// thread for ever.
+pub fn run_guarded(shared: &Shared, protection: &Arc<CopyOnWrite>, stop: &EventFd) {
+    let run = AssertUnwindSafe(|| run(shared, protection, stop));
+    if std::panic::catch_unwind(run).is_err() {
+        fail(shared, protection, "the fault thread panicked");
+    }
+}
+
 /// Answers faults until `stop` is signalled. After an error of userfaultfd all protection is lifted
 /// for good and the cut in progress is cancelled.
-pub fn run(shared: &Shared, protection: &Arc<CopyOnWrite>, stop: &EventFd) {
+fn run(shared: &Shared, protection: &Arc<CopyOnWrite>, stop: &EventFd) {
     let mut faults = Vec::new();
     loop {
         let wake = protection.uffd().wait(stop);
@@ -30,13 +40,19 @@ pub fn run(shared: &Shared, protection: &Arc<CopyOnWrite>, stop: &EventFd) {
             Err(error) => Err(error),
         };
         if let Err(error) = result {
-            tracing::error!(%error, "userfaultfd failed; cuts copy inside the pause from now on");
-            protection.give_up();
-            if let Some(job) = shared.current() {
-                job.cancel(CancelReason::Protection(error.to_string()));
-            }
-            return;
+            return fail(shared, protection, &error.to_string());
         }
+    }
+}
+
+fn fail(shared: &Shared, protection: &CopyOnWrite, why: &str) {
+    tracing::error!(
+        why,
+        "write protection failed; cuts copy inside the pause from now on"
+    );
+    protection.give_up();
+    if let Some(job) = shared.current() {
+        job.cancel(CancelReason::Protection(why.to_owned()));
     }
 }
 

@@ -1,0 +1,349 @@
+//! The main of a guest's process: `lifeboat vmm`.
+//!
+//! ```text
+//!   DIR/vmm.pid       our process id; locked while we live: one process a guest
+//!   DIR/vmm.sock      control (connection.rs), one daemon at a time, owner only
+//!   DIR/console.sock  the serial port (console.rs), raw bytes, any number of readers
+//!   DIR/vmm.log       the log
+//!
+//!   Empty ── Boot | Restore ──▶ Guest ── Stop | SIGTERM ──▶ machine stopped, disks flushed, exit 0
+//!     │ connection lost, or none      │ guest ends or fails by itself: stays, so that the cause can
+//!     ▼                               ▼ be asked; daemon gone: debts given back, guest runs on
+//!    exit 0                          Guest
+//! ```
+//!
+//! Knows nothing of replication: a base is a value that it keeps for the daemon. A guest that the
+//! daemon paused stays paused when the daemon is gone, because a paused guest may have been handed
+//! over to another site; the next daemon decides.
+//!
+//! SIGHUP and SIGINT are ignored: a terminal that closes ends no guest.
+
+mod connection;
+mod console;
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use connection::Connection;
+
+use crate::guest::RunState;
+use crate::ids::GuestId;
+use crate::vmm::cut::{CutEngine, CutTarget};
+use crate::vmm::protocol::{self, FromVmm};
+use crate::vmm::{GuestRam, Machine, MachineSpec, VmmError};
+
+/// Name of the control socket in the run directory.
+pub const CONTROL_SOCKET: &str = "vmm.sock";
+/// Name of the console socket in the run directory.
+pub const CONSOLE_SOCKET: &str = "console.sock";
+/// Name of the file with the process id in the run directory.
+pub const PID_FILE: &str = "vmm.pid";
+/// Name of the log in the run directory.
+pub const LOG_FILE: &str = "vmm.log";
+
+/// A process that no daemon connects to ends after this time.
+const FIRST_CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why the process could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// Another process has the directory.
+    #[error("{0} is in use by another process of this guest: stop that one first")]
+    InUse(PathBuf),
+    /// A file or socket could not be made.
+    #[error("{path} cannot be {what}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A thread or signal could not be set up.
+    #[error("the process could not be set up: {0}")]
+    Setup(#[from] io::Error),
+}
+
+/// The machine and its cuts.
+pub(crate) struct Monitor {
+    pub(crate) machine: Arc<Machine>,
+    pub(crate) engine: CutEngine,
+    pub(crate) spec: Vec<u8>,
+}
+
+/// What the threads of this process share.
+pub(crate) struct Process {
+    pub(crate) guest: GuestId,
+    pub(crate) run: [u8; 16],
+    monitor: Mutex<Option<Arc<Monitor>>>,
+    connection: Mutex<Option<Connection>>,
+    connected: AtomicBool,
+    end: SyncSender<()>,
+}
+
+/// Runs a guest's process to its end. Called first thing in the process: it sets the signal mask
+/// that all threads inherit, and the log.
+pub fn run(guest: &GuestId, run_dir: &Path) -> Result<(), ProcessError> {
+    let signals = block_signals()?;
+    std::fs::create_dir_all(run_dir).map_err(file_error(run_dir, "made"))?;
+    let _pid = lock_run_dir(run_dir)?;
+    start_log(run_dir)?;
+    let mut run = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut run)?;
+    let control = listen(&run_dir.join(CONTROL_SOCKET))?;
+    let terminal = listen(&run_dir.join(CONSOLE_SOCKET))?;
+    let (end, ended) = mpsc::sync_channel(1);
+    let process = Arc::new(Process {
+        guest: guest.clone(),
+        run,
+        monitor: Mutex::default(),
+        connection: Mutex::default(),
+        connected: AtomicBool::new(false),
+        end,
+    });
+    spawn("signals", &process, move |process| {
+        wait_for_signal(&process, &signals)
+    })?;
+    spawn("control", &process, move |process| {
+        connection::accept(&process, &control)
+    })?;
+    spawn("console", &process, move |process| {
+        console::accept(&process, &terminal)
+    })?;
+    tracing::info!(%guest, pid = std::process::id(), "the guest's process is ready");
+
+    if let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(FIRST_CONNECTION_TIMEOUT) {
+        if process.connected.load(Ordering::SeqCst) {
+            // The sender lives in `process`.
+            let _ = ended.recv();
+        } else {
+            tracing::warn!("nobody connected: nothing to run");
+        }
+    }
+    process.shut_down();
+    for name in [CONTROL_SOCKET, CONSOLE_SOCKET, PID_FILE] {
+        // Nobody needs them; a leftover is replaced by the next process.
+        let _ = std::fs::remove_file(run_dir.join(name));
+    }
+    tracing::info!(%guest, "the guest's process ends");
+    Ok(())
+}
+
+impl Process {
+    /// The guest, once there is one.
+    pub(crate) fn monitor(&self) -> Option<Arc<Monitor>> {
+        lock(&self.monitor).clone()
+    }
+
+    /// The daemon's connection.
+    fn connection(&self) -> MutexGuard<'_, Option<Connection>> {
+        lock(&self.connection)
+    }
+
+    /// Builds the guest and runs it.
+    pub(crate) fn start(
+        self: &Arc<Self>,
+        spec: Vec<u8>,
+        build: impl FnOnce(&MachineSpec) -> Result<Machine, VmmError>,
+    ) -> Result<Arc<Monitor>, String> {
+        let mut slot = lock(&self.monitor);
+        if slot.is_some() {
+            return Err("this process has a guest already".into());
+        }
+        let parsed: MachineSpec = serde_json::from_slice(&spec)
+            .map_err(|error| format!("the machine description does not parse: {error}"))?;
+        if parsed.guest != self.guest {
+            return Err(format!(
+                "the machine description is guest {}'s, this process is {}'s",
+                parsed.guest, self.guest
+            ));
+        }
+        let machine = Arc::new(build(&parsed).map_err(|error| error.to_string())?);
+        let target: Arc<dyn CutTarget> = machine.clone();
+        let engine = CutEngine::new(target).map_err(|error| error.to_string())?;
+        let monitor = Arc::new(Monitor {
+            machine,
+            engine,
+            spec,
+        });
+        let watched = Arc::clone(&monitor);
+        spawn("state", self, move |process| {
+            watch_state(&process, &watched)
+        })
+        .map_err(|error| error.to_string())?;
+        monitor.machine.resume();
+        *slot = Some(Arc::clone(&monitor));
+        Ok(monitor)
+    }
+
+    /// RAM of a restored guest.
+    pub(crate) fn ram_of(
+        spec: &MachineSpec,
+        image: &std::os::fd::OwnedFd,
+    ) -> Result<Arc<GuestRam>, VmmError> {
+        GuestRam::from_image(spec, image)
+    }
+
+    /// Ends the process; the first call counts.
+    pub(crate) fn finish(&self) {
+        let _ = self.end.try_send(());
+    }
+
+    fn shut_down(&self) {
+        if let Some(connection) = self.connection().take() {
+            connection.close();
+        }
+        if let Some(monitor) = self.monitor() {
+            monitor.engine.give_back();
+            monitor.machine.stop();
+        }
+    }
+
+    /// Tells the daemon, if there is one.
+    fn tell(&self, event: &FromVmm) {
+        if let Some(connection) = &*self.connection() {
+            connection.frames().send(protocol::encode(event));
+        }
+    }
+}
+
+/// Tells of every change of what the guest does, until it has ended.
+fn watch_state(process: &Process, monitor: &Monitor) {
+    let mut seen = monitor.machine.run_state();
+    while !matches!(seen, RunState::Stopped(_) | RunState::Failed(_)) {
+        let state = monitor.machine.wait_change(&seen, Duration::from_secs(60));
+        if state == seen {
+            continue;
+        }
+        seen = state;
+        if matches!(seen, RunState::Stopped(_) | RunState::Failed(_)) {
+            tracing::warn!(state = ?seen, "the guest ended");
+        }
+        process.tell(&FromVmm::StateChanged {
+            state: seen.clone().into(),
+        });
+    }
+}
+
+fn spawn(
+    name: &str,
+    process: &Arc<Process>,
+    run: impl FnOnce(Arc<Process>) + Send + 'static,
+) -> io::Result<()> {
+    let process = Arc::clone(process);
+    let thread = std::thread::Builder::new().name(name.into());
+    thread.spawn(move || run(process)).map(drop)
+}
+
+fn file_error(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> ProcessError {
+    let path = path.to_owned();
+    move |source| ProcessError::File { path, what, source }
+}
+
+/// Locks the directory for this process; the lock ends with the file.
+fn lock_run_dir(run_dir: &Path) -> Result<File, ProcessError> {
+    let path = run_dir.join(PID_FILE);
+    loop {
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(file_error(&path, "opened"))?;
+        // SAFETY: no memory is passed.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            return match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::WouldBlock => {
+                    Err(ProcessError::InUse(run_dir.to_owned()))
+                }
+                error => Err(file_error(&path, "locked")(error)),
+            };
+        }
+        // The process before us removes the file as it ends: what we locked must still be there.
+        use std::os::unix::fs::MetadataExt;
+        let ours = file.metadata().map_err(file_error(&path, "read"))?.ino();
+        if std::fs::metadata(&path).is_ok_and(|there| there.ino() == ours) {
+            let written = file
+                .set_len(0)
+                .and_then(|()| writeln!(file, "{}", std::process::id()));
+            written.map_err(file_error(&path, "written"))?;
+            return Ok(file);
+        }
+    }
+}
+
+fn listen(path: &Path) -> Result<UnixListener, ProcessError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(file_error(path, "replaced")(error));
+        }
+        _ => {}
+    }
+    // Nobody else may connect in the moment before the permissions are set.
+    // SAFETY: changes the file mode mask only; no other thread makes files yet.
+    let mask = unsafe { libc::umask(0o177) };
+    let listener = UnixListener::bind(path);
+    // SAFETY: as above.
+    unsafe { libc::umask(mask) };
+    let listener = listener.map_err(file_error(path, "bound"))?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600))
+        .map_err(file_error(path, "protected"))?;
+    Ok(listener)
+}
+
+fn start_log(run_dir: &Path) -> Result<(), ProcessError> {
+    let path = run_dir.join(LOG_FILE);
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .map_err(file_error(&path, "opened"))?;
+    let log = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(Mutex::new(file));
+    // A program that has set its own log keeps it.
+    let _ = log.try_init();
+    Ok(())
+}
+
+fn block_signals() -> io::Result<libc::sigset_t> {
+    // SAFETY: an all-zero set is overwritten by sigemptyset; the pointers are to a local.
+    let (set, result) = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&mut set, signal);
+        }
+        let result = libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+        (set, result)
+    };
+    match result {
+        0 => Ok(set),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+fn wait_for_signal(process: &Process, signals: &libc::sigset_t) {
+    loop {
+        let mut signal = 0;
+        // SAFETY: both pointers are to values that live over the call.
+        if unsafe { libc::sigwait(signals, &mut signal) } == 0 && signal == libc::SIGTERM {
+            tracing::info!("SIGTERM: the guest is stopped");
+            process.finish();
+            return;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
