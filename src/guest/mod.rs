@@ -18,6 +18,8 @@
 //! Adapters: `builtin` (our monitor, one process per guest), `fake` (deterministic, for the
 //! simulator).
 
+pub mod fake;
+
 pub mod builtin;
 
 use std::future::Future;

@@ -391,6 +391,4 @@ fn vcpus_of(
 }
 
 #[cfg(test)]
-mod test_guest;
-#[cfg(test)]
 mod tests;

@@ -1,182 +1,254 @@
-//! The adapter for the built-in monitor: one detached process per guest (`lifeboat vmm`).
+//! A guest of the built-in monitor: one process per guest, spoken to over its control socket.
 //!
 //! ```text
-//!   spawn ─▶ Unbooted ── boot | restore ──▶ BuiltinGuest (running)
-//!                                               ▲
-//!   adopt ── a process that outlived a daemon ──┘
+//!   spawn ─▶ Unbooted ── boot | restore ──▶ BuiltinGuest ── stop ──▶ process exits
+//!   adopt (the process outlived an earlier daemon) ──▶ BuiltinGuest ── drop ──▶ guest lives on,
+//!                                                                     its debts are given back
 //! ```
 //!
-//! The process goes on when this daemon ends, however it ends. All calls may be dropped at any
-//! await: frames are written and read by tasks of their own ([`link`]), so that the connection stays
-//! in step; a round or cut whose answer nobody took is ended by `give_back`.
+//! The process is a session of its own and no matter what becomes of the daemon it goes on. All
+//! content comes through the staging memory; a [`Chunk`] is a slot of it, and dropping the chunk
+//! frees the slot. Calls may be dropped at any await: replies are told apart by number, and content
+//! of a round or cut that nobody waits for is freed when it is met.
 
-mod link;
-mod spawn;
-#[cfg(test)]
-mod tests;
+mod connection;
 
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
 
-use link::{Event, Link};
+use tokio::process::{Child, Command as Process};
+use tokio::time::{Instant, sleep, timeout};
 
-use crate::device_state::DeviceState;
-use crate::guest::{
+use connection::{Connection, Content};
+
+use super::{
     Base, Chunk, ChunkMemory, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo,
     Round, RunState,
 };
+use crate::device_state::DeviceState;
 use crate::ids::GuestId;
 use crate::vmm::MachineSpec;
-use crate::vmm::protocol::{Command, Info, Reply, Welcome};
+use crate::vmm::process::{CONTROL_SOCKET, LOG_FILE};
+use crate::vmm::protocol::{Command, Info, Reply};
+use crate::vmm::staging::{SLOT_PAGES, StagingView};
 
-/// A guest's process that has no guest yet. Dropping it ends the process.
-pub struct Unbooted {
-    link: Link,
-    welcome: Welcome,
-}
+/// How long a new process may take until it answers.
+const START_WITHIN: Duration = Duration::from_secs(15);
+/// How long a stopped process may take until it is gone (it flushes disks).
+const STOP_WITHIN: Duration = Duration::from_secs(60);
+/// Time between two attempts to reach a process that starts.
+const RETRY: Duration = Duration::from_millis(2);
 
 /// A guest of the built-in monitor.
 pub struct BuiltinGuest {
-    link: Link,
-    welcome: Welcome,
     info: GuestInfo,
-    /// The round or cut whose content is being taken.
+    connection: Connection,
+    /// The round or cut whose content `next_chunk` hands out.
     current: Option<CutId>,
-    /// Events that were received and not yet looked at.
-    received: VecDeque<Event>,
+    /// Of a process that this daemon started: tokio reaps it when it ends.
+    _child: Option<Child>,
 }
 
-fn unexpected(reply: &Reply) -> GuestError {
-    GuestError::Failed(format!("it answered out of turn: {reply:?}"))
-}
-
-fn done(reply: Reply) -> Result<(), GuestError> {
-    match reply {
-        Reply::Done => Ok(()),
-        other => Err(unexpected(&other)),
-    }
-}
-
-fn spec_bytes(spec: &MachineSpec) -> Result<Vec<u8>, GuestError> {
-    serde_json::to_vec(spec)
-        .map_err(|error| GuestError::Failed(format!("its description has no JSON: {error}")))
+/// A process without a guest yet. Dropping it ends the process.
+pub struct Unbooted {
+    guest: GuestId,
+    connection: Connection,
+    child: Child,
 }
 
 impl BuiltinGuest {
-    /// Starts the process of a guest, detached from this one. `exe` is the `lifeboat` program;
-    /// `run_dir` is the guest's own directory for sockets and log.
+    /// Starts the monitor of a guest: `exe` is this program. The process keeps its sockets and its
+    /// log in `run_dir`.
     pub async fn spawn(
         exe: &Path,
         run_dir: &Path,
         guest: &GuestId,
     ) -> Result<Unbooted, GuestError> {
-        let (link, welcome) = spawn::spawn(exe, run_dir, guest).await?;
-        Ok(Unbooted { link, welcome })
-    }
-
-    /// Connects to a process that is already there. `None`: there is none, or one that never got a
-    /// guest (it is ended). An earlier connection is closed and its debts are given back.
-    pub async fn adopt(run_dir: &Path, guest: &GuestId) -> Result<Option<Self>, GuestError> {
-        let Some((mut link, welcome)) = spawn::connect(run_dir, guest).await? else {
-            return Ok(None);
-        };
-        match link.call(Command::Info, None).await? {
-            Reply::Info { guest: Some(info) } => Ok(Some(Self::new(link, welcome, info))),
-            Reply::Info { guest: None } => {
-                done(link.call(Command::Stop, None).await?)?;
-                link.closed().await;
-                Ok(None)
+        let failed =
+            |what: &str, error: std::io::Error| GuestError::Failed(format!("{what}: {error}"));
+        std::fs::create_dir_all(run_dir).map_err(|e| failed(&run_dir.display().to_string(), e))?;
+        let log_path = run_dir.join(LOG_FILE);
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log_path)
+            .map_err(|e| failed(&log_path.display().to_string(), e))?;
+        let mut process = Process::new(exe);
+        process
+            .args(["vmm", "--guest", guest.as_str(), "--run-dir"])
+            .arg(run_dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        // SAFETY: between fork and exec only setsid is called, which is async-signal-safe.
+        unsafe {
+            process.pre_exec(|| {
+                if libc::setsid() < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let mut child = process
+            .spawn()
+            .map_err(|e| failed("the monitor cannot be started", e))?;
+        let socket = run_dir.join(CONTROL_SOCKET);
+        let deadline = Instant::now() + START_WITHIN;
+        loop {
+            if let Ok(Some(status)) = child.try_wait() {
+                return Err(GuestError::Failed(format!(
+                    "the monitor ended at its start ({}); see {}",
+                    status
+                        .signal()
+                        .map_or_else(|| status.to_string(), |s| format!("signal {s}")),
+                    log_path.display()
+                )));
             }
-            other => Err(unexpected(&other)),
+            match Connection::open(&socket, guest).await {
+                // A process that is about to end may still answer at the same name.
+                Ok(Some(connection)) if Some(connection.pid()) == child.id() => {
+                    return Ok(Unbooted {
+                        guest: guest.clone(),
+                        connection,
+                        child,
+                    });
+                }
+                Ok(_) => {}
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => {}
+            }
+            if Instant::now() > deadline {
+                let seconds = START_WITHIN.as_secs();
+                return Err(GuestError::Failed(format!(
+                    "the monitor did not answer within {seconds} s; see {}",
+                    log_path.display()
+                )));
+            }
+            sleep(RETRY).await;
         }
     }
 
-    fn new(link: Link, welcome: Welcome, info: Info) -> Self {
+    /// Finds the process of a guest that an earlier daemon started. `None` if there is none.
+    pub async fn adopt(
+        run_dir: &Path,
+        guest: &GuestId,
+    ) -> Result<Option<BuiltinGuest>, GuestError> {
+        let Some(connection) = Connection::open(&run_dir.join(CONTROL_SOCKET), guest).await? else {
+            return Ok(None);
+        };
+        match connection.info().await? {
+            Some(info) => Ok(Some(Self::new(connection, info, None))),
+            // It was started and never got its guest. It ends with this connection.
+            None => Ok(None),
+        }
+    }
+
+    fn new(connection: Connection, info: Info, child: Option<Child>) -> Self {
         let info = GuestInfo {
             layout: info.layout,
             machine: info.machine,
             state: info.state.into(),
-            run: welcome.run,
+            run: connection.run(),
             base: info.base,
         };
         Self {
-            link,
-            welcome,
             info,
+            connection,
             current: None,
-            received: VecDeque::new(),
+            _child: child,
         }
     }
 
-    /// Id of the guest's process.
+    /// Process id of the monitor.
     pub fn pid(&self) -> u32 {
-        self.welcome.pid
+        self.connection.pid()
     }
 
-    /// What the process said last about what the guest does, without asking it.
-    pub fn last_state(&self) -> RunState {
-        self.link
-            .last_state()
-            .unwrap_or_else(|| self.info.state.clone())
-    }
-
-    /// Forgets the content of rounds and cuts that nobody will take; their slots become free.
-    fn drop_content(&mut self) {
-        self.current = None;
-        while let Some(event) = self.received.pop_front().or_else(|| self.link.try_event()) {
-            drop(event);
+    async fn done(&self, command: Command) -> Result<(), GuestError> {
+        match self.connection.call(command, None).await? {
+            Reply::Done => Ok(()),
+            other => Err(connection::odd(&other)),
         }
     }
 
-    async fn next_event(&mut self) -> Result<Event, GuestError> {
-        match self.received.pop_front() {
-            Some(event) => Ok(event),
-            None => self.link.event().await,
+    /// A slot's pages as a chunk, if they are what they may be.
+    fn chunk(
+        &self,
+        slot: connection::LentSlot,
+        pages: Vec<crate::page::PageAddr>,
+    ) -> Result<Chunk, GuestError> {
+        let layout = &self.info.layout;
+        if pages.len() > SLOT_PAGES || !pages.iter().all(|addr| layout.contains(*addr)) {
+            let text = "it handed out pages that are not the guest's";
+            return Err(GuestError::Failed(text.into()));
         }
+        let memory = Box::new(Lent {
+            count: pages.len(),
+            slot,
+        });
+        Ok(Chunk { pages, memory })
+    }
+}
+
+/// Memory of a chunk: a slot until the drop.
+struct Lent {
+    slot: connection::LentSlot,
+    count: usize,
+}
+
+impl ChunkMemory for Lent {
+    fn bytes(&self) -> &[u8] {
+        self.slot.view().slot(self.slot.number(), self.count)
     }
 }
 
 impl Unbooted {
-    /// Id of the process.
-    pub fn pid(&self) -> u32 {
-        self.welcome.pid
-    }
-
-    /// Builds the machine and runs it.
+    /// Builds the machine anew and runs it.
     pub async fn boot(self, spec: &MachineSpec) -> Result<BuiltinGuest, GuestError> {
-        let spec = spec_bytes(spec)?;
-        self.start(Command::Boot { spec }, None).await
+        let command = Command::Boot { spec: json(spec) };
+        self.started(command, None).await
     }
 
-    /// Builds the machine in a saved state and runs it. `ram` holds the RAM regions one after the
-    /// other; it is mapped privately, read when it is needed, never changed, and must not shrink.
-    /// The disk files must hold the content of the same instant. With a memory file (memfd) later
-    /// cuts can be copy-on-write; with any other file they copy inside the pause.
+    /// Builds the machine in a saved state and runs it. `ram` is a file with all RAM regions one
+    /// after the other; it is mapped privately and must not change any more.
     pub async fn restore(
         self,
         spec: &MachineSpec,
         state: DeviceState,
         ram: OwnedFd,
     ) -> Result<BuiltinGuest, GuestError> {
-        let spec = spec_bytes(spec)?;
-        self.start(Command::Restore { spec, state }, Some(ram))
-            .await
+        let command = Command::Restore {
+            spec: json(spec),
+            state,
+        };
+        self.started(command, Some(ram)).await
     }
 
-    async fn start(
-        mut self,
+    async fn started(
+        self,
         command: Command,
-        ram: Option<OwnedFd>,
+        image: Option<OwnedFd>,
     ) -> Result<BuiltinGuest, GuestError> {
-        done(self.link.call(command, ram).await?)?;
-        match self.link.call(Command::Info, None).await? {
-            Reply::Info { guest: Some(info) } => {
-                Ok(BuiltinGuest::new(self.link, self.welcome, info))
-            }
-            other => Err(unexpected(&other)),
+        match self.connection.call(command, image).await? {
+            Reply::Done => {}
+            other => return Err(connection::odd(&other)),
         }
+        let info = self.connection.info().await?.ok_or_else(|| {
+            GuestError::Failed(format!(
+                "it has no guest \"{}\" after its start",
+                self.guest
+            ))
+        })?;
+        Ok(BuiltinGuest::new(self.connection, info, Some(self.child)))
     }
+}
+
+fn json(spec: &MachineSpec) -> Vec<u8> {
+    serde_json::to_vec(spec).expect("a machine description has only plain fields")
 }
 
 impl Guest for BuiltinGuest {
@@ -185,27 +257,35 @@ impl Guest for BuiltinGuest {
     }
 
     async fn state(&mut self) -> Result<RunState, GuestError> {
-        match self.link.call(Command::State, None).await? {
+        match self.connection.call(Command::State, None).await? {
             Reply::State(state) => Ok(state.into()),
-            other => Err(unexpected(&other)),
+            other => Err(connection::odd(&other)),
         }
     }
 
     async fn round(&mut self, contents: Contents) -> Result<Round, GuestError> {
-        self.drop_content();
-        match self.link.call(Command::Round { contents }, None).await? {
+        match self
+            .connection
+            .call(Command::Round { contents }, None)
+            .await?
+        {
             Reply::Round { id, dirty } => {
+                let dirty = dirty
+                    .decode(&self.info.layout)
+                    .ok_or_else(connection::no_set)?;
                 self.current = Some(id);
-                let dirty = self.decode(&dirty)?;
                 Ok(Round { id, dirty })
             }
-            other => Err(unexpected(&other)),
+            other => Err(connection::odd(&other)),
         }
     }
 
     async fn cut(&mut self, strategy: CutStrategy) -> Result<Cut, GuestError> {
-        self.drop_content();
-        match self.link.call(Command::Cut { strategy }, None).await? {
+        match self
+            .connection
+            .call(Command::Cut { strategy }, None)
+            .await?
+        {
             Reply::Cut {
                 id,
                 dirty,
@@ -214,8 +294,10 @@ impl Guest for BuiltinGuest {
                 pause,
                 strategy,
             } => {
+                let dirty = dirty
+                    .decode(&self.info.layout)
+                    .ok_or_else(connection::no_set)?;
                 self.current = Some(id);
-                let dirty = self.decode(&dirty)?;
                 Ok(Cut {
                     id,
                     dirty,
@@ -225,81 +307,66 @@ impl Guest for BuiltinGuest {
                     strategy,
                 })
             }
-            other => Err(unexpected(&other)),
+            other => Err(connection::odd(&other)),
         }
     }
 
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
-        while let Some(current) = self.current {
-            match self.next_event().await? {
-                Event::Chunk(cut, memory) if cut == current => {
-                    if let Some(bad) = memory
-                        .pages()
-                        .iter()
-                        .find(|p| !self.info.layout.contains(**p))
-                    {
-                        return Err(GuestError::Failed(format!(
-                            "it sent {bad:?}, which is no page of it"
-                        )));
-                    }
-                    return Ok(Some(Chunk {
-                        pages: memory.pages().to_vec(),
-                        memory: Box::new(memory),
-                    }));
+        let Some(current) = self.current else {
+            return Ok(None);
+        };
+        loop {
+            match self.connection.content().await? {
+                Content::Chunk { cut, slot, pages } if cut == current => {
+                    return self.chunk(slot, pages).map(Some);
                 }
-                Event::End(cut) if cut == current => self.current = None,
-                Event::Abandoned(cut, why) if cut == current => {
+                Content::End { cut } if cut == current => {
+                    self.current = None;
+                    return Ok(None);
+                }
+                Content::Abandoned { cut, why } if cut == current => {
                     self.current = None;
                     return Err(GuestError::Abandoned(why));
                 }
-                // Of a round or cut that was given back.
-                Event::Chunk(..) | Event::End(_) | Event::Abandoned(..) => {}
+                // Of a round or cut that nobody waits for any more: its slot is freed by the drop.
+                _ => {}
             }
         }
-        Ok(None)
     }
 
     async fn settle(&mut self, id: CutId, base: Base) -> Result<(), GuestError> {
-        done(self.link.call(Command::Settle { id, base }, None).await?)
+        self.done(Command::Settle { id, base }).await
     }
 
     async fn give_back(&mut self) -> Result<(), GuestError> {
-        self.drop_content();
-        done(self.link.call(Command::GiveBack, None).await?)?;
-        // All that was announced before the answer is here by now.
-        self.drop_content();
+        self.current = None;
+        self.connection.discard_content();
+        self.done(Command::GiveBack).await?;
+        self.connection.discard_content();
         Ok(())
     }
 
     async fn pause(&mut self) -> Result<(), GuestError> {
-        done(self.link.call(Command::Pause, None).await?)
+        self.done(Command::Pause).await
     }
 
     async fn resume(&mut self) -> Result<(), GuestError> {
-        done(self.link.call(Command::Resume, None).await?)
+        self.done(Command::Resume).await
     }
 
     async fn stop(&mut self) -> Result<(), GuestError> {
-        self.drop_content();
-        done(self.link.call(Command::Stop, None).await?)?;
-        self.link.closed().await;
-        Ok(())
+        self.done(Command::Stop).await?;
+        // The connection ends when the process does: disks are unlocked then.
+        timeout(STOP_WITHIN, self.connection.closed())
+            .await
+            .map_err(|_| {
+                let seconds = STOP_WITHIN.as_secs();
+                GuestError::Failed(format!(
+                    "the monitor is not gone {seconds} s after its guest was stopped"
+                ))
+            })
     }
 }
 
-impl BuiltinGuest {
-    fn decode(
-        &self,
-        set: &crate::vmm::protocol::WireSet,
-    ) -> Result<crate::bitmap::PageSet, GuestError> {
-        set.decode(&self.info.layout).ok_or_else(|| {
-            GuestError::Failed("it sent a dirty set that is not of its layout".into())
-        })
-    }
-}
-
-impl ChunkMemory for link::LentSlot {
-    fn bytes(&self) -> &[u8] {
-        self.content()
-    }
-}
+/// Keeps [`StagingView`] shared between a connection and the chunks that outlive it.
+type View = Arc<StagingView>;

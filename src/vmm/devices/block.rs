@@ -221,3 +221,6 @@ impl Block {
         Served::Failed
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -39,7 +39,7 @@ pub const PARAMETER_VCPUS: u64 = 2;
 pub const PARAMETER_WORKING_SET_PAGES: u64 = 4;
 /// Word number: block devices, 0 to [`DISKS_MAX`].
 pub const PARAMETER_DISKS: u64 = 5;
-/// Word number: turns of an empty loop after each step; 0 runs flat out.
+/// Word number: turns of an empty loop after each step; 0 means [`SPIN`], 1 runs flat out.
 pub const PARAMETER_SPIN: u64 = 6;
 /// Word number: steps of lane 0 between two serial lines; 0 means [`REPORT_STEPS`].
 pub const PARAMETER_REPORT_STEPS: u64 = 7;
@@ -104,7 +104,10 @@ pub const BATCHES_PER_READ_BACK: u64 = 4;
 /// Steps between two looks at the VM generation id.
 pub const GENERATION_STEPS: u64 = 128;
 /// Steps between two serial lines unless the monitor says otherwise.
-pub const REPORT_STEPS: u64 = 2048;
+pub const REPORT_STEPS: u64 = 1024;
+
+/// Turns of the empty loop unless the monitor says otherwise: some 3000 steps per second.
+pub const SPIN: u64 = 1_000_000;
 
 /// First status word: this value, once the lane has begun.
 pub const STATUS_MAGIC: u64 = 0x6c66_6274_7374_6131;
@@ -242,7 +245,7 @@ impl Plan {
             lanes,
             lane_pages,
             disks,
-            spin,
+            spin: if spin == 0 { SPIN } else { spin },
             report_steps: if report == 0 { REPORT_STEPS } else { report },
             ram_end,
         })

@@ -1,0 +1,301 @@
+//! The command line as it is typed.
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::units;
+use crate::control::codes::EXIT_CODES;
+use crate::ids::{GuestId, SiteId};
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().bold())
+    .usage(AnsiColor::Green.on_default().bold())
+    .literal(AnsiColor::Cyan.on_default().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+/// The table of exit codes, as `--help` prints it.
+pub static EXIT_CODES_HELP: LazyLock<String> = LazyLock::new(|| {
+    let rows = EXIT_CODES
+        .iter()
+        .map(|(code, meaning)| format!("  {:<5}{meaning}\n", *code as u8));
+    format!(
+        "Exit codes (an unknown one is a failure; new ones may come):\n{}",
+        rows.collect::<String>()
+    )
+});
+
+/// Disaster recovery for KVM guests: memory, CPU, devices and disks of a running guest, replicated
+/// to another site and resumed there.
+#[derive(Debug, Parser)]
+#[command(name = "lifeboat", version, styles = STYLES, after_help = EXIT_CODES_HELP.as_str())]
+#[command(
+    propagate_version = true,
+    max_term_width = 100,
+    subcommand_required = true
+)]
+#[command(arg_required_else_help = true)]
+pub struct Cli {
+    /// Options of all verbs.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Options of all verbs.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Configuration file of the site.
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "LIFEBOAT_CONFIG"
+    )]
+    pub config: Option<PathBuf>,
+    /// Unix socket of the daemon (otherwise that of the configuration, or the usual one).
+    #[arg(long, global = true, value_name = "PATH", env = "LIFEBOAT_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Print JSON on stdout, one documented schema per verb.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say only what was asked for; no progress, no notes.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Log more on stderr; twice: even more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// No colours (also with NO_COLOR set, or without a terminal).
+    #[arg(long, global = true)]
+    pub no_color: bool,
+    /// Wait for a long verb at most so long, then exit 8; it goes on in the daemon.
+    #[arg(long, global = true, value_name = "DURATION", value_parser = units::duration)]
+    pub timeout: Option<Duration>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Run the daemon of this site, in the foreground (needs --config).
+    Site,
+    /// Show a disaster on this machine: two sites, a guest, a kill, a failover. Under a minute.
+    Demo {
+        /// Keep everything in this directory, which must be empty or new.
+        #[arg(long, value_name = "DIR")]
+        keep: Option<PathBuf>,
+    },
+    /// Run one guest's monitor; started by the daemon.
+    #[command(hide = true)]
+    Vmm {
+        /// The guest.
+        #[arg(long)]
+        guest: GuestId,
+        /// Where its sockets are.
+        #[arg(long, value_name = "DIR")]
+        run_dir: PathBuf,
+    },
+    /// Show the site, its peers and its guests.
+    Status {
+        /// Only this guest.
+        name: Option<GuestId>,
+        /// Go on showing: redraw on a terminal, one line per change otherwise.
+        #[arg(short, long)]
+        watch: bool,
+        /// How often to look.
+        #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = units::duration)]
+        interval: Duration,
+    },
+    /// Start, stop and look at guests.
+    #[command(subcommand)]
+    Guest(GuestVerb),
+    /// Begin to replicate a guest; waits for its first recovery point.
+    Protect {
+        /// The guest.
+        name: GuestId,
+        /// Where to (otherwise as configured).
+        #[arg(long, value_name = "SITE")]
+        peer: Option<SiteId>,
+        /// Work that may be lost at most (otherwise as configured).
+        #[arg(long, value_name = "DURATION", value_parser = units::duration)]
+        rpo: Option<Duration>,
+        /// Print the run and do not wait for it.
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// End the replication of a guest.
+    Unprotect {
+        /// The guest.
+        name: GuestId,
+        /// Also delete its journal at this site, with all recovery points.
+        #[arg(long)]
+        purge: bool,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// List the recovery points of a guest, newest first.
+    Points {
+        /// The guest.
+        name: GuestId,
+        /// Only the newest N.
+        #[arg(long, value_name = "N")]
+        last: Option<usize>,
+    },
+    /// Resume a guest at this site from a recovery point.
+    Failover {
+        /// The guest.
+        name: GuestId,
+        /// From this point (otherwise the newest).
+        #[arg(long, value_name = "N")]
+        point: Option<u64>,
+        /// You know that the other site cannot run the guest any more.
+        #[arg(long)]
+        fenced_by_operator: bool,
+        /// Only say what would happen and what would be lost.
+        #[arg(long)]
+        dry_run: bool,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Replay a recovery point and compare every checksum.
+    Verify {
+        /// The guest.
+        name: GuestId,
+        /// This point (otherwise the newest).
+        #[arg(long, value_name = "N")]
+        point: Option<u64>,
+    },
+    /// Look at, check and mend journals.
+    #[command(subcommand)]
+    Journal(JournalVerb),
+    /// List the runs of long verbs, or wait for one.
+    Runs {
+        /// Wait for this one and show it.
+        id: Option<String>,
+    },
+    /// Make the daemon read its configuration and certificates again.
+    Reload,
+    /// Make and look at certificates.
+    #[command(subcommand)]
+    Pki(PkiVerb),
+    /// Judge and explain a configuration.
+    #[command(subcommand)]
+    Config(ConfigVerb),
+    /// Look whether this host is fit for its configuration; each fault with its remedy.
+    Doctor,
+}
+
+/// Verbs for guests.
+#[derive(Debug, Subcommand)]
+pub enum GuestVerb {
+    /// List the guests of this site.
+    List,
+    /// Show all of one guest.
+    Show {
+        /// The guest.
+        name: GuestId,
+    },
+    /// Start a guest that is active here.
+    Start {
+        /// The guest.
+        name: GuestId,
+        /// Although the peer cannot be asked whether it runs there.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Stop a guest: end its process, flush its disks.
+    Stop {
+        /// The guest.
+        name: GuestId,
+    },
+    /// Attach to the guest's serial terminal; Ctrl-] leaves.
+    Console {
+        /// The guest.
+        name: GuestId,
+    },
+}
+
+/// Verbs for journals.
+#[derive(Debug, Subcommand)]
+pub enum JournalVerb {
+    /// Show the figures of a journal.
+    Stat {
+        /// The guest.
+        name: GuestId,
+    },
+    /// Read all of a journal and check it.
+    Check {
+        /// The guest.
+        name: GuestId,
+    },
+    /// Make the catalogue anew from the segments.
+    RebuildIndex {
+        /// The guest.
+        name: GuestId,
+    },
+}
+
+/// Verbs for certificates.
+#[derive(Debug, Subcommand)]
+pub enum PkiVerb {
+    /// Make a CA and the certificate of the first site.
+    Init {
+        /// Directory of the CA; its key stays here.
+        #[arg(long, value_name = "DIR", default_value = "pki")]
+        dir: PathBuf,
+        /// The first site.
+        #[arg(long, value_name = "SITE")]
+        site: SiteId,
+        /// DNS name or IP address that peers connect to; may be repeated.
+        #[arg(long = "name", value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Issue or renew the certificate of a site.
+    Issue {
+        /// Directory of the CA.
+        #[arg(long, value_name = "DIR", default_value = "pki")]
+        dir: PathBuf,
+        /// The site.
+        #[arg(long, value_name = "SITE")]
+        site: SiteId,
+        /// DNS name or IP address that peers connect to; may be repeated.
+        #[arg(long = "name", value_name = "NAME")]
+        names: Vec<String>,
+        /// Directory for the four files of the site (otherwise DIR/SITE).
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// Lifetime.
+        #[arg(long, value_name = "N", default_value_t = crate::pki::authority::SITE_DAYS)]
+        days: u32,
+        /// Overwrite what is there.
+        #[arg(long)]
+        renew: bool,
+    },
+    /// Revoke certificates; every site then needs the new list.
+    Revoke {
+        /// Directory of the CA.
+        #[arg(long, value_name = "DIR", default_value = "pki")]
+        dir: PathBuf,
+        /// Serial number of one certificate, or a site: all of its certificates. Without it the
+        /// list is only renewed.
+        target: Option<String>,
+    },
+    /// Show the certificates of a site (needs -c FILE).
+    Status,
+}
+
+/// Verbs for configurations.
+#[derive(Debug, Subcommand)]
+pub enum ConfigVerb {
+    /// Say what is wrong with a configuration, and whether the files are there that it names.
+    Check,
+    /// Show every value in force and where it comes from; no secrets.
+    Show,
+}

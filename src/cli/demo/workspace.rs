@@ -1,0 +1,255 @@
+//! The demo's two sites on disk: certificates, configuration, the guest's disk.
+//!
+//! ```text
+//!   DIR/pki/                 the CA, and what it issued to site-a and site-b
+//!   DIR/site-a/site.toml     configuration      DIR/site-a/admin.sock   admin API
+//!   DIR/site-a/state/        state directory    DIR/site-a/site.log     output of the daemon
+//!   DIR/site-a/disk.img      the guest's disk   DIR/site-b/...          the same, without a disk
+//! ```
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+use crate::ids::SiteId;
+use crate::pki;
+
+/// The guest's name.
+pub(super) const GUEST: &str = "demo";
+/// Its memory.
+const MEMORY_MIB: u32 = 256;
+/// Memory that it keeps writing.
+const WORKING_SET_MIB: u32 = 16;
+/// Pages of it.
+pub(super) const WORKING_SET_PAGES: u64 = (WORKING_SET_MIB as u64) << 8;
+/// Its disk.
+const DISK_BYTES: u64 = 16 << 20;
+/// The address of both sites.
+const LOOPBACK: &str = "127.0.0.1";
+
+/// The files of one site.
+#[derive(Debug, Clone)]
+pub(super) struct SiteFiles {
+    /// Its name.
+    pub name: SiteId,
+    /// Its configuration.
+    pub config: PathBuf,
+    /// Its admin socket.
+    pub socket: PathBuf,
+    /// Where its daemon writes what it has to say.
+    pub log: PathBuf,
+    /// Where it keeps journals.
+    pub journal: PathBuf,
+}
+
+/// The directory of one demo. Dropping it deletes it, unless it is to be kept.
+pub(super) struct Workspace {
+    root: PathBuf,
+    /// Deletes the directory.
+    temporary: Option<tempfile::TempDir>,
+    /// Where the guest runs first.
+    pub a: SiteFiles,
+    /// Where it is failed over to.
+    pub b: SiteFiles,
+}
+
+impl Workspace {
+    /// Makes certificates, configurations and the disk; in `keep` if given, which must be empty.
+    pub(super) fn new(keep: Option<&Path>) -> anyhow::Result<Workspace> {
+        let (root, temporary) = match keep {
+            Some(dir) => (empty_directory(dir)?, None),
+            None => {
+                let dir = tempfile::Builder::new()
+                    .prefix("lifeboat-demo-")
+                    .tempdir()
+                    .context("cannot make a temporary directory")?;
+                (dir.path().to_owned(), Some(dir))
+            }
+        };
+        let workspace = Workspace {
+            a: SiteFiles::new(&root, "site-a"),
+            b: SiteFiles::new(&root, "site-b"),
+            root,
+            temporary,
+        };
+        workspace.fill()?;
+        Ok(workspace)
+    }
+
+    /// The directory.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// True if it outlives the demo.
+    pub(super) fn is_kept(&self) -> bool {
+        self.temporary.is_none()
+    }
+
+    fn fill(&self) -> anyhow::Result<()> {
+        let ca = self.root.join("pki");
+        let names = [LOOPBACK.to_owned()];
+        pki::init(&ca, &self.a.name, &names)?;
+        pki::issue(
+            &ca,
+            &pki::Issue {
+                site: &self.b.name,
+                names: &names,
+                out: &ca.join(self.b.name.as_str()),
+                days: 1,
+                overwrite: false,
+            },
+        )?;
+        // Held until both numbers are known, so that they differ.
+        let listeners = [
+            TcpListener::bind((LOOPBACK, 0)),
+            TcpListener::bind((LOOPBACK, 0)),
+        ];
+        let mut ports = [0; 2];
+        for (port, listener) in ports.iter_mut().zip(listeners) {
+            *port = listener
+                .and_then(|l| l.local_addr())
+                .context("no free port")?
+                .port();
+        }
+        for (me, other, port, peer_port) in [
+            (&self.a, &self.b, ports[0], ports[1]),
+            (&self.b, &self.a, ports[1], ports[0]),
+        ] {
+            let dir = me.config.parent().expect("a file in the site's directory");
+            fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+            let mut text = configuration(me, other, port, peer_port);
+            if me.name == self.a.name {
+                text.push_str(&guest(&other.name));
+                let disk = dir.join("disk.img");
+                fs::File::create_new(&disk)
+                    .and_then(|file| file.set_len(DISK_BYTES))
+                    .with_context(|| format!("cannot make {}", disk.display()))?;
+            }
+            fs::write(&me.config, text)
+                .with_context(|| format!("cannot write {}", me.config.display()))?;
+        }
+        Ok(())
+    }
+}
+
+impl SiteFiles {
+    fn new(root: &Path, name: &str) -> SiteFiles {
+        let dir = root.join(name);
+        SiteFiles {
+            name: name.parse().expect("a usable name"),
+            config: dir.join("site.toml"),
+            socket: dir.join("admin.sock"),
+            log: dir.join("site.log"),
+            journal: dir.join("state/journal"),
+        }
+    }
+}
+
+fn empty_directory(dir: &Path) -> anyhow::Result<PathBuf> {
+    fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let mut entries =
+        fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    anyhow::ensure!(
+        entries.next().is_none(),
+        "{} is not empty: name a new directory to keep the demo in",
+        dir.display()
+    );
+    std::path::absolute(dir).with_context(|| format!("cannot resolve {}", dir.display()))
+}
+
+fn configuration(me: &SiteFiles, other: &SiteFiles, port: u16, peer_port: u16) -> String {
+    let (name, peer) = (&me.name, &other.name);
+    format!(
+        r#"# Made by `lifeboat demo`.
+
+[site]
+name = "{name}"
+state_dir = "state"
+
+[admin]
+socket = "admin.sock"
+
+[metrics]
+listen = "off"
+
+[log]
+level = "info"
+format = "text"
+
+[listen]
+address = "{LOOPBACK}:{port}"
+
+[tls]
+ca = "../pki/ca.pem"
+cert = "../pki/{name}/{name}.pem"
+key = "../pki/{name}/{name}.key"
+crl = "../pki/crl.pem"
+
+[peer.{peer}]
+address = "{LOOPBACK}:{peer_port}"
+server_name = "{LOOPBACK}"
+guests = ["{GUEST}"]
+
+[defaults.replication]
+rpo_target = "2s"
+checkpoint = {{ min = "20ms", max = "500ms" }}
+
+[journal]
+path = "state/journal"
+min_free = "1MiB"
+"#
+    )
+}
+
+fn guest(peer: &SiteId) -> String {
+    format!(
+        r#"
+[[guest]]
+name = "{GUEST}"
+peer = "{peer}"
+memory = "{MEMORY_MIB}MiB"
+vcpus = 1
+boot = {{ demo = {{ working_set = "{WORKING_SET_MIB}MiB" }} }}
+disks = [{{ id = "data", path = "disk.img" }}]
+autostart = true
+"#
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{self, Files};
+
+    #[test]
+    fn both_configurations_are_valid_and_fit_together() {
+        let workspace = Workspace::new(None).unwrap();
+        let load = |site: &SiteFiles| {
+            let loaded = config::load_with(&site.config, Files::Required, std::iter::empty());
+            loaded.unwrap_or_else(|error| panic!("{error}")).config
+        };
+        let (a, b) = (load(&workspace.a), load(&workspace.b));
+        assert_eq!(a.guests.len(), 1);
+        assert!(b.guests.is_empty());
+        assert_eq!(a.journal.path, workspace.a.journal);
+        let root = workspace.root().to_owned();
+        assert!(root.exists());
+        drop(workspace);
+        assert!(!root.exists());
+    }
+
+    #[test]
+    fn a_directory_in_use_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("mine"), "").unwrap();
+        assert!(Workspace::new(Some(dir.path())).is_err());
+        let kept = dir.path().join("new/deep");
+        let workspace = Workspace::new(Some(&kept)).unwrap();
+        assert!(workspace.is_kept());
+        drop(workspace);
+        assert!(kept.join("site-b/site.toml").exists());
+    }
+}

@@ -1,0 +1,149 @@
+//! `lifeboat doctor`: is this host fit for its configuration? Each fault with its remedy.
+//!
+//! Nothing is changed, except that a small file is written below the journal's directory and
+//! removed again. Exit code 1 when something would keep the site from working.
+
+mod checks;
+mod host;
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::config as cli_config;
+use super::output::Output;
+use super::text::Paint;
+use crate::config::{self, Files};
+use crate::control::codes::ExitCode;
+use crate::control::types::{ApiError, Document};
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// It works, but not as well as it could.
+    Warn,
+    /// It does not work.
+    Fail,
+}
+
+/// What one check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Which check.
+    pub check: &'static str,
+    /// How bad.
+    pub level: Level,
+    /// What was found.
+    pub message: String,
+    /// What to do about it.
+    pub fix: Option<String>,
+}
+
+impl Finding {
+    fn ok(check: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            check,
+            level: Level::Ok,
+            message: message.into(),
+            fix: None,
+        }
+    }
+
+    fn warn(check: &'static str, message: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self {
+            check,
+            level: Level::Warn,
+            message: message.into(),
+            fix: Some(fix.into()),
+        }
+    }
+
+    fn fail(check: &'static str, message: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self {
+            level: Level::Fail,
+            ..Self::warn(check, message, fix)
+        }
+    }
+}
+
+/// `lifeboat doctor`
+#[derive(Debug, Serialize)]
+struct Report {
+    findings: Vec<Finding>,
+    failures: usize,
+    warnings: usize,
+}
+
+impl Document for Report {
+    const SCHEMA: &'static str = "lifeboat.doctor/v1";
+}
+
+/// Schemas of the documents made here.
+pub const SCHEMAS: &[&str] = &[Report::SCHEMA];
+
+/// Runs all checks. The error was not printed yet.
+pub async fn run(file: Option<&Path>, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
+    let file = cli_config::named(file)?;
+    let mut findings = Vec::new();
+    let config = match config::load(file, Files::Required) {
+        Ok(loaded) => {
+            let message = format!("{} is fine", file.display());
+            findings.push(Finding::ok("configuration", message));
+            Some(loaded.config)
+        }
+        Err(error) => {
+            let fix = "mend the keys that are named";
+            findings.push(Finding::fail("configuration", error.to_string(), fix));
+            // Missing files are one thing; the host can be looked at all the same.
+            config::load(file, Files::Ignored).ok().map(|l| l.config)
+        }
+    };
+    findings.push(host::kvm());
+    findings.push(host::userfaultfd());
+    findings.push(host::clock());
+    if let Some(config) = &config {
+        findings.extend(checks::journal(&config.journal));
+        findings.extend(config.tls.iter().flat_map(checks::certificates));
+        for (name, peer) in &config.peers {
+            findings.extend(checks::peer(name, peer).await);
+        }
+        findings.push(checks::daemon(&config.admin_socket).await);
+    }
+    let count = |level| findings.iter().filter(|f| f.level == level).count();
+    let report = Report {
+        failures: count(Level::Fail),
+        warnings: count(Level::Warn),
+        findings,
+    };
+    let failed = report.failures > 0;
+    let paint = Paint(out.style.color);
+    out.result(report, |report| text(report, paint));
+    Ok(if failed {
+        ExitCode::Failed
+    } else {
+        ExitCode::Ok
+    })
+}
+
+fn text(report: &Report, paint: Paint) -> String {
+    let mut text = String::new();
+    for finding in &report.findings {
+        let level = match finding.level {
+            Level::Ok => paint.good("ok  "),
+            Level::Warn => paint.warn("WARN"),
+            Level::Fail => paint.bad("FAIL"),
+        };
+        text += &format!("{level}  {}: {}\n", finding.check, finding.message);
+        if let Some(fix) = &finding.fix {
+            text += &format!("      fix: {fix}\n");
+        }
+    }
+    let ok = report.findings.len() - report.failures - report.warnings;
+    text + &format!(
+        "{} failed, {} warnings, {ok} ok\n",
+        report.failures, report.warnings
+    )
+}

@@ -1,0 +1,156 @@
+//! The command line: a client of the daemon, and a few verbs that need none.
+//!
+//! ```text
+//!   args ─▶ dispatch ─┬─ verbs ──── client ── daemon        (the CLI's death stops nothing there)
+//!                     ├─ config, pki, doctor                (no daemon needed)
+//!                     └─ exit code, by the table in control::codes
+//! ```
+//!
+//! Only this module and `main` print. Results go to stdout, everything else to stderr.
+
+pub mod args;
+pub mod config;
+pub mod confirm;
+pub mod console;
+pub mod demo;
+pub mod doctor;
+pub mod follow;
+pub mod logging;
+pub mod output;
+pub mod pki;
+pub mod render;
+pub mod site;
+pub mod text;
+pub mod units;
+pub mod verbs;
+
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use crate::config::{DEFAULT_SOCKET, Files, load};
+use crate::control::client::Client;
+use crate::control::codes::{ExitCode, Reason};
+use crate::control::types::ApiError;
+use args::{Cli, Global, Verb};
+use output::{Output, Streams, Style};
+
+/// The whole program: arguments and streams of this process, to its exit code.
+pub fn main() -> ExitCode {
+    let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
+    let mut input = std::io::stdin().lock();
+    let streams = Streams {
+        out_is_terminal: out.is_terminal(),
+        err_is_terminal: err.is_terminal(),
+        input_is_terminal: input.is_terminal(),
+        out: &mut out,
+        err: &mut err,
+        input: &mut input,
+    };
+    run(std::env::args_os().collect(), streams)
+}
+
+/// As [`main`], with arguments and streams that are given.
+pub fn run(args: Vec<OsString>, streams: Streams<'_>) -> ExitCode {
+    let json = args.iter().any(|arg| arg == "--json");
+    let cli = match Cli::try_parse_from(&args) {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error, json, streams),
+    };
+    let global = &cli.global;
+    let style = Style::new(
+        global.json,
+        global.quiet,
+        global.no_color,
+        streams.out_is_terminal,
+    );
+    let mut out = Output { streams, style };
+    match dispatch(cli, &mut out) {
+        Ok(code) => code,
+        Err(error) => {
+            out.error(&error);
+            error.reason.exit_code()
+        }
+    }
+}
+
+/// Help and version are results; the rest is a usage error.
+fn usage(error: &clap::Error, json: bool, streams: Streams<'_>) -> ExitCode {
+    if !error.use_stderr() {
+        let _ = write!(streams.out, "{}", error.render());
+        return ExitCode::Ok;
+    }
+    if json {
+        let message = error.render().to_string().trim().to_owned();
+        let style = Style::new(true, false, true, false);
+        Output { streams, style }.error(&ApiError::new(Reason::Usage, message));
+    } else {
+        let _ = write!(streams.err, "{}", error.render());
+    }
+    ExitCode::Usage
+}
+
+fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
+    let Cli { global, verb } = cli;
+    let file = global.config.as_deref();
+    match verb {
+        Verb::Site => return site::run(file, global.verbose),
+        Verb::Vmm { guest, run_dir } => return site::monitor(&guest, &run_dir),
+        _ => logging::start_for_command(global.verbose),
+    }
+    match verb {
+        Verb::Site | Verb::Vmm { .. } => unreachable!("they were run above"),
+        Verb::Demo { keep } => {
+            let options = demo::DemoOptions {
+                keep,
+                json: global.json,
+            };
+            Ok(match workers()?.block_on(demo::run(&options)) {
+                demo::DemoExit::Pass => ExitCode::Ok,
+                demo::DemoExit::Fail => ExitCode::Failed,
+                demo::DemoExit::NoKvm => ExitCode::Usage,
+                demo::DemoExit::Interrupted => ExitCode::Interrupted,
+            })
+        }
+        Verb::Config(verb) => config::run(&verb, file, out),
+        Verb::Pki(verb) => pki::run(verb, file, out).map(|()| ExitCode::Ok),
+        Verb::Doctor => runtime()?.block_on(doctor::run(file, out)),
+        verb => {
+            let client = Client::new(socket(&global)?);
+            runtime()?.block_on(verbs::run(verb, &client, global.timeout, out))
+        }
+    }
+}
+
+/// A client needs no more than one thread.
+fn runtime() -> Result<tokio::runtime::Runtime, ApiError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| ApiError::new(Reason::Failed, format!("no runtime: {error}")))
+}
+
+/// Daemons have a worker per processor.
+fn workers() -> Result<tokio::runtime::Runtime, ApiError> {
+    tokio::runtime::Runtime::new()
+        .map_err(|error| ApiError::new(Reason::Failed, format!("no runtime: {error}")))
+}
+
+/// The daemon's socket: as said, or as configured, or the usual one.
+fn socket(global: &Global) -> Result<PathBuf, ApiError> {
+    if let Some(socket) = &global.socket {
+        return Ok(socket.clone());
+    }
+    match &global.config {
+        Some(file) => {
+            let loaded = load(file, Files::Ignored).map_err(|e| config::error(&e))?;
+            Ok(loaded.config.admin_socket)
+        }
+        None => Ok(PathBuf::from(DEFAULT_SOCKET)),
+    }
+}

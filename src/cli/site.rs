@@ -1,0 +1,33 @@
+//! The two verbs that are processes of their own: the daemon of a site, and a guest's monitor.
+
+use std::path::Path;
+
+use super::{logging, workers};
+use crate::config::{DEFAULT_FILE, Files, load};
+use crate::control::codes::{ExitCode, Reason};
+use crate::control::types::ApiError;
+use crate::daemon::{self, SiteError};
+use crate::ids::GuestId;
+
+/// `lifeboat site`: until a signal ends it.
+pub(super) fn run(file: Option<&Path>, verbose: u8) -> Result<ExitCode, ApiError> {
+    let file = file.unwrap_or(Path::new(DEFAULT_FILE));
+    let loaded = load(file, Files::Ignored).map_err(|e| super::config::error(&e))?;
+    logging::start(&loaded.config.log, verbose);
+    workers()?.block_on(daemon::run(file)).map_err(|error| {
+        let reason = match &error {
+            SiteError::Config(_) | SiteError::Tls(_) => Reason::Config,
+            SiteError::Locked(_) => Reason::Busy,
+            SiteError::Io { .. } => Reason::Failed,
+        };
+        ApiError::new(reason, error.to_string())
+    })?;
+    Ok(ExitCode::Ok)
+}
+
+/// `lifeboat vmm`: until the guest was stopped. It keeps a log of its own.
+pub(super) fn monitor(guest: &GuestId, run_dir: &Path) -> Result<ExitCode, ApiError> {
+    crate::vmm::process::run(guest, run_dir)
+        .map_err(|error| ApiError::new(Reason::Failed, error.to_string()))?;
+    Ok(ExitCode::Ok)
+}

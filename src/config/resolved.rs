@@ -1,0 +1,229 @@
+//! The configuration after validation: plain values, defaults filled in, paths absolute.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::guest::CutStrategy;
+use crate::ids::{DiskId, GuestId, SiteId};
+
+/// Everything that a site is told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SiteConfig {
+    /// The file that it came from, absolute.
+    pub file: PathBuf,
+    /// Name of this site.
+    pub site: SiteId,
+    /// Directory for all that the daemon keeps, absolute.
+    pub state_dir: PathBuf,
+    /// Unix socket of the admin API, absolute.
+    pub admin_socket: PathBuf,
+    /// Where `/metrics`, `/livez` and `/readyz` are served; `None`: nowhere.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Logging.
+    pub log: LogConfig,
+    /// Where peers are accepted; `None`: nowhere.
+    pub listen: Option<SocketAddr>,
+    /// Certificates. `Some` whenever there is a peer or a listener.
+    pub tls: Option<TlsConfig>,
+    /// The other sites, by name.
+    pub peers: BTreeMap<SiteId, PeerConfig>,
+    /// Where journals of this site lie.
+    pub journal: JournalConfig,
+    /// How long recovery points are kept in the journals of this site.
+    pub retention: RetentionConfig,
+    /// Replication parameters for guests that are not configured here by `[[guest]]`, such as one
+    /// that was failed over to this site.
+    pub replication: ReplicationConfig,
+    /// How the other site is kept from running a guest before a failover; `None`: only by the
+    /// operator.
+    pub fencing: Option<FencingConfig>,
+    /// The guests whose home is here, by name.
+    pub guests: BTreeMap<GuestId, GuestConfig>,
+}
+
+/// Logging.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogConfig {
+    /// A filter such as `info` or `info,lifeboat::transport=debug`.
+    pub level: String,
+    /// How lines look.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Text on a terminal, JSON otherwise.
+    Auto,
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Files of the site's identity. Their content is read by the transport, and again on reload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// Certificate of the CA that both sites trust.
+    pub ca: PathBuf,
+    /// This site's certificate.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Revocation list; `None`: nothing is revoked.
+    pub crl: Option<PathBuf>,
+}
+
+/// Another site.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerConfig {
+    /// `HOST:PORT` to connect to, resolved anew at each attempt. `None`: it only connects here.
+    pub address: Option<String>,
+    /// DNS name or IP address that its certificate must carry.
+    pub server_name: Option<String>,
+    /// The guests that it may write to journals here.
+    pub guests: Vec<GuestId>,
+    /// Longest silence before a ping.
+    pub keepalive: Duration,
+    /// Silence after which the link is taken for dead.
+    pub dead_after: Duration,
+}
+
+/// Where journals lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JournalConfig {
+    /// The directory, absolute; one subdirectory per guest.
+    pub path: PathBuf,
+    /// Size of a segment file.
+    pub segment_bytes: u64,
+    /// Free space that history may not use.
+    pub min_free: MinFree,
+}
+
+/// Free space to leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MinFree {
+    /// So many bytes.
+    Bytes(u64),
+    /// So many hundredths of the file system, 0 to 50.
+    Percent(u8),
+}
+
+impl MinFree {
+    /// In bytes, on a file system of this size.
+    pub fn of(self, capacity_bytes: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => capacity_bytes / 100 * u64::from(percent),
+        }
+    }
+}
+
+/// Which recovery points are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetentionConfig {
+    /// Every point of this last stretch of time.
+    pub continuous: Duration,
+    /// Then one per minute for so many minutes.
+    pub minutely: u32,
+    /// Then one per hour for so many hours.
+    pub hourly: u32,
+    /// Then one per day for so many days.
+    pub daily: u32,
+    /// Never fewer points than this, whatever their age.
+    pub min_points: u32,
+}
+
+/// How a guest is replicated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReplicationConfig {
+    /// Work that may be lost at most.
+    pub rpo_target: Duration,
+    /// Shortest interval between cuts.
+    pub checkpoint_min: Duration,
+    /// Longest interval between cuts; not above `rpo_target`.
+    pub checkpoint_max: Duration,
+    /// Captured and not yet acked content, in bytes, above which no new cut is begun.
+    pub max_backlog_bytes: u64,
+    /// What frames are compressed with.
+    pub compression: Compression,
+    /// How a cut makes its content readable.
+    pub strategy: CutStrategy,
+    /// Keep a copy of the guest's memory to send differences only.
+    pub shadow: bool,
+}
+
+/// What frames are compressed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Chosen by the back-pressure of the link.
+    Auto,
+    /// Not at all.
+    None,
+    /// lz4.
+    Lz4,
+    /// zstd at level 1.
+    Zstd,
+}
+
+/// A program that fences the other site.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FencingConfig {
+    /// Program and arguments; no shell. Exit status 0 means: the guest cannot run there any more.
+    pub command: Vec<String>,
+    /// Then it has failed.
+    pub timeout: Duration,
+}
+
+/// A guest whose home is this site.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GuestConfig {
+    /// Its name.
+    pub name: GuestId,
+    /// Where it is replicated to; `None`: nowhere until `lifeboat protect --peer`.
+    pub peer: Option<SiteId>,
+    /// Size of its memory, a multiple of 4096.
+    pub memory_bytes: u64,
+    /// Its virtual CPUs.
+    pub vcpus: u32,
+    /// What it boots.
+    pub boot: BootConfig,
+    /// Its disks.
+    pub disks: Vec<DiskConfig>,
+    /// Start it with the daemon, if this site is its active site.
+    pub autostart: bool,
+    /// How it is replicated.
+    pub replication: ReplicationConfig,
+}
+
+/// What a guest boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BootConfig {
+    /// The embedded demo payload.
+    Demo {
+        /// Memory that it keeps writing to, a multiple of 4096.
+        working_set_bytes: u64,
+    },
+    /// A Linux kernel.
+    Linux {
+        /// `vmlinux` or `bzImage`.
+        kernel: PathBuf,
+        /// Initial RAM disk.
+        initrd: Option<PathBuf>,
+        /// Kernel command line.
+        cmdline: String,
+    },
+}
+
+/// A disk of a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Its name, unique within the guest.
+    pub id: DiskId,
+    /// A raw image file, absolute.
+    pub path: PathBuf,
+    /// Read-only disks are not replicated: the other site must have the same file.
+    pub read_only: bool,
+}

@@ -1,0 +1,193 @@
+//! The file's keys as they are written: everything optional, everything with its place in the
+//! text. Meaning, defaults and limits are in `validate`.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use toml::Spanned;
+
+/// A value that may be there, with its place.
+pub(super) type Maybe<T> = Option<Spanned<T>>;
+
+macro_rules! table {
+    ($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Default, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub(super) struct $name { $(pub(super) $field: $type,)* }
+    };
+}
+
+table!(
+    /// The whole file.
+    File {
+        site: Site,
+        admin: Admin,
+        metrics: Metrics,
+        log: Log,
+        listen: Listen,
+        tls: Option<Spanned<Tls>>,
+        peer: BTreeMap<Spanned<String>, Peer>,
+        defaults: Defaults,
+        journal: Journal,
+        fencing: Option<Spanned<Fencing>>,
+        guest: Vec<Spanned<Guest>>,
+    }
+);
+table!(
+    /// `[site]`
+    Site {
+        name: Maybe<String>,
+        state_dir: Maybe<String>,
+    }
+);
+table!(
+    /// `[admin]`
+    Admin {
+        socket: Maybe<String>,
+    }
+);
+table!(
+    /// `[metrics]`
+    Metrics {
+        listen: Maybe<String>,
+    }
+);
+table!(
+    /// `[log]`
+    Log {
+        level: Maybe<String>,
+        format: Maybe<String>,
+    }
+);
+table!(
+    /// `[listen]`
+    Listen {
+        address: Maybe<String>,
+    }
+);
+table!(
+    /// `[tls]`
+    Tls {
+        ca: Maybe<String>,
+        cert: Maybe<String>,
+        key: Maybe<String>,
+        crl: Maybe<String>,
+    }
+);
+table!(
+    /// `[peer.NAME]`
+    Peer {
+        address: Maybe<String>,
+        server_name: Maybe<String>,
+        guests: Vec<Spanned<String>>,
+        keepalive: Maybe<String>,
+        dead_after: Maybe<String>,
+    }
+);
+table!(
+    /// `[defaults]`
+    Defaults {
+        replication: Replication,
+        retention: Retention,
+    }
+);
+table!(
+    /// `[defaults.replication]`, and `replication` of a guest
+    Replication {
+        rpo_target: Maybe<String>,
+        checkpoint: Checkpoint,
+        max_backlog: Maybe<String>,
+        compression: Maybe<String>,
+        strategy: Maybe<String>,
+        shadow: Maybe<bool>,
+    }
+);
+table!(
+    /// `checkpoint` of a replication
+    Checkpoint {
+        min: Maybe<String>,
+        max: Maybe<String>,
+    }
+);
+table!(
+    /// `[defaults.retention]`
+    Retention {
+        continuous: Maybe<String>,
+        minutely: Maybe<u32>,
+        hourly: Maybe<u32>,
+        daily: Maybe<u32>,
+        min_points: Maybe<u32>,
+    }
+);
+table!(
+    /// `[journal]`
+    Journal {
+        path: Maybe<String>,
+        segment_size: Maybe<String>,
+        min_free: Maybe<String>,
+    }
+);
+table!(
+    /// `[fencing]`
+    Fencing {
+        command: Option<Spanned<Vec<String>>>,
+        timeout: Maybe<String>,
+    }
+);
+table!(
+    /// `[[guest]]`
+    Guest {
+        name: Maybe<String>,
+        peer: Maybe<String>,
+        memory: Maybe<String>,
+        vcpus: Maybe<u32>,
+        boot: Option<Spanned<Boot>>,
+        disks: Vec<Spanned<Disk>>,
+        autostart: Maybe<bool>,
+        replication: Replication,
+    }
+);
+table!(
+    /// `boot` of a guest
+    Boot {
+        demo: Option<Spanned<Demo>>,
+        kernel: Maybe<String>,
+        initrd: Maybe<String>,
+        cmdline: Maybe<String>,
+    }
+);
+table!(
+    /// `demo` of a boot
+    Demo {
+        working_set: Maybe<String>,
+    }
+);
+table!(
+    /// One of `disks` of a guest
+    Disk {
+        id: Maybe<String>,
+        path: Maybe<String>,
+        read_only: Maybe<bool>,
+    }
+);
+
+impl Replication {
+    /// These values, and those of `below` where there are none.
+    pub(super) fn over(self, below: &Self) -> Self {
+        fn or<T: Clone>(own: Maybe<T>, below: &Maybe<T>) -> Maybe<T> {
+            own.or_else(|| below.clone())
+        }
+        Self {
+            rpo_target: or(self.rpo_target, &below.rpo_target),
+            checkpoint: Checkpoint {
+                min: or(self.checkpoint.min, &below.checkpoint.min),
+                max: or(self.checkpoint.max, &below.checkpoint.max),
+            },
+            max_backlog: or(self.max_backlog, &below.max_backlog),
+            compression: or(self.compression, &below.compression),
+            strategy: or(self.strategy, &below.strategy),
+            shadow: or(self.shadow, &below.shadow),
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! What the admin API asks of the daemon.
+
+use std::future::Future;
+
+use super::types::{
+    ApiError, ConsoleInfo, Done, FailoverRequest, JournalStat, Points, ProtectRequest, Reloaded,
+    Run, RunId, Runs, SiteStatus,
+};
+use crate::ids::{Epoch, GuestId};
+
+/// The site as its admin API sees it. Implemented by the daemon, and by a fake in tests.
+///
+/// Calls overlap. A call's future may be dropped when the client goes away; what a verb has begun
+/// must then go on or be undone by itself. Long verbs return at once with a [`Run`] that goes on in
+/// the daemon; a second one for the same guest is refused with [`Reason::Busy`].
+///
+/// [`Reason::Busy`]: super::codes::Reason::Busy
+pub trait Backend: Send + Sync + 'static {
+    /// All of the site.
+    fn status(&self) -> impl Future<Output = Result<SiteStatus, ApiError>> + Send;
+
+    /// Starts a guest that is active here. `force` starts it although the peer may own a higher
+    /// generation and cannot be asked.
+    fn guest_start(
+        &self,
+        guest: &GuestId,
+        force: bool,
+    ) -> impl Future<Output = Result<Done, ApiError>> + Send;
+
+    /// Stops a guest that runs here.
+    fn guest_stop(&self, guest: &GuestId) -> impl Future<Output = Result<Done, ApiError>> + Send;
+
+    /// Where the guest's terminal is.
+    fn console(
+        &self,
+        guest: &GuestId,
+    ) -> impl Future<Output = Result<ConsoleInfo, ApiError>> + Send;
+
+    /// Begins to replicate a guest. The run ends with the first durable recovery point.
+    fn protect(
+        &self,
+        guest: &GuestId,
+        request: ProtectRequest,
+    ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Ends the replication of a guest. `purge` also deletes its journal at this site.
+    fn unprotect(
+        &self,
+        guest: &GuestId,
+        purge: bool,
+    ) -> impl Future<Output = Result<Done, ApiError>> + Send;
+
+    /// The recovery points in the journal of this site, newest first.
+    fn points(&self, guest: &GuestId) -> impl Future<Output = Result<Points, ApiError>> + Send;
+
+    /// Resumes a guest here from a recovery point.
+    fn failover(
+        &self,
+        guest: &GuestId,
+        request: FailoverRequest,
+    ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Replays a recovery point (the newest when `None`) and compares every checksum.
+    fn verify(
+        &self,
+        guest: &GuestId,
+        point: Option<Epoch>,
+    ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Figures of a journal.
+    fn journal_stat(
+        &self,
+        guest: &GuestId,
+    ) -> impl Future<Output = Result<JournalStat, ApiError>> + Send;
+
+    /// Reads and checks all of a journal.
+    fn journal_check(&self, guest: &GuestId) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Makes the catalogue of a journal anew from its segments.
+    fn journal_rebuild(
+        &self,
+        guest: &GuestId,
+    ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// A run as it is now.
+    fn run(&self, id: &RunId) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// The runs that are remembered, newest first.
+    fn runs(&self) -> impl Future<Output = Result<Runs, ApiError>> + Send;
+
+    /// Reads configuration and certificates again. On an error the old ones stay.
+    fn reload(&self) -> impl Future<Output = Result<Reloaded, ApiError>> + Send;
+
+    /// Whether the site can do its work: configuration loaded, journals open, listener up. A lost
+    /// peer does not make it unready. The error says what is missing.
+    fn ready(&self) -> impl Future<Output = Result<(), ApiError>> + Send;
+}

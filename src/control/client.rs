@@ -1,0 +1,252 @@
+//! The client end of the admin API.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::{Method, Request, header};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use super::codes::Reason;
+use super::server::{StartRequest, UnprotectRequest, VerifyRequest};
+use super::types::{
+    ApiError, ConsoleInfo, Document, Done, Envelope, FailoverRequest, JournalStat, Points,
+    ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
+};
+use crate::ids::{Epoch, GuestId};
+
+/// Largest answer that is taken: some 50 000 recovery points.
+const ANSWER_BYTES_MAX: usize = 32 << 20;
+/// No verb takes longer to answer: what does is a run.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
+/// A client of one daemon. Each request opens its own connection.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+/// Body of requests that need none.
+#[derive(Serialize)]
+struct Nothing {}
+
+impl Client {
+    /// For the daemon at this socket. Nothing is opened yet.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            socket: socket.into(),
+        }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// All of the site.
+    pub async fn status(&self) -> Result<SiteStatus, ApiError> {
+        self.get("/v1/status").await
+    }
+
+    /// Starts a guest.
+    pub async fn guest_start(&self, guest: &GuestId, force: bool) -> Result<Done, ApiError> {
+        self.post(&verb(guest, "start"), &StartRequest { force })
+            .await
+    }
+
+    /// Stops a guest.
+    pub async fn guest_stop(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.post(&verb(guest, "stop"), &Nothing {}).await
+    }
+
+    /// Where a guest's terminal is.
+    pub async fn console(&self, guest: &GuestId) -> Result<ConsoleInfo, ApiError> {
+        self.get(&verb(guest, "console")).await
+    }
+
+    /// Begins to replicate a guest.
+    pub async fn protect(
+        &self,
+        guest: &GuestId,
+        request: &ProtectRequest,
+    ) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "protect"), request).await
+    }
+
+    /// Ends the replication of a guest.
+    pub async fn unprotect(&self, guest: &GuestId, purge: bool) -> Result<Done, ApiError> {
+        self.post(&verb(guest, "unprotect"), &UnprotectRequest { purge })
+            .await
+    }
+
+    /// The recovery points of a guest.
+    pub async fn points(&self, guest: &GuestId) -> Result<Points, ApiError> {
+        self.get(&verb(guest, "points")).await
+    }
+
+    /// Resumes a guest here.
+    pub async fn failover(
+        &self,
+        guest: &GuestId,
+        request: &FailoverRequest,
+    ) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "failover"), request).await
+    }
+
+    /// Verifies a recovery point.
+    pub async fn verify(&self, guest: &GuestId, point: Option<Epoch>) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "verify"), &VerifyRequest { point })
+            .await
+    }
+
+    /// Figures of a journal.
+    pub async fn journal_stat(&self, guest: &GuestId) -> Result<JournalStat, ApiError> {
+        self.get(&verb(guest, "journal")).await
+    }
+
+    /// Checks a journal.
+    pub async fn journal_check(&self, guest: &GuestId) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "journal/check"), &Nothing {}).await
+    }
+
+    /// Makes the catalogue of a journal anew.
+    pub async fn journal_rebuild(&self, guest: &GuestId) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "journal/rebuild"), &Nothing {})
+            .await
+    }
+
+    /// A run as it is now.
+    pub async fn run(&self, id: &RunId) -> Result<Run, ApiError> {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+        if id.0.is_empty() || !id.0.bytes().all(plain) {
+            let message = format!("{:?} is no run: ids are letters, digits and '-'", id.0);
+            return Err(ApiError::new(Reason::NoSuchRun, message));
+        }
+        self.get(&format!("/v1/runs/{id}")).await
+    }
+
+    /// The runs that are remembered.
+    pub async fn runs(&self) -> Result<Runs, ApiError> {
+        self.get("/v1/runs").await
+    }
+
+    /// Reads the configuration again.
+    pub async fn reload(&self) -> Result<Reloaded, ApiError> {
+        self.post("/v1/reload", &Nothing {}).await
+    }
+
+    /// The text of `/metrics`.
+    pub async fn metrics(&self) -> Result<String, ApiError> {
+        let (_, body) = self.exchange(Method::GET, "/metrics", Vec::new()).await?;
+        String::from_utf8(body).map_err(|_| strange("the metrics are no text"))
+    }
+
+    async fn get<T: Document + DeserializeOwned>(&self, path: &str) -> Result<T, ApiError> {
+        let answer = self.exchange(Method::GET, path, Vec::new()).await?;
+        understand(answer)
+    }
+
+    async fn post<T: Document + DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ApiError> {
+        let body = serde_json::to_vec(body).expect("requests have no keys but strings");
+        let answer = self.exchange(Method::POST, path, body).await?;
+        understand(answer)
+    }
+
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<(bool, Vec<u8>), ApiError> {
+        let exchange = tokio::time::timeout(ANSWER_WITHIN, self.talk(method, path, body));
+        exchange.await.unwrap_or_else(|_| {
+            let seconds = ANSWER_WITHIN.as_secs();
+            Err(self.unreachable(format!("no answer within {seconds} s")))
+        })
+    }
+
+    /// One request over one connection: whether it succeeded, and the answer's body.
+    async fn talk(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<(bool, Vec<u8>), ApiError> {
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|error| self.unreachable(error))?;
+        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+        let (mut sender, connection) = handshake.map_err(|error| self.unreachable(error))?;
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "lifeboat")
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .expect("paths are made of checked names");
+        let talk = async {
+            let response = sender.send_request(request).await;
+            let response = response.map_err(|error| self.unreachable(error))?;
+            let success = response.status().is_success();
+            let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect();
+            let body = body.await.map_err(|error| self.unreachable(error))?;
+            Ok((success, body.to_bytes().into()))
+        };
+        tokio::pin!(talk, connection);
+        // The connection does the work of the request; when it ends first, the request knows why.
+        tokio::select! {
+            biased;
+            done = &mut talk => done,
+            _ = &mut connection => talk.await,
+        }
+    }
+
+    fn unreachable(&self, why: impl std::fmt::Display) -> ApiError {
+        ApiError::new(
+            Reason::DaemonUnreachable,
+            format!(
+                "the daemon at {} cannot be reached: {why}",
+                self.socket.display()
+            ),
+        )
+        .hint("is \"lifeboat site\" running? --socket or -c says which one is meant")
+    }
+}
+
+fn verb(guest: &GuestId, verb: &str) -> String {
+    format!("/v1/guests/{guest}/{verb}")
+}
+
+fn strange(what: impl std::fmt::Display) -> ApiError {
+    ApiError::new(
+        Reason::Internal,
+        format!("the daemon's answer cannot be understood: {what}"),
+    )
+    .hint("use the command line of the same version as the daemon")
+}
+
+fn understand<T: Document + DeserializeOwned>(
+    (success, body): (bool, Vec<u8>),
+) -> Result<T, ApiError> {
+    fn open<T: Document + DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+        let envelope: Envelope<T> = serde_json::from_slice(body).map_err(strange)?;
+        if envelope.schema != T::SCHEMA {
+            let (is, wanted) = (envelope.schema, T::SCHEMA);
+            return Err(strange(format!("it is {is:?}, wanted was {wanted:?}")));
+        }
+        Ok(envelope.body)
+    }
+    if success {
+        open(&body)
+    } else {
+        Err(open::<ApiError>(&body)?)
+    }
+}

@@ -1,0 +1,26 @@
+//! The admin API of a site: HTTP with JSON on a unix socket.
+//!
+//! ```text
+//!   lifeboat CLI ── client ── unix socket (mode 0660) ── server ── Backend (the daemon)
+//!   Prometheus, probes ────── TCP, loopback by default ─ server:  /metrics /livez /readyz only
+//! ```
+//!
+//! The CLI is only a client: its death never stops what it began. Verbs that take long are *runs*
+//! of the daemon, which clients poll. Whoever may open the socket may do everything, so access is
+//! the file mode and its directory, and nothing here listens on TCP except the three read-only
+//! pages.
+
+pub mod backend;
+pub mod client;
+pub mod codes;
+#[cfg(test)]
+pub(crate) mod fake;
+pub mod reports;
+pub mod runs;
+pub mod server;
+pub mod socket;
+pub mod time;
+pub mod types;
+
+#[cfg(test)]
+mod tests;

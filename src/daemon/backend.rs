@@ -1,0 +1,515 @@
+//! The site behind the admin API.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::context::{SiteContext, run_dir, writer_of};
+use super::orders::{Handle, Order};
+use super::promotion::Failover;
+use super::record;
+use super::standbys::{Shared, Standbys, lock};
+use super::status::{Known, point_status};
+use super::supervisor;
+use super::verbs;
+use crate::config::resolved::SiteConfig;
+use crate::config::{self, Files};
+use crate::control::backend::Backend;
+use crate::control::codes::Reason;
+use crate::control::runs::RunBook;
+use crate::control::types::{
+    ApiError, CertificateStatus, ConsoleInfo, Done, FailoverRequest, GuestStatus, JournalStat,
+    Outcome, PeerStatus, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
+    StoreStatus,
+};
+use crate::ids::{Epoch, GuestId, SiteId};
+use crate::metrics::labels::Operation;
+use crate::transport::TlsMaterial;
+
+/// A running site.
+pub(super) struct Site {
+    pub context: Arc<SiteContext>,
+    pub standbys: Standbys,
+    /// Links that peers dialed.
+    pub inbound: super::listener::Inbound,
+    config: watch::Sender<Arc<SiteConfig>>,
+    runs: RunBook,
+    guests: Mutex<BTreeMap<GuestId, (Handle, JoinHandle<()>)>>,
+    material: Option<Arc<TlsMaterial>>,
+    ready: AtomicBool,
+}
+
+fn failed(error: impl std::fmt::Display) -> ApiError {
+    ApiError::new(Reason::Failed, error.to_string())
+}
+
+impl Site {
+    pub fn new(
+        context: Arc<SiteContext>,
+        config: Arc<SiteConfig>,
+        standbys: Standbys,
+        runs: RunBook,
+        material: Option<Arc<TlsMaterial>>,
+    ) -> Self {
+        let (guests, ready) = (Mutex::default(), AtomicBool::new(false));
+        let (config, inbound) = (watch::Sender::new(config), Mutex::default());
+        Self {
+            context,
+            standbys,
+            inbound,
+            config,
+            runs,
+            guests,
+            material,
+            ready,
+        }
+    }
+
+    pub fn config(&self) -> Arc<SiteConfig> {
+        self.config.borrow().clone()
+    }
+
+    /// Follows the configuration.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<SiteConfig>> {
+        self.config.subscribe()
+    }
+
+    /// Why the last link to a peer ended, as the guests' primaries saw it.
+    pub fn link_error(&self, peer: &SiteId) -> Option<String> {
+        let guests = self.guests();
+        let of_peer = guests
+            .values()
+            .filter(|(h, _)| h.view.borrow().peer.as_ref() == Some(peer));
+        of_peer
+            .filter_map(|(h, _)| h.primary.borrow().last_error.clone())
+            .next()
+    }
+
+    fn guests(&self) -> MutexGuard<'_, BTreeMap<GuestId, (Handle, JoinHandle<()>)>> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A supervisor for each guest that is configured here or has a record here.
+    pub fn start_guests(&self) {
+        let config = self.config();
+        let mut names = record::list(&config.state_dir);
+        names.extend(config.guests.keys().cloned());
+        names.iter().for_each(|name| drop(self.supervisor(name)));
+    }
+
+    fn supervisor(&self, guest: &GuestId) -> Handle {
+        let mut guests = self.guests();
+        if let Some((handle, _)) = guests.get(guest) {
+            return handle.clone();
+        }
+        let config = self.config().guests.get(guest).cloned();
+        let (handle, task) = supervisor::spawn(self.context.clone(), guest.clone(), config);
+        guests.insert(guest.clone(), (handle.clone(), task));
+        handle
+    }
+
+    pub fn set_ready(&self) {
+        self.ready.store(true, Ordering::Release);
+    }
+
+    /// The daemon ends: primaries drain, guests live on.
+    pub async fn release_guests(&self) {
+        self.ready.store(false, Ordering::Release);
+        let guests = std::mem::take(&mut *self.guests());
+        let mut waits = Vec::new();
+        for (handle, _) in guests.values() {
+            let (reply, done) = tokio::sync::oneshot::channel();
+            if handle.orders.send(Order::Shutdown { reply }).await.is_ok() {
+                waits.push(done);
+            }
+        }
+        for done in waits {
+            // A supervisor that is gone has released its guest.
+            let _ = done.await;
+        }
+    }
+
+    /// Guests that anything is known of here.
+    fn names(&self) -> Vec<GuestId> {
+        let mut names: Vec<GuestId> = self.guests().keys().cloned().collect();
+        names.extend(self.standbys.guests());
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    fn guest_status(&self, guest: &GuestId) -> GuestStatus {
+        let handle = self.guests().get(guest).map(|(handle, _)| handle.clone());
+        let metrics = self.context.metrics.guest(guest);
+        let known = Known {
+            guest,
+            view: handle.as_ref().map(|h| h.view.borrow().clone()),
+            primary: handle.as_ref().map(|h| h.primary.borrow().clone()),
+            copy: self.standbys.status(guest),
+            metrics: &metrics,
+            writer: writer_of(&self.config(), guest),
+            now: self.context.env.now(),
+        };
+        known.status()
+    }
+
+    /// Brings the gauges up to date.
+    pub fn refresh(&self) {
+        let config = self.config();
+        self.names()
+            .iter()
+            .for_each(|guest| drop(self.guest_status(guest)));
+        if let Some((free, capacity)) = super::space(&config.journal.path) {
+            self.context.metrics.set_journal_space(free, capacity);
+        }
+        super::listener::publish_peers(self);
+        if let Some(material) = &self.material {
+            super::listener::publish_certificates(&self.context.metrics, material);
+        }
+    }
+
+    fn known(&self, guest: &GuestId) -> Result<(), ApiError> {
+        if self.names().contains(guest) {
+            return Ok(());
+        }
+        Err(ApiError::no_such_guest(guest))
+    }
+
+    /// The supervisor of a guest that is or was active here.
+    fn active(&self, guest: &GuestId) -> Result<Handle, ApiError> {
+        let handle = self.guests().get(guest).map(|(handle, _)| handle.clone());
+        handle.ok_or_else(|| match self.known(guest) {
+            Err(error) => error,
+            Ok(()) => {
+                let text =
+                    format!("guest \"{guest}\" does not run at this site; its journal is here");
+                ApiError::new(Reason::WrongState, text)
+            }
+        })
+    }
+
+    /// The copy of a guest that has a journal here.
+    async fn copy(&self, guest: &GuestId) -> Result<Shared, ApiError> {
+        if !self.standbys.directory(guest).exists() {
+            self.known(guest)?;
+            let text = format!("guest \"{guest}\" has no journal at this site");
+            return Err(
+                ApiError::new(Reason::NoSuchPoint, text).hint("ask the site that is its standby")
+            );
+        }
+        self.standbys.copy(guest).await.map_err(failed)
+    }
+
+    /// Reads configuration and certificates again.
+    pub async fn reload_now(&self) -> Result<Reloaded, ApiError> {
+        let old = self.config();
+        let loaded = config::load(&old.file, Files::Required).map_err(|e| {
+            self.context.metrics.config_loaded(false);
+            ApiError::new(Reason::Config, e.to_string())
+        })?;
+        let new = Arc::new(loaded.config);
+        let mut applied = Vec::new();
+        if let Some(material) = &self.material {
+            let dropped = material.reload().map_err(|e| {
+                self.context.metrics.config_loaded(false);
+                ApiError::new(Reason::Config, e.to_string())
+            })?;
+            applied.push("tls".to_owned());
+            if !dropped.is_empty() {
+                tracing::warn!(
+                    ?dropped,
+                    "links were dropped: their certificates are not good any more"
+                );
+            }
+            *self
+                .context
+                .dialers
+                .write()
+                .unwrap_or_else(PoisonError::into_inner) =
+                super::dialers(&new, material, &self.context.env);
+        }
+        self.standbys.configure(new.clone());
+        for (name, (handle, _)) in self.guests().iter() {
+            let config = new.guests.get(name).cloned().map(Box::new);
+            // A supervisor whose inbox is full is busy; it learns it at the next reload.
+            if handle.orders.try_send(Order::Configure(config)).is_err() {
+                tracing::warn!(guest = %name, "is busy and keeps its old configuration");
+            }
+        }
+        let restart: Vec<String> = [
+            ("site.name", old.site != new.site),
+            ("site.state_dir", old.state_dir != new.state_dir),
+            ("admin.socket", old.admin_socket != new.admin_socket),
+            ("metrics.listen", old.metrics_listen != new.metrics_listen),
+            ("listen.address", old.listen != new.listen),
+            ("log", old.log != new.log),
+            ("tls", old.tls != new.tls),
+        ]
+        .into_iter()
+        .filter(|(_, changed)| *changed)
+        .map(|(key, _)| key.to_owned())
+        .collect();
+        for (key, changed) in [
+            ("peer", old.peers != new.peers),
+            ("guest", old.guests != new.guests),
+            ("journal", old.journal != new.journal),
+            (
+                "defaults",
+                old.retention != new.retention || old.replication != new.replication,
+            ),
+            ("fencing", old.fencing != new.fencing),
+        ] {
+            if changed {
+                applied.push(key.to_owned());
+            }
+        }
+        self.config.send_replace(new);
+        self.start_guests();
+        self.context.metrics.config_loaded(true);
+        Ok(Reloaded {
+            applied,
+            restart_needed: restart,
+        })
+    }
+
+    fn peers(&self) -> Vec<PeerStatus> {
+        super::listener::peer_status(self)
+    }
+
+    fn certificates(&self) -> Vec<CertificateStatus> {
+        self.material
+            .as_ref()
+            .map_or_else(Vec::new, |m| super::listener::certificates(m))
+    }
+}
+
+fn done(guest: &GuestId, outcome: Outcome) -> Done {
+    Done {
+        guest: guest.clone(),
+        outcome,
+        detail: None,
+    }
+}
+
+impl Backend for Site {
+    async fn status(&self) -> Result<SiteStatus, ApiError> {
+        let config = self.config();
+        let (free_bytes, capacity_bytes) = super::space(&config.journal.path).unwrap_or((0, 0));
+        let path = config.journal.path.clone();
+        let used_bytes = self.context.env.offload(move || used(&path)).await;
+        Ok(SiteStatus {
+            site: config.site.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            now: self.context.env.now(),
+            peers: self.peers(),
+            guests: self
+                .names()
+                .iter()
+                .map(|guest| self.guest_status(guest))
+                .collect(),
+            journal: StoreStatus {
+                path: config.journal.path.clone(),
+                used_bytes,
+                free_bytes,
+                capacity_bytes,
+                min_free_bytes: config.journal.min_free.of(capacity_bytes),
+            },
+            certificates: self.certificates(),
+        })
+    }
+
+    async fn guest_start(&self, guest: &GuestId, force: bool) -> Result<Done, ApiError> {
+        let handle = self.active(guest)?;
+        let outcome = handle.ask(|reply| Order::Start { force, reply }).await?;
+        Ok(done(guest, outcome))
+    }
+
+    async fn guest_stop(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        let outcome = self
+            .active(guest)?
+            .ask(|reply| Order::Stop { reply })
+            .await?;
+        Ok(done(guest, outcome))
+    }
+
+    async fn console(&self, guest: &GuestId) -> Result<ConsoleInfo, ApiError> {
+        let running = self.active(guest)?.view.borrow().pid.is_some();
+        if !running {
+            return Err(ApiError::new(Reason::WrongState, "the guest does not run"));
+        }
+        let socket = run_dir(&self.context.state_dir, guest).join("console.sock");
+        Ok(ConsoleInfo {
+            guest: guest.clone(),
+            socket,
+        })
+    }
+
+    async fn protect(&self, guest: &GuestId, request: ProtectRequest) -> Result<Run, ApiError> {
+        let verb = verbs::Protect {
+            env: self.context.env.clone(),
+            metrics: self.context.metrics.guest(guest),
+            handle: self.active(guest)?,
+            request,
+        };
+        let run = self.runs.begin(Operation::Protect, guest)?;
+        Ok(verb.spawn(run))
+    }
+
+    async fn unprotect(&self, guest: &GuestId, purge: bool) -> Result<Done, ApiError> {
+        self.known(guest)?;
+        let handle = self.guests().get(guest).map(|(handle, _)| handle.clone());
+        let was = match handle {
+            Some(handle) => handle.ask(|reply| Order::Unprotect { reply }).await?,
+            None => false,
+        };
+        let mut detail = None;
+        if purge {
+            self.standbys.close(guest);
+            let directory = self.standbys.directory(guest);
+            if directory.exists() {
+                let path = directory.clone();
+                self.context
+                    .env
+                    .offload(move || std::fs::remove_dir_all(path))
+                    .await
+                    .map_err(failed)?;
+                detail = Some(format!("deleted {}", directory.display()));
+            }
+        }
+        let outcome = if was || detail.is_some() {
+            Outcome::Unprotected
+        } else {
+            Outcome::AlreadyUnprotected
+        };
+        Ok(Done {
+            guest: guest.clone(),
+            outcome,
+            detail,
+        })
+    }
+
+    async fn points(&self, guest: &GuestId) -> Result<Points, ApiError> {
+        let copy = self.copy(guest).await?;
+        let points = self
+            .context
+            .env
+            .offload(move || lock(&copy).journal().points())
+            .await;
+        let now = self.context.env.now();
+        let points = points.iter().rev().map(|p| point_status(p, now)).collect();
+        Ok(Points {
+            guest: guest.clone(),
+            now,
+            points,
+        })
+    }
+
+    async fn failover(&self, guest: &GuestId, request: FailoverRequest) -> Result<Run, ApiError> {
+        let asked = Instant::now();
+        let copy = self.copy(guest).await?;
+        let config = self.config();
+        let failover = Failover {
+            site: self.context.clone(),
+            guest: guest.clone(),
+            copy,
+            handle: self.supervisor(guest),
+            from: writer_of(&config, guest),
+            fencing: config.fencing.clone(),
+            request,
+            asked,
+        };
+        let run = self.runs.begin(Operation::Failover, guest)?;
+        Ok(failover.spawn(run))
+    }
+
+    async fn verify(&self, guest: &GuestId, point: Option<Epoch>) -> Result<Run, ApiError> {
+        let copy = self.copy(guest).await?;
+        let (env, owned) = (self.context.env.clone(), guest.clone());
+        let metrics = self.context.metrics.guest(guest);
+        let run = self.runs.begin(Operation::Verify, guest)?;
+        Ok(verbs::verify(run, env, metrics, copy, owned, point))
+    }
+
+    async fn journal_stat(&self, guest: &GuestId) -> Result<JournalStat, ApiError> {
+        let copy = self.copy(guest).await?;
+        let path = self.standbys.directory(guest);
+        let notes = self.standbys.notes(guest);
+        let (guest, directory) = (guest.clone(), path.clone());
+        self.context
+            .env
+            .offload(move || {
+                let replica = lock(&copy);
+                let journal = replica.journal();
+                let stat = journal.stat();
+                let points = journal.points();
+                Ok(JournalStat {
+                    guest,
+                    journal: journal.id().to_string(),
+                    generation: journal.generation(),
+                    size_bytes: used(&directory),
+                    base_bytes: stat.base_bytes,
+                    segments: u64::from(stat.segments),
+                    free_bytes: stat.free_bytes,
+                    points: points.len() as u64,
+                    oldest_point_at: points.first().map(|p| p.captured_at),
+                    newest_point_at: points.last().map(|p| p.captured_at),
+                    path: directory,
+                    notes,
+                })
+            })
+            .await
+    }
+
+    async fn journal_check(&self, guest: &GuestId) -> Result<Run, ApiError> {
+        let copy = self.copy(guest).await?;
+        let run = self.runs.begin(Operation::JournalCheck, guest)?;
+        Ok(verbs::journal_check(run, self.context.env.clone(), copy))
+    }
+
+    async fn journal_rebuild(&self, guest: &GuestId) -> Result<Run, ApiError> {
+        let copy = self.copy(guest).await?;
+        let run = self.runs.begin(Operation::JournalRebuild, guest)?;
+        Ok(verbs::journal_rebuild(run, self.context.env.clone(), copy))
+    }
+
+    async fn run(&self, id: &RunId) -> Result<Run, ApiError> {
+        self.runs.get(id)
+    }
+
+    async fn runs(&self) -> Result<Runs, ApiError> {
+        Ok(self.runs.list())
+    }
+
+    async fn reload(&self) -> Result<Reloaded, ApiError> {
+        self.reload_now().await
+    }
+
+    async fn ready(&self) -> Result<(), ApiError> {
+        if self.ready.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        Err(ApiError::new(
+            Reason::NotReady,
+            "the site is starting or ending",
+        ))
+    }
+}
+
+/// Bytes that a directory occupies on disk.
+fn used(path: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(metadata) = std::fs::symlink_metadata(path) else {
+        return 0;
+    };
+    if !metadata.is_dir() {
+        return metadata.blocks() * 512;
+    }
+    let entries = std::fs::read_dir(path).into_iter().flatten();
+    entries
+        .filter_map(|entry| Some(used(&entry.ok()?.path())))
+        .sum()
+}

@@ -1,0 +1,278 @@
+//! The failover run: the steps of `failover`, driven at the site that becomes the owner.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::context::SiteContext;
+use super::orders::{Handle, Order, Resume};
+use super::record::guest_dir;
+use super::standbys::{Shared, lock};
+use super::status::point_status;
+use crate::config::resolved::FencingConfig;
+use crate::control::codes::Reason;
+use crate::control::runs::RunHandle;
+use crate::control::types::{ApiError, FailoverReport, FailoverRequest, Run, RunResult};
+use crate::device_state::DeviceState;
+use crate::failover::{DiskFiles, Fence, fence};
+use crate::guest::RunState;
+use crate::ids::{Epoch, Generation, GuestId, SiteId};
+use crate::journal::RecoveryPoint;
+use crate::standby::{Promotion, ReplicaError};
+use crate::vmm::spec::MachineSpec;
+
+/// Everything a failover needs.
+pub(super) struct Failover {
+    pub site: Arc<SiteContext>,
+    pub guest: GuestId,
+    pub copy: Shared,
+    pub handle: Handle,
+    /// The old owner.
+    pub from: Option<SiteId>,
+    pub fencing: Option<FencingConfig>,
+    pub request: FailoverRequest,
+    /// When the command arrived.
+    pub asked: Instant,
+}
+
+fn failed(error: impl std::fmt::Display) -> ApiError {
+    ApiError::new(Reason::Failed, error.to_string())
+}
+
+impl From<ReplicaError> for ApiError {
+    fn from(error: ReplicaError) -> Self {
+        let reason = match &error {
+            ReplicaError::NoPoint(..) => Reason::NoSuchPoint,
+            ReplicaError::Root { .. } => Reason::Difference,
+            _ => Reason::Failed,
+        };
+        ApiError::new(reason, error.to_string())
+    }
+}
+
+impl Failover {
+    /// Starts it.
+    pub fn spawn(self, run: RunHandle) -> Run {
+        let now = run.run();
+        tokio::spawn(async move {
+            let mut planned = None;
+            match (self.carry_out(&run, &mut planned).await, planned) {
+                // A refusal says what was refused, and what it would have cost.
+                (Err(error), Some(mut plan)) if error.reason == Reason::NotFenced => {
+                    plan.dry_run = true;
+                    run.fail_with(RunResult::Failover(plan), error);
+                }
+                (result, _) => run.finish(result),
+            }
+        });
+        now
+    }
+
+    /// All steps. See `crate::failover` for the drawing.
+    async fn carry_out(
+        self,
+        run: &RunHandle,
+        planned: &mut Option<FailoverReport>,
+    ) -> Result<RunResult, ApiError> {
+        run.step("plan");
+        let (point, newest, before) = self.choose().await?;
+        let now = self.site.env.now();
+        let loss_seconds = now.since(point.captured_at).as_secs_f64();
+        run.detail(format!("point #{} of {loss_seconds:.1} s ago", point.epoch));
+        let mut report = FailoverReport {
+            dry_run: self.request.dry_run,
+            from: self.from.clone(),
+            to: self.site.site.clone(),
+            newest: (newest.epoch != point.epoch).then(|| point_status(&newest, now)),
+            point: point_status(&point, now),
+            loss_seconds,
+            fence: String::new(),
+            generation_before: before,
+            generation_after: before.next(),
+            rto_seconds: None,
+        };
+        report.fence = self.fence_plan();
+        *planned = Some(report.clone());
+        if self.request.dry_run {
+            return Ok(RunResult::Failover(report));
+        }
+
+        run.step("fence");
+        report.fence = self.fence(before.next(), loss_seconds).await?;
+        run.detail(report.fence.clone());
+
+        run.step("promote");
+        let generation = self
+            .handle
+            .ask(|reply| Order::Promote {
+                point: point.epoch,
+                above: before,
+                reply,
+            })
+            .await?;
+        report.generation_after = generation;
+        run.detail(format!("generation {before} -> {generation}"));
+        let promotion = self.promote(generation, point.epoch).await?;
+
+        run.step("materialise");
+        let (spec, state, ram) = self.materialise(promotion, generation).await?;
+
+        run.step("resume");
+        let resumed = self
+            .handle
+            .ask(|reply| {
+                Order::Resume(Box::new(Resume {
+                    generation,
+                    spec,
+                    state,
+                    ram,
+                    reply,
+                }))
+            })
+            .await;
+        resumed?;
+        report.rto_seconds = Some(self.asked.elapsed().as_secs_f64());
+
+        run.step("verify");
+        let state = self.handle.view.borrow().run_state.clone();
+        match state {
+            Some(RunState::Running) => {
+                run.detail("the guest runs; its memory image had the recorded root");
+                Ok(RunResult::Failover(report))
+            }
+            other => Err(
+                failed(format!("the guest was resumed and is now {other:?}"))
+                    .hint(format!("lifeboat guest console {}", self.guest)),
+            ),
+        }
+    }
+
+    async fn choose(&self) -> Result<(RecoveryPoint, RecoveryPoint, Generation), ApiError> {
+        let copy = self.copy.clone();
+        let (points, generation) = self
+            .site
+            .env
+            .offload(move || {
+                let replica = lock(&copy);
+                (replica.journal().points(), replica.journal().generation())
+            })
+            .await;
+        let newest = points.last().cloned().ok_or_else(|| {
+            let text = format!("guest \"{}\" has no recovery point here", self.guest);
+            ApiError::new(Reason::NoSuchPoint, text)
+        })?;
+        let point = match self.request.point {
+            None => newest.clone(),
+            Some(epoch) => points
+                .into_iter()
+                .find(|p| p.epoch == epoch)
+                .ok_or_else(|| ApiError::no_such_point(&self.guest, epoch))?,
+        };
+        Ok((point, newest, generation))
+    }
+
+    fn fence_plan(&self) -> String {
+        match (&self.fencing, self.request.fenced_by_operator) {
+            (Some(f), _) => format!("would run {}", f.command.join(" ")),
+            (None, true) => "the operator's word".into(),
+            (None, false) => "none: the failover would be refused".into(),
+        }
+    }
+
+    async fn fence(&self, generation: Generation, loss: f64) -> Result<String, ApiError> {
+        if self.request.fenced_by_operator {
+            return Ok("the operator's word".into());
+        }
+        let at = self
+            .from
+            .as_ref()
+            .map_or("the other site".to_owned(), SiteId::to_string);
+        let not_fenced = |why: String| {
+            ApiError::new(
+                Reason::NotFenced,
+                format!(
+                    "{why}; a failover now loses {loss:.1} s of work, and if {at} still runs the guest there would be two of it"
+                ),
+            )
+            .hint(format!(
+                "make sure that {at} cannot run the guest (power off its host), then: lifeboat failover {} --fenced-by-operator",
+                self.guest
+            ))
+        };
+        let (Some(fencing), Some(site)) = (&self.fencing, &self.from) else {
+            return Err(not_fenced("no fencing command is configured".into()));
+        };
+        let order = Fence {
+            command: fencing.command.clone(),
+            within: fencing.timeout,
+            guest: self.guest.clone(),
+            site: site.clone(),
+            generation,
+        };
+        fence(&order).await.map_err(|e| not_fenced(e.to_string()))?;
+        Ok(format!("confirmed by {}", fencing.command.join(" ")))
+    }
+
+    async fn promote(&self, generation: Generation, point: Epoch) -> Result<Promotion, ApiError> {
+        let copy = self.copy.clone();
+        let promoted = self
+            .site
+            .env
+            .offload(move || lock(&copy).promote(generation, Some(point)))
+            .await;
+        Ok(promoted?)
+    }
+
+    /// What the guest's process is started with: machine, device state, memory; its disks are
+    /// written beside the guest's record.
+    async fn materialise(
+        &self,
+        promotion: Promotion,
+        generation: Generation,
+    ) -> Result<(MachineSpec, DeviceState, OwnedFd), ApiError> {
+        let mut spec: MachineSpec =
+            serde_json::from_slice(&promotion.manifest.machine).map_err(|e| {
+                failed(format!(
+                    "the point's machine description cannot be read: {e}"
+                ))
+            })?;
+        let state = DeviceState::from_bytes(&promotion.manifest.device_state).map_err(failed)?;
+        let ram = promotion.image.fd().try_clone().map_err(failed)?;
+        let directory = guest_dir(&self.site.state_dir, &self.guest)
+            .join("disks")
+            .join(format!("generation-{generation}"));
+        let copy = self.copy.clone();
+        let files = self
+            .site
+            .env
+            .offload(move || write_disks(&copy, &promotion, directory))
+            .await?;
+        for disk in spec.disks.iter_mut().filter(|d| !d.read_only) {
+            let (_, path) = files
+                .iter()
+                .find(|(id, _)| *id == disk.id)
+                .ok_or_else(|| failed(format!("the point has no disk \"{}\"", disk.id)))?;
+            disk.path = path.clone();
+        }
+        Ok((spec, state, ram))
+    }
+}
+
+fn write_disks(
+    copy: &Shared,
+    promotion: &Promotion,
+    directory: PathBuf,
+) -> Result<Vec<(crate::ids::DiskId, PathBuf)>, ApiError> {
+    let layout = &promotion.manifest.layout;
+    if layout.regions().len() == layout.ram_regions() {
+        return Ok(Vec::new());
+    }
+    let mut disks = DiskFiles::create(layout, &directory).map_err(failed)?;
+    lock(copy)
+        .journal()
+        .replay(promotion.point.epoch, &mut disks)
+        .map_err(failed)?;
+    disks.finish().map_err(failed)
+}

@@ -1,0 +1,363 @@
+//! The copies of guests that this site keeps for others.
+//!
+//! Each copy is opened once and then shared: by the session that fills it, by its maintenance, and
+//! by the operator's questions. After its journal failed it is dropped and opened anew.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::record::{self, Standing};
+use crate::clock::{Env, Timestamp};
+use crate::config::resolved::SiteConfig;
+use crate::ids::{GuestId, SiteId};
+use crate::journal::{DirStore, JournalOptions, SledCatalogue};
+use crate::metrics::Metrics;
+use crate::standby::{Lookup, Refusal, Replica, ReplicaError, ReplicaOptions, ReplicaStatus};
+use crate::wire::message::{Open, RefuseReason};
+
+/// Time between two looks for work of retention.
+const MAINTAIN_EVERY: Duration = Duration::from_millis(250);
+/// Most steps of retention of one copy at a time.
+const STEPS_MAX: usize = 8;
+
+/// A copy, shared.
+pub(super) type Shared = Arc<Mutex<Replica<DirStore>>>;
+
+/// See the module.
+#[derive(Clone)]
+pub(super) struct Standbys {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    env: Env,
+    metrics: Metrics,
+    config: RwLock<Arc<SiteConfig>>,
+    copies: Mutex<BTreeMap<GuestId, Copy>>,
+    /// Only one copy is opened at a time: opening may take a while and much memory.
+    opening: tokio::sync::Mutex<()>,
+}
+
+/// What is known of a copy.
+enum Copy {
+    Open {
+        replica: Shared,
+        status: watch::Receiver<ReplicaStatus>,
+        notes: Vec<String>,
+    },
+    Failed {
+        why: String,
+    },
+}
+
+/// Locks a copy. Its own invariants are asserted, and a copy whose owner panicked is opened anew by
+/// the daemon that is started again.
+pub(super) fn lock(replica: &Shared) -> MutexGuard<'_, Replica<DirStore>> {
+    replica.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Standbys {
+    pub fn new(env: Env, metrics: Metrics, config: Arc<SiteConfig>) -> Self {
+        let inner = Inner {
+            env,
+            metrics,
+            config: RwLock::new(config),
+            copies: Mutex::default(),
+            opening: tokio::sync::Mutex::default(),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    fn config(&self) -> Arc<SiteConfig> {
+        self.inner
+            .config
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// A reload.
+    pub fn configure(&self, config: Arc<SiteConfig>) {
+        *self
+            .inner
+            .config
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = config;
+    }
+
+    fn copies(&self) -> MutexGuard<'_, BTreeMap<GuestId, Copy>> {
+        self.inner
+            .copies
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Directory of a guest's journal.
+    pub fn directory(&self, guest: &GuestId) -> PathBuf {
+        self.config().journal.path.join(guest.as_str())
+    }
+
+    /// Guests that have a journal here, or may get one.
+    pub fn guests(&self) -> Vec<GuestId> {
+        let config = self.config();
+        let allowed = config
+            .peers
+            .values()
+            .flat_map(|peer| peer.guests.iter().cloned());
+        let entries = std::fs::read_dir(&config.journal.path)
+            .into_iter()
+            .flatten();
+        let there =
+            entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok());
+        let mut guests: Vec<GuestId> = allowed.chain(there).collect();
+        guests.sort();
+        guests.dedup();
+        guests
+    }
+
+    /// Opens the journals that exist, so that images are ready before they are needed. A journal
+    /// that cannot be opened is shown in the status; the others go on.
+    pub async fn open_all(&self) {
+        for guest in self.guests() {
+            if self.directory(&guest).exists()
+                && let Err(error) = self.copy(&guest).await
+            {
+                tracing::error!(%guest, error, "the guest's journal cannot be used");
+            }
+        }
+    }
+
+    /// The open copy of a guest; opens (or creates) it.
+    pub async fn copy(&self, guest: &GuestId) -> Result<Shared, String> {
+        let _one = self.inner.opening.lock().await;
+        if let Some(Copy::Open { replica, .. }) = self.copies().get(guest) {
+            return Ok(replica.clone());
+        }
+        let (directory, options, owned) = (self.directory(guest), self.options(), guest.clone());
+        let opened = self
+            .inner
+            .env
+            .offload(move || open(&directory, &owned, options))
+            .await;
+        match opened {
+            Ok((mut replica, notes)) => {
+                replica.measure(self.inner.metrics.guest(guest));
+                notes
+                    .iter()
+                    .for_each(|note| tracing::warn!(%guest, "journal: {note}"));
+                let status = replica.subscribe();
+                let replica = Arc::new(Mutex::new(replica));
+                self.watch(guest.clone(), status.clone());
+                let copy = Copy::Open {
+                    replica: replica.clone(),
+                    status,
+                    notes,
+                };
+                self.copies().insert(guest.clone(), copy);
+                Ok(replica)
+            }
+            Err(why) => {
+                let metrics = self.inner.metrics.guest(guest);
+                metrics.journal_error(crate::metrics::labels::JournalOp::Open);
+                self.copies()
+                    .insert(guest.clone(), Copy::Failed { why: why.clone() });
+                Err(why)
+            }
+        }
+    }
+
+    fn options(&self) -> ReplicaOptions {
+        let config = self.config();
+        let capacity = super::space(&config.journal.path).map_or(0, |(_, capacity)| capacity);
+        ReplicaOptions {
+            site: config.site.clone(),
+            journal: JournalOptions {
+                segment_bytes: config.journal.segment_bytes,
+                min_free_bytes: config.journal.min_free.of(capacity),
+                owner: format!("the daemon of site {}", config.site),
+                opened_at: self.inner.env.now(),
+                ..JournalOptions::default()
+            },
+            retention: super::context::retention(&config.retention),
+            ram_pages_max: super::context::host_pages(),
+        }
+    }
+
+    /// Keeps the metrics of a copy.
+    fn watch(&self, guest: GuestId, mut status: watch::Receiver<ReplicaStatus>) {
+        let metrics = self.inner.metrics.guest(&guest);
+        tokio::spawn(async move {
+            let mut rejected = 0;
+            loop {
+                {
+                    let now = status.borrow_and_update();
+                    if let Some(newest) = &now.newest {
+                        metrics.durable(newest.captured_at);
+                    }
+                    metrics.set_points(now.points, now.oldest_at);
+                    metrics.set_generation(now.generation);
+                    if let Some(target) = now.rpo_target {
+                        metrics.set_rpo_target(target);
+                    }
+                    for _ in rejected..now.fence_rejections {
+                        metrics.fence_rejection();
+                    }
+                    rejected = now.fence_rejections;
+                }
+                if status.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Snapshot of a copy; `Err` says why it cannot be used.
+    pub fn status(&self, guest: &GuestId) -> Option<Result<ReplicaStatus, String>> {
+        match self.copies().get(guest)? {
+            Copy::Open { status, .. } => Some(Ok(status.borrow().clone())),
+            Copy::Failed { why } => Some(Err(why.clone())),
+        }
+    }
+
+    /// What recovery found when the journal was opened.
+    pub fn notes(&self, guest: &GuestId) -> Vec<String> {
+        match self.copies().get(guest) {
+            Some(Copy::Open { notes, .. }) => notes.clone(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Closes a copy; the next use opens it anew.
+    pub fn close(&self, guest: &GuestId) {
+        self.copies().remove(guest);
+    }
+
+    /// A copy's journal failed: close it and open it again.
+    pub async fn reopen(&self, guest: &GuestId, error: &ReplicaError) {
+        tracing::error!(%guest, %error, "the journal failed and is opened anew");
+        let metrics = self.inner.metrics.guest(guest);
+        metrics.journal_error(crate::metrics::labels::JournalOp::Sync);
+        self.close(guest);
+        if let Err(error) = self.copy(guest).await {
+            tracing::error!(%guest, error, "the guest's journal cannot be used");
+        }
+    }
+
+    /// Retention, for ever: a bounded step per copy, then a pause.
+    pub async fn maintain(self) {
+        loop {
+            tokio::time::sleep(MAINTAIN_EVERY).await;
+            let open: Vec<(GuestId, Shared)> = self
+                .copies()
+                .iter()
+                .filter_map(|(guest, copy)| match copy {
+                    Copy::Open { replica, .. } => Some((guest.clone(), replica.clone())),
+                    Copy::Failed { .. } => None,
+                })
+                .collect();
+            for (guest, replica) in open {
+                let now = self.inner.env.now();
+                let worked = self.inner.env.offload(move || steps(&replica, now)).await;
+                if let Err(error) = worked {
+                    self.reopen(&guest, &error).await;
+                }
+            }
+        }
+    }
+}
+
+/// Steps of retention while there are more, and not too many: each holds the copy.
+fn steps(replica: &Shared, now: Timestamp) -> Result<(), ReplicaError> {
+    for _ in 0..STEPS_MAX {
+        if !lock(replica).maintain(now)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn open(
+    directory: &std::path::Path,
+    guest: &GuestId,
+    options: ReplicaOptions,
+) -> Result<(Replica<DirStore>, Vec<String>), String> {
+    let store = DirStore::new(directory).map_err(|e| {
+        format!(
+            "{}: {e}; check that it exists and may be written",
+            directory.display()
+        )
+    })?;
+    let catalogue = SledCatalogue::open(&directory.join("catalog")).map_err(|e| e.to_string())?;
+    let (replica, report) =
+        Replica::open(store, Box::new(catalogue), guest, options).map_err(|e| e.to_string())?;
+    let mut notes = report.notices;
+    notes.extend(
+        report.lost.iter().map(|e| {
+            format!("checkpoint #{e} was durable and is lost: run `lifeboat journal check`")
+        }),
+    );
+    Ok((replica, notes))
+}
+
+impl Lookup<DirStore> for Standbys {
+    async fn lookup(&self, peer: &SiteId, open: &Open) -> Result<Shared, Refusal> {
+        let config = self.config();
+        let allowed = config
+            .peers
+            .get(peer)
+            .is_some_and(|p| p.guests.contains(&open.guest));
+        if !allowed {
+            return Err(Refusal::Refused(
+                RefuseReason::NotAllowed,
+                format!(
+                    "site {peer} may not write guest \"{}\" here; add it to `guests` of [peer.{peer}] at site {}",
+                    open.guest, config.site
+                ),
+            ));
+        }
+        let state_dir = config.state_dir.clone();
+        let guest = open.guest.clone();
+        let record = self
+            .inner
+            .env
+            .offload(move || record::load(&state_dir, &guest))
+            .await;
+        match record {
+            Ok(Some(record)) if record.standing == Standing::Active => {
+                if record.generation > open.generation {
+                    self.inner.metrics.guest(&open.guest).fence_rejection();
+                    return Err(Refusal::Fenced {
+                        generation: record.generation,
+                    });
+                }
+                return Err(Refusal::Refused(
+                    RefuseReason::Active,
+                    format!(
+                        "guest \"{}\" is active at site {} too",
+                        open.guest, config.site
+                    ),
+                ));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                return Err(Refusal::Refused(
+                    RefuseReason::JournalFailed,
+                    error.to_string(),
+                ));
+            }
+        }
+        self.copy(&open.guest)
+            .await
+            .map_err(|why| Refusal::Refused(RefuseReason::JournalFailed, why))
+    }
+
+    fn opened(&self, guest: &GuestId) {
+        tracing::info!(%guest, "a primary opened a session");
+    }
+}

@@ -1,0 +1,291 @@
+//! What the admin API shows of guests, put together from their supervisors and copies.
+
+use super::orders::View;
+use super::record::{GuestRecord, Standing};
+use crate::clock::Timestamp;
+use crate::control::types::{
+    DiskSummary, GuestStatus, MachineSummary, PointStatus, Progress, ProgressUnit, SyncPath,
+    SyncStatus,
+};
+use crate::guest::RunState;
+use crate::ids::{Generation, GuestId, SiteId};
+use crate::journal::RecoveryPoint;
+use crate::metrics::GuestMetrics;
+use crate::metrics::labels::{GuestState, Role};
+use crate::primary::{self, Acked, Phase, PrimaryStatus};
+use crate::standby::ReplicaStatus;
+use crate::vmm::spec::{Boot, MachineSpec};
+
+/// A recovery point as the API shows it.
+pub(super) fn point_status(point: &RecoveryPoint, now: Timestamp) -> PointStatus {
+    PointStatus {
+        epoch: point.epoch,
+        generation: point.generation,
+        captured_at: point.captured_at,
+        durable_at: Some(point.durable_at),
+        age_seconds: now.since(point.captured_at).as_secs_f64(),
+        bytes: Some(point.bytes),
+        pages: Some(point.pages),
+        root: Some(point.root.to_string()),
+        pinned: point.pinned,
+        tags: point.tags.clone(),
+        verified_at: None,
+    }
+}
+
+/// A checkpoint that the standby acknowledged, as the primary knows it.
+pub(super) fn acked_status(acked: &Acked, generation: Generation, now: Timestamp) -> PointStatus {
+    PointStatus {
+        epoch: acked.epoch,
+        generation,
+        captured_at: acked.captured_at,
+        durable_at: None,
+        age_seconds: now.since(acked.captured_at).as_secs_f64(),
+        bytes: None,
+        pages: None,
+        root: None,
+        pinned: false,
+        tags: Vec::new(),
+        verified_at: None,
+    }
+}
+
+/// What is known of one guest at this site.
+pub(super) struct Known<'a> {
+    pub guest: &'a GuestId,
+    pub view: Option<View>,
+    pub primary: Option<PrimaryStatus>,
+    pub copy: Option<Result<ReplicaStatus, String>>,
+    pub metrics: &'a GuestMetrics,
+    /// Who may write the guest here.
+    pub writer: Option<SiteId>,
+    pub now: Timestamp,
+}
+
+impl Known<'_> {
+    fn record(&self) -> Option<&GuestRecord> {
+        self.view.as_ref()?.record.as_ref()
+    }
+
+    fn running(&self) -> bool {
+        let state = self.view.as_ref().and_then(|v| v.run_state.as_ref());
+        matches!(state, Some(RunState::Running | RunState::Paused))
+    }
+
+    fn role(&self) -> Role {
+        match self.record().map(|r| &r.standing) {
+            Some(Standing::Active) => Role::Active,
+            Some(Standing::Promoting { .. }) => Role::Standby,
+            Some(Standing::Fenced { .. }) => match &self.copy {
+                Some(Ok(copy)) if copy.receiving => Role::Standby,
+                _ => Role::None,
+            },
+            None if self.copy.is_some() => Role::Standby,
+            None => Role::None,
+        }
+    }
+
+    fn exposure(&self) -> Option<f64> {
+        let at = match self.role() {
+            Role::Active => self.primary.as_ref()?.acked?.captured_at,
+            _ => match self.copy.as_ref()? {
+                Ok(copy) => copy.newest.as_ref()?.captured_at,
+                Err(_) => return None,
+            },
+        };
+        Some(self.now.since(at).as_secs_f64())
+    }
+
+    fn rpo_target(&self) -> Option<f64> {
+        let target = match self.role() {
+            Role::Active => self.view.as_ref()?.rpo_target,
+            _ => match self.copy.as_ref()? {
+                Ok(copy) => copy.rpo_target,
+                Err(_) => None,
+            },
+        };
+        target.map(|t| t.as_secs_f64())
+    }
+
+    /// Older than the target allows; also when nothing is known of a target but the guest is alive.
+    fn late(&self) -> bool {
+        match (self.exposure(), self.rpo_target()) {
+            (Some(exposure), Some(target)) => exposure > target,
+            _ => true,
+        }
+    }
+
+    fn state(&self) -> GuestState {
+        match (self.role(), self.record().map(|r| &r.standing)) {
+            (Role::None, Some(Standing::Fenced { .. })) => GuestState::Fenced,
+            (Role::Active, _) => self.active_state(),
+            (Role::Standby, _) => match &self.copy {
+                Some(Ok(copy)) if copy.newest.is_none() => GuestState::InitialSync,
+                Some(Ok(copy)) if copy.receiving && !self.late() => GuestState::Protected,
+                Some(_) => GuestState::Degraded,
+                None => GuestState::Unprotected,
+            },
+            _ => GuestState::Stopped,
+        }
+    }
+
+    fn active_state(&self) -> GuestState {
+        if !self.running() {
+            return GuestState::Stopped;
+        }
+        let protecting = self.view.as_ref().is_some_and(|v| v.protecting);
+        let Some(primary) = self.primary.as_ref().filter(|_| protecting) else {
+            return match self.record().and_then(|r| r.machine.as_ref()) {
+                Some(_) => GuestState::FailedOver,
+                None => GuestState::Unprotected,
+            };
+        };
+        match (primary.phase, primary.acked) {
+            (Phase::Resync, _) => GuestState::Resync,
+            (_, None) => GuestState::InitialSync,
+            _ if self.late() => GuestState::Degraded,
+            _ => GuestState::Protected,
+        }
+    }
+
+    fn blocked_on(&self) -> Option<String> {
+        if let Some(problem) = self.view.as_ref().and_then(|v| v.problem.clone()) {
+            return Some(problem);
+        }
+        if let Some(Standing::Promoting { point }) = self.record().map(|r| &r.standing) {
+            return Some(format!(
+                "a failover from point #{point} is not finished: lifeboat failover {} --point {point}",
+                self.guest
+            ));
+        }
+        match (self.role(), &self.copy) {
+            (Role::Active, _) => self.primary.as_ref()?.blocked_on.clone(),
+            (_, Some(Err(why))) => Some(why.clone()),
+            (_, Some(Ok(copy))) if copy.problem.is_some() => copy.problem.clone(),
+            (_, Some(Ok(copy))) if !copy.receiving => {
+                let from = self
+                    .writer
+                    .as_ref()
+                    .map_or("a primary".into(), |s| format!("site {s}"));
+                Some(format!("nothing arrives from {from}"))
+            }
+            _ => None,
+        }
+    }
+
+    fn last_point(&self) -> Option<PointStatus> {
+        if let (Role::Active, Some(acked)) = (self.role(), self.primary.as_ref()?.acked) {
+            return Some(acked_status(&acked, self.generation(), self.now));
+        }
+        match self.copy.as_ref()? {
+            Ok(copy) => copy.newest.as_ref().map(|p| point_status(p, self.now)),
+            Err(_) => None,
+        }
+    }
+
+    fn generation(&self) -> Generation {
+        let record = self.record().map_or(Generation(0), |r| match &r.standing {
+            Standing::Fenced { generation, .. } => *generation,
+            _ => r.generation,
+        });
+        let copy = match &self.copy {
+            Some(Ok(copy)) => copy.generation,
+            _ => Generation(0),
+        };
+        record.max(copy)
+    }
+
+    /// The document, and the gauges that say the same.
+    pub fn status(self) -> GuestStatus {
+        let role = self.role();
+        let active = role == Role::Active;
+        let copy = self.copy.as_ref().and_then(|c| c.as_ref().ok());
+        let view = self.view.clone().unwrap_or_default();
+        let primary = self.primary.clone().unwrap_or_default();
+        let peer = if active {
+            view.peer.clone()
+        } else {
+            self.writer.clone()
+        };
+        let state = self.state();
+        self.metrics.set_role(role);
+        self.metrics.set_state(state);
+        self.metrics.set_peer(peer.as_ref());
+        self.metrics.set_generation(self.generation());
+        if let Some(target) = self.rpo_target() {
+            self.metrics
+                .set_rpo_target(std::time::Duration::from_secs_f64(target));
+        }
+        if active {
+            self.metrics.set_backlog(primary.backlog_bytes);
+        }
+        GuestStatus {
+            name: self.guest.clone(),
+            role,
+            state,
+            run_state: view.run_state.clone(),
+            pid: view.pid,
+            peer,
+            generation: self.generation(),
+            rpo_target_seconds: self.rpo_target(),
+            rpo_exposure_seconds: self.exposure(),
+            last_point: self.last_point(),
+            points: if active {
+                None
+            } else {
+                copy.map(|c| c.points as u64)
+            },
+            oldest_point_at: copy.filter(|_| !active).and_then(|c| c.oldest_at),
+            pause_p50_seconds: self.metrics.pause_quantile(0.5),
+            pause_p99_seconds: self.metrics.pause_quantile(0.99),
+            backlog_bytes: if active { primary.backlog_bytes } else { 0 },
+            inflight: if active { primary.inflight as u32 } else { 0 },
+            sent_bytes: self.metrics.sent_bytes(),
+            sync: primary
+                .path
+                .clone()
+                .filter(|_| active)
+                .map(|(path, reason)| SyncStatus {
+                    path: sync_path(path),
+                    reason,
+                }),
+            sync_progress: primary.progress.filter(|_| active).map(|p| Progress {
+                done: p.pages_done,
+                total: p.pages_total,
+                unit: ProgressUnit::Pages,
+            }),
+            blocked_on: self.blocked_on(),
+            machine: view.machine.as_ref().map(summary),
+        }
+    }
+}
+
+/// A role's path in the API's words.
+pub(super) fn sync_path(path: primary::SyncPath) -> SyncPath {
+    match path {
+        primary::SyncPath::Resume => SyncPath::Resume,
+        primary::SyncPath::Delta => SyncPath::Delta,
+        primary::SyncPath::Full => SyncPath::Full,
+    }
+}
+
+fn summary(spec: &MachineSpec) -> MachineSummary {
+    let size = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |m| m.len());
+    MachineSummary {
+        kind: match spec.boot {
+            Boot::Demo { .. } => "demo".into(),
+            Boot::Linux { .. } => "linux".into(),
+        },
+        memory_bytes: spec.memory_bytes,
+        vcpus: spec.vcpus,
+        disks: spec
+            .disks
+            .iter()
+            .map(|d| DiskSummary {
+                id: d.id.clone(),
+                bytes: size(&d.path),
+                read_only: d.read_only,
+            })
+            .collect(),
+    }
+}

@@ -1,0 +1,481 @@
+//! One guest at its active site: its process, its record, its primary role. One task owns all three.
+//!
+//! ```text
+//!            start / adopt / resume                       protect
+//!   Absent ────────────────────────▶ Held (no role) ──────────────▶ Protecting (role owns the guest)
+//!     ▲                               │  ▲                             │
+//!     └────────── stop ───────────────┘  └── unprotect, guest ended ───┤
+//!     └────────── fenced: record first, then the guest is stopped ─────┘
+//! ```
+
+mod owning;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
+
+use super::context::{SiteContext, machine_spec, primary_options};
+use super::orders::{Handle, Order, Resume, View};
+use super::record::{self, GuestRecord, Standing};
+use crate::config::resolved::GuestConfig;
+use crate::control::codes::Reason;
+use crate::control::types::{ApiError, Outcome as Did};
+use crate::guest::builtin::BuiltinGuest;
+use crate::guest::{Guest, GuestError, RunState};
+use crate::ids::{Generation, GuestId, SiteId};
+use crate::primary::{self, Command, Outcome, PrimaryStatus};
+
+/// How long checkpoints on their way are waited for when replication ends on purpose.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How often a guest without a role is asked how it is.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+
+enum Process {
+    Absent,
+    Held(Box<BuiltinGuest>),
+    Protecting {
+        role: JoinHandle<(Outcome, BuiltinGuest)>,
+        commands: mpsc::Sender<Command>,
+    },
+}
+
+struct Supervisor {
+    site: Arc<SiteContext>,
+    guest: GuestId,
+    config: Option<GuestConfig>,
+    record: Option<GuestRecord>,
+    process: Process,
+    view: watch::Sender<View>,
+    primary: watch::Sender<PrimaryStatus>,
+}
+
+/// Starts the supervisor of a guest.
+pub(super) fn spawn(
+    site: Arc<SiteContext>,
+    guest: GuestId,
+    config: Option<GuestConfig>,
+) -> (Handle, JoinHandle<()>) {
+    let (orders, inbox) = mpsc::channel(16);
+    let (view, view_rx) = watch::channel(View::default());
+    let (primary, primary_rx) = watch::channel(PrimaryStatus::default());
+    let process = Process::Absent;
+    let supervisor = Supervisor {
+        site,
+        guest,
+        config,
+        record: None,
+        process,
+        view,
+        primary,
+    };
+    let task = tokio::spawn(supervisor.run(inbox));
+    (
+        Handle {
+            orders,
+            view: view_rx,
+            primary: primary_rx,
+        },
+        task,
+    )
+}
+
+fn failed(error: impl std::fmt::Display) -> ApiError {
+    ApiError::new(Reason::Failed, error.to_string())
+}
+
+impl Supervisor {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Order>) {
+        if let Err(error) = self.begin().await {
+            tracing::error!(guest = %self.guest, %error, "the guest needs attention");
+            self.problem(error.to_string());
+        }
+        let mut tick = tokio::time::interval(ASK_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                order = inbox.recv() => match order {
+                    Some(Order::Shutdown { reply }) => {
+                        self.release().await;
+                        // Whoever asked may have given up waiting.
+                        let _ = reply.send(());
+                        return;
+                    }
+                    Some(order) => self.obey(order).await,
+                    None => return,
+                },
+                ended = role_end(&mut self.process) => self.role_ended(ended).await,
+                _ = tick.tick() => self.look().await,
+            }
+        }
+    }
+
+    /// Finds what is there: the record, a process that outlived the last daemon.
+    async fn begin(&mut self) -> Result<(), ApiError> {
+        self.record = record::load(&self.site.state_dir, &self.guest).map_err(failed)?;
+        self.publish();
+        let run_dir = self.site.run_dir(&self.guest);
+        if let Some(guest) = BuiltinGuest::adopt(&run_dir, &self.guest)
+            .await
+            .map_err(failed)?
+        {
+            tracing::info!(guest = %self.guest, pid = guest.pid(), "found the guest running");
+            return self.adopted(guest).await;
+        }
+        let autostart = self.config.as_ref().is_some_and(|c| c.autostart);
+        let ours = match &self.record {
+            None => true,
+            Some(record) => record.standing == Standing::Active,
+        };
+        if autostart && ours {
+            self.start(false).await?;
+        }
+        Ok(())
+    }
+
+    async fn adopted(&mut self, mut guest: BuiltinGuest) -> Result<(), ApiError> {
+        let Some(record) = &self.record else {
+            self.hold(guest);
+            return Err(ApiError::new(
+                Reason::WrongState,
+                "the guest runs, but this site has no record of owning it: its state directory was changed",
+            ));
+        };
+        if let Standing::Fenced { generation, by } = &record.standing {
+            let text = format!("generation {generation} is at {by}: the guest is stopped here");
+            tracing::warn!(guest = %self.guest, "{text}");
+            guest.stop().await.map_err(failed)?;
+            return Ok(());
+        }
+        self.hold(guest);
+        self.protect_if_wanted()
+    }
+
+    fn hold(&mut self, guest: BuiltinGuest) {
+        let machine = serde_json::from_slice(&guest.info().machine).ok();
+        let (state, pid) = (guest.info().state.clone(), guest.pid());
+        self.process = Process::Held(Box::new(guest));
+        self.view.send_modify(|v| {
+            v.run_state = Some(state);
+            v.pid = Some(pid);
+            v.machine = machine.or(v.machine.take());
+        });
+        self.publish();
+    }
+
+    fn publish(&self) {
+        let (peer, rpo_target) = (self.peer(), self.rpo_target());
+        let protecting = matches!(self.process, Process::Protecting { .. });
+        let configured = self.config.as_ref().map(machine_spec);
+        self.view.send_modify(|v| {
+            v.record = self.record.clone();
+            v.peer = peer;
+            v.rpo_target = Some(rpo_target);
+            v.protecting = protecting;
+            if v.machine.is_none() {
+                v.machine = self
+                    .record
+                    .as_ref()
+                    .and_then(|r| r.machine.clone())
+                    .or(configured);
+            }
+            if matches!(self.process, Process::Absent) {
+                (v.run_state, v.pid) = (None, None);
+            }
+        });
+    }
+
+    fn problem(&self, text: impl Into<Option<String>>) {
+        let text = text.into();
+        self.view.send_modify(|v| v.problem = text);
+    }
+
+    fn peer(&self) -> Option<SiteId> {
+        let wanted = self.record.as_ref().and_then(|r| r.protected_to.clone());
+        wanted.or_else(|| self.config.as_ref()?.peer.clone())
+    }
+
+    fn rpo_target(&self) -> Duration {
+        let given = self.record.as_ref().and_then(|r| r.rpo_target_ms);
+        given.map(Duration::from_millis).unwrap_or_else(|| {
+            self.config
+                .as_ref()
+                .map_or(self.site.replication.rpo_target, |c| {
+                    c.replication.rpo_target
+                })
+        })
+    }
+
+    fn save(&mut self, record: GuestRecord) -> Result<(), ApiError> {
+        record::store(&self.site.state_dir, &self.guest, &record).map_err(failed)?;
+        self.site
+            .metrics
+            .guest(&self.guest)
+            .set_generation(record.generation);
+        self.record = Some(record);
+        self.publish();
+        Ok(())
+    }
+
+    async fn obey(&mut self, order: Order) {
+        // Whoever asked may have gone; what was done stays done.
+        match order {
+            Order::Start { force, reply } => drop(reply.send(self.start(force).await)),
+            Order::Stop { reply } => drop(reply.send(self.stop().await)),
+            Order::Protect {
+                peer,
+                rpo_target,
+                reply,
+            } => {
+                drop(reply.send(self.protect(peer, rpo_target)));
+            }
+            Order::Unprotect { reply } => drop(reply.send(self.unprotect().await)),
+            Order::Promote {
+                point,
+                above,
+                reply,
+            } => {
+                drop(reply.send(self.promote(point, above)));
+            }
+            Order::Resume(resume) => {
+                let Resume {
+                    generation,
+                    spec,
+                    state,
+                    ram,
+                    reply,
+                } = *resume;
+                drop(reply.send(self.resume(generation, spec, state, ram).await));
+            }
+            Order::Configure(config) => {
+                self.config = config.map(|c| *c);
+                self.publish();
+            }
+            Order::Shutdown { .. } => unreachable!("the loop ends on it"),
+        }
+    }
+
+    /// Takes the guest back from its role, if it has one.
+    async fn take(&mut self) -> Option<BuiltinGuest> {
+        match std::mem::replace(&mut self.process, Process::Absent) {
+            Process::Absent => None,
+            Process::Held(guest) => Some(*guest),
+            Process::Protecting { role, commands } => {
+                // A role that ends by itself has closed the channel; its end is what is wanted.
+                let _ = commands.send(Command::Drain(DRAIN)).await;
+                match role.await {
+                    Ok((_, guest)) => Some(guest),
+                    Err(error) => {
+                        tracing::error!(guest = %self.guest, %error, "the primary role crashed");
+                        self.adopt_again().await
+                    }
+                }
+            }
+        }
+    }
+
+    async fn adopt_again(&self) -> Option<BuiltinGuest> {
+        match BuiltinGuest::adopt(&self.site.run_dir(&self.guest), &self.guest).await {
+            Ok(guest) => guest,
+            Err(error) => {
+                tracing::error!(guest = %self.guest, %error, "the guest's process does not answer");
+                None
+            }
+        }
+    }
+
+    async fn stop(&mut self) -> Result<Did, ApiError> {
+        let Some(mut guest) = self.take().await else {
+            self.publish();
+            return Ok(Did::AlreadyStopped);
+        };
+        let stopped = guest.stop().await;
+        drop(guest);
+        self.publish();
+        match stopped {
+            // A process that is gone is stopped.
+            Ok(()) | Err(GuestError::Gone(_)) => Ok(Did::Stopped),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    fn options(
+        &self,
+        peer: &SiteId,
+        generation: Generation,
+    ) -> Result<primary::PrimaryOptions, ApiError> {
+        let replication = self
+            .config
+            .as_ref()
+            .map_or(&self.site.replication, |c| &c.replication);
+        let mut options = primary_options(&self.site, &self.guest, peer, generation, replication);
+        options.rpo_target = self.rpo_target();
+        Ok(options)
+    }
+
+    fn protect(
+        &mut self,
+        peer: Option<SiteId>,
+        rpo_target: Option<Duration>,
+    ) -> Result<bool, ApiError> {
+        let Some(peer) = peer.or_else(|| self.peer()) else {
+            return Err(
+                ApiError::new(Reason::Usage, "no site is given to replicate the guest to")
+                    .hint("name one with --peer, or as `peer` in the guest's configuration"),
+            );
+        };
+        let Some(mut record) = self
+            .record
+            .clone()
+            .filter(|r| r.standing == Standing::Active)
+        else {
+            return Err(
+                ApiError::new(Reason::WrongState, "the guest is not active at this site")
+                    .hint(format!("lifeboat guest start {}", self.guest)),
+            );
+        };
+        if let Process::Protecting { .. } = self.process {
+            if record.protected_to.as_ref() == Some(&peer) {
+                return Ok(true);
+            }
+            let text = "the guest is replicated to another site";
+            return Err(ApiError::new(Reason::WrongState, text)
+                .hint(format!("lifeboat unprotect {} first", self.guest)));
+        }
+        if matches!(self.process, Process::Absent) {
+            return Err(ApiError::new(Reason::WrongState, "the guest does not run")
+                .hint(format!("lifeboat guest start {}", self.guest)));
+        }
+        self.site.dialer(&peer)?;
+        record.protected_to = Some(peer);
+        if let Some(target) = rpo_target {
+            record.rpo_target_ms = Some(target.as_millis() as u64);
+        }
+        self.save(record)?;
+        self.protect_if_wanted()?;
+        Ok(false)
+    }
+
+    /// Gives the guest to a primary role, if it runs and is to be replicated.
+    fn protect_if_wanted(&mut self) -> Result<(), ApiError> {
+        let Some(record) = self
+            .record
+            .clone()
+            .filter(|r| r.standing == Standing::Active)
+        else {
+            return Ok(());
+        };
+        let Some(peer) = record.protected_to else {
+            return Ok(());
+        };
+        if !matches!(self.process, Process::Held(_)) {
+            return Ok(());
+        }
+        let options = self.options(&peer, record.generation)?;
+        let dialer = self.site.dialer(&peer)?;
+        let Process::Held(guest) = std::mem::replace(&mut self.process, Process::Absent) else {
+            unreachable!("it was held two lines above");
+        };
+        let (commands, inbox) = mpsc::channel(4);
+        let (env, status) = (self.site.env.clone(), self.primary.clone());
+        let meters = primary::Meters {
+            guest: self.site.metrics.guest(&self.guest),
+            peer: self.site.metrics.peer(&peer),
+        };
+        let role = tokio::spawn(async move {
+            primary::run(env, *guest, &*dialer, options, meters, status, inbox).await
+        });
+        self.process = Process::Protecting { role, commands };
+        self.publish();
+        Ok(())
+    }
+
+    async fn unprotect(&mut self) -> Result<bool, ApiError> {
+        let was = matches!(self.process, Process::Protecting { .. });
+        if let Some(mut record) = self.record.clone()
+            && record.protected_to.take().is_some()
+        {
+            self.save(record)?;
+        }
+        if let Some(guest) = self.take().await {
+            self.hold(guest);
+        }
+        self.primary.send_replace(PrimaryStatus::default());
+        Ok(was)
+    }
+
+    async fn role_ended(&mut self, ended: Result<(Outcome, BuiltinGuest), tokio::task::JoinError>) {
+        self.process = Process::Absent;
+        let (outcome, mut guest) = match ended {
+            Ok(ended) => ended,
+            Err(error) => {
+                tracing::error!(guest = %self.guest, %error, "the primary role crashed; it is started anew");
+                if let Some(guest) = self.adopt_again().await {
+                    self.hold(guest);
+                    if let Err(error) = self.protect_if_wanted() {
+                        self.problem(error.to_string());
+                    }
+                }
+                return;
+            }
+        };
+        match outcome {
+            Outcome::Drained => self.hold(guest),
+            Outcome::Fenced { generation, site } => {
+                let record = self.record.clone().unwrap_or_else(GuestRecord::first);
+                self.problem(format!(
+                    "site {site} owns the guest with generation {generation}; what ran here was stopped, its disks are kept as they are"
+                ));
+                if let Err(error) = self.fence(record, generation, site) {
+                    tracing::error!(guest = %self.guest, %error, "the fence could not be recorded");
+                }
+                if let Err(error) = guest.stop().await {
+                    tracing::error!(guest = %self.guest, %error, "the fenced guest could not be stopped");
+                }
+                self.publish();
+            }
+            Outcome::GuestEnded(state) => {
+                tracing::error!(guest = %self.guest, ?state, "the guest ended");
+                let gone = matches!(guest.state().await, Err(GuestError::Gone(_)));
+                if !gone {
+                    self.hold(guest);
+                }
+                self.view.send_modify(|v| v.run_state = Some(state));
+            }
+        }
+    }
+
+    /// Asks a guest without a role how it is.
+    async fn look(&mut self) {
+        let Process::Held(guest) = &mut self.process else {
+            return;
+        };
+        match guest.state().await {
+            Ok(state) => self.view.send_modify(|v| v.run_state = Some(state)),
+            Err(error) => {
+                let state = RunState::Failed(error.to_string());
+                tracing::error!(guest = %self.guest, %error, "the guest's process is gone");
+                self.process = Process::Absent;
+                self.publish();
+                self.view.send_modify(|v| v.run_state = Some(state));
+            }
+        }
+    }
+
+    /// The daemon ends: what is on its way may arrive, and the guest lives on.
+    async fn release(&mut self) {
+        drop(self.take().await);
+    }
+}
+
+/// The end of the role, if there is one.
+async fn role_end(
+    process: &mut Process,
+) -> Result<(Outcome, BuiltinGuest), tokio::task::JoinError> {
+    match process {
+        Process::Protecting { role, .. } => role.await,
+        _ => std::future::pending().await,
+    }
+}

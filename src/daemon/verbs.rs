@@ -1,0 +1,264 @@
+//! The long verbs but failover: protect, verify, check and rebuild of a journal. Each is a run.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::orders::{Handle, Order};
+use super::standbys::{Shared, lock};
+use super::status::{acked_status, point_status, sync_path};
+use crate::clock::Env;
+use crate::control::codes::Reason;
+use crate::control::runs::RunHandle;
+use crate::control::types::{
+    ApiError, JournalCheckReport, JournalRebuildReport, ProgressUnit, ProtectReport,
+    ProtectRequest, Run, RunResult, SyncStatus, VerifyReport,
+};
+use crate::ids::{Epoch, GuestId};
+use crate::journal::{CheckReport, JournalError, RecoveryPoint};
+use crate::metrics::GuestMetrics;
+use crate::metrics::labels::VerifyResult;
+use crate::primary::{Phase, PrimaryStatus};
+use crate::standby::ReplicaError;
+
+fn failed(error: impl std::fmt::Display) -> ApiError {
+    ApiError::new(Reason::Failed, error.to_string())
+}
+
+/// Protects a guest; ends with the first durable recovery point.
+pub(super) struct Protect {
+    pub env: Env,
+    pub metrics: GuestMetrics,
+    pub handle: Handle,
+    pub request: ProtectRequest,
+}
+
+impl Protect {
+    /// Starts it.
+    pub fn spawn(self, run: RunHandle) -> Run {
+        let now = run.run();
+        tokio::spawn(async move {
+            let result = self.carry_out(&run).await;
+            run.finish(result);
+        });
+        now
+    }
+
+    async fn carry_out(self, run: &RunHandle) -> Result<RunResult, ApiError> {
+        run.step("start");
+        let ProtectRequest {
+            peer,
+            rpo_target_seconds,
+        } = self.request;
+        let rpo_target = rpo_target_seconds
+            .map(Duration::try_from_secs_f64)
+            .transpose()
+            .map_err(|e| ApiError::new(Reason::Usage, format!("rpo_target_seconds: {e}")))?;
+        let before = self.metrics.sent_bytes();
+        let already_protected = self
+            .handle
+            .ask(|reply| Order::Protect {
+                peer,
+                rpo_target,
+                reply,
+            })
+            .await?;
+        run.step("first copy");
+        let mut primary = self.handle.primary.clone();
+        let (status, acked) = loop {
+            let status = primary.borrow_and_update().clone();
+            if let (Some(acked), Phase::Protected) = (status.acked, status.phase) {
+                break (status, acked);
+            }
+            note_progress(run, &status);
+            let view = self.handle.view.borrow().clone();
+            if !view.protecting {
+                return Err(failed(
+                    view.problem.unwrap_or_else(|| "the guest ended".into()),
+                ));
+            }
+            // The end of the role shows in the view and not in the status: look at it at times.
+            let _ = tokio::time::timeout(Duration::from_secs(1), primary.changed()).await;
+        };
+        let view = self.handle.view.borrow().clone();
+        let generation = view
+            .record
+            .as_ref()
+            .map(|r| r.generation)
+            .unwrap_or_default();
+        Ok(RunResult::Protect(ProtectReport {
+            peer: view
+                .peer
+                .ok_or_else(|| failed("the guest is not replicated any more"))?,
+            already_protected,
+            sync: status.path.map(|(path, reason)| SyncStatus {
+                path: sync_path(path),
+                reason,
+            }),
+            point: acked_status(&acked, generation, self.env.now()),
+            sent_bytes: self.metrics.sent_bytes() - before,
+        }))
+    }
+}
+
+fn note_progress(run: &RunHandle, status: &PrimaryStatus) {
+    if let Some(p) = status.progress {
+        run.progress(p.pages_done, p.pages_total, ProgressUnit::Pages);
+    }
+    if let Some(why) = &status.blocked_on {
+        run.detail(format!("waits for {why}"));
+    }
+}
+
+/// Replays a point and compares every checksum.
+pub(super) fn verify(
+    run: RunHandle,
+    env: Env,
+    metrics: GuestMetrics,
+    copy: Shared,
+    guest: GuestId,
+    point: Option<Epoch>,
+) -> Run {
+    let shown = run.run();
+    tokio::spawn(async move {
+        run.step("replay");
+        let replayed = env.offload(move || replay(&copy, &guest, point)).await;
+        let now = env.now();
+        let verified = match replayed {
+            Ok(verified) => verified,
+            Err(error) => {
+                metrics.verification(VerifyResult::Error, now);
+                return run.finish(Err(error));
+            }
+        };
+        let result = RunResult::Verify(VerifyReport {
+            point: point_status(&verified.point, now),
+            memory_pages: verified.memory_pages,
+            disk_pages: verified.disk_pages,
+            differences: u64::from(verified.difference.is_some()),
+            first_differences: verified.difference.iter().cloned().collect(),
+        });
+        match verified.difference {
+            None => {
+                metrics.verification(VerifyResult::Ok, now);
+                run.finish(Ok(result));
+            }
+            Some(text) => {
+                metrics.verification(VerifyResult::Mismatch, now);
+                let error = ApiError::new(Reason::Difference, text).hint("choose an older point");
+                run.fail_with(result, error);
+            }
+        }
+    });
+    shown
+}
+
+struct Verified {
+    point: RecoveryPoint,
+    memory_pages: u64,
+    disk_pages: u64,
+    difference: Option<String>,
+}
+
+fn replay(copy: &Shared, guest: &GuestId, point: Option<Epoch>) -> Result<Verified, ApiError> {
+    let replica = lock(copy);
+    let points = replica.journal().points();
+    let chosen = match point {
+        None => points.last(),
+        Some(epoch) => points.iter().find(|p| p.epoch == epoch),
+    };
+    let point = chosen.cloned().ok_or_else(|| match point {
+        Some(epoch) => ApiError::no_such_point(guest, epoch),
+        None => {
+            let text = format!("guest \"{guest}\" has no recovery point here");
+            ApiError::new(Reason::NoSuchPoint, text)
+        }
+    })?;
+    let layout = replica.journal().layout().cloned();
+    let (pages, memory_pages) = layout.map_or((0, 0), |l| (l.pages(), l.ram_pages()));
+    let difference = match replica.materialise(&point) {
+        Ok(_) => None,
+        Err(
+            error @ (ReplicaError::Root { .. }
+            | ReplicaError::Journal(JournalError::Corrupt { .. } | JournalError::Frame(_))),
+        ) => Some(error.to_string()),
+        Err(error) => return Err(error.into()),
+    };
+    Ok(Verified {
+        point,
+        memory_pages,
+        disk_pages: pages - memory_pages,
+        difference,
+    })
+}
+
+/// Reads and checks all of a journal.
+pub(super) fn journal_check(run: RunHandle, env: Env, copy: Shared) -> Run {
+    let shown = run.run();
+    tokio::spawn(async move {
+        run.step("check");
+        let run = Arc::new(run);
+        let progress = run.clone();
+        let checked = env
+            .offload(move || {
+                let replica = lock(&copy);
+                let points = replica.journal().points().len();
+                let mut bytes = 0;
+                let report = replica.journal().check(&mut |p| {
+                    bytes = p.done;
+                    progress.progress(p.done, p.total, ProgressUnit::Bytes);
+                });
+                (points as u64, bytes, report)
+            })
+            .await;
+        let run = Arc::into_inner(run).expect("the check, which had the other one, is over");
+        let (points, bytes, report) = checked;
+        match report {
+            Err(error) => run.finish(Err(failed(error))),
+            Ok(CheckReport { findings, .. }) => {
+                let problems: Vec<String> = findings
+                    .iter()
+                    .map(|f| format!("{}: {}", f.location, f.what))
+                    .collect();
+                let error = problems.first().map(|first| {
+                    let text = format!("{} problems, the first: {first}", problems.len());
+                    ApiError::new(Reason::Difference, text)
+                });
+                let result = RunResult::JournalCheck(JournalCheckReport {
+                    points,
+                    bytes,
+                    problems,
+                });
+                match error {
+                    None => run.finish(Ok(result)),
+                    Some(error) => run.fail_with(result, error),
+                }
+            }
+        }
+    });
+    shown
+}
+
+/// Makes the catalogue anew from the segments.
+pub(super) fn journal_rebuild(run: RunHandle, env: Env, copy: Shared) -> Run {
+    let shown = run.run();
+    tokio::spawn(async move {
+        run.step("rebuild");
+        let rebuilt = env
+            .offload(move || {
+                let mut replica = lock(&copy);
+                let report = replica.journal_mut().rebuild_index()?;
+                let marked = |p: &&RecoveryPoint| p.pinned || !p.tags.is_empty();
+                let records = replica.journal().points().iter().filter(marked).count();
+                Ok::<_, JournalError>((report, records))
+            })
+            .await;
+        run.finish(rebuilt.map_err(failed).map(|(report, records)| {
+            RunResult::JournalRebuild(JournalRebuildReport {
+                points: report.points as u64,
+                records: records as u64,
+                problems: report.notices,
+            })
+        }));
+    });
+    shown
+}

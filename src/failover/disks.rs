@@ -1,0 +1,169 @@
+//! Disk images of a recovery point, written into files of their own.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use crate::frame::PageImage;
+use crate::ids::DiskId;
+use crate::page::{Layout, PAGE_SIZE, PageAddr, RegionId, RegionKind};
+
+/// Why disk images could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DisksError {
+    /// A file.
+    #[error("disk image {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The disks of a guest as files, to replay a point into. RAM pages are dropped.
+pub struct DiskFiles {
+    layout: Layout,
+    /// By region; `None` for RAM.
+    disks: Vec<Option<DiskFile>>,
+    scratch: Box<[u8; PAGE_SIZE]>,
+}
+
+struct DiskFile {
+    id: DiskId,
+    path: PathBuf,
+    file: File,
+    at: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone, so moving it moves its only user.
+unsafe impl Send for DiskFile {}
+
+impl Drop for DiskFile {
+    fn drop(&mut self) {
+        // SAFETY: `at` and `bytes` are those of the mmap in `create`, unmapped nowhere else.
+        unsafe { libc::munmap(self.at.cast(), self.bytes) };
+    }
+}
+
+impl DiskFile {
+    fn create(path: PathBuf, id: DiskId, bytes: usize) -> Result<Self, DisksError> {
+        let fail = |source: io::Error| DisksError::Io {
+            path: path.clone(),
+            source,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .map_err(fail)?;
+        file.set_len(bytes as u64).map_err(fail)?;
+        // SAFETY: a new shared mapping of the whole file at an address of the kernel's choice.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if at == libc::MAP_FAILED {
+            return Err(fail(io::Error::last_os_error()));
+        }
+        Ok(Self {
+            id,
+            path,
+            file,
+            at: at.cast(),
+            bytes,
+        })
+    }
+}
+
+impl DiskFiles {
+    /// Makes an empty (sparse) file `ID.img` per disk of the layout in `directory`. Reserves the
+    /// space of the whole disk first, so that a full file system is an error here and not a fault
+    /// while pages are written.
+    pub fn create(layout: &Layout, directory: &Path) -> Result<Self, DisksError> {
+        let fail = |source: io::Error| DisksError::Io {
+            path: directory.to_owned(),
+            source,
+        };
+        std::fs::create_dir_all(directory).map_err(fail)?;
+        let mut disks = Vec::new();
+        for region in layout.regions() {
+            let RegionKind::Disk { id } = &region.kind else {
+                disks.push(None);
+                continue;
+            };
+            let path = directory.join(format!("{id}.img"));
+            let disk = DiskFile::create(path, id.clone(), region.bytes() as usize)?;
+            // SAFETY: the descriptor is open; the call takes no memory of ours.
+            let reserved = unsafe {
+                libc::posix_fallocate(disk.file.as_raw_fd(), 0, disk.bytes as libc::off_t)
+            };
+            if reserved != 0 {
+                let source = io::Error::from_raw_os_error(reserved);
+                return Err(DisksError::Io {
+                    path: disk.path.clone(),
+                    source,
+                });
+            }
+            disks.push(Some(disk));
+        }
+        Ok(Self {
+            layout: layout.clone(),
+            disks,
+            scratch: Box::new([0; PAGE_SIZE]),
+        })
+    }
+
+    /// Makes what was written durable and returns the files.
+    pub fn finish(self) -> Result<Vec<(DiskId, PathBuf)>, DisksError> {
+        let mut files = Vec::new();
+        for disk in self.disks.iter().flatten() {
+            let fail = |source: io::Error| DisksError::Io {
+                path: disk.path.clone(),
+                source,
+            };
+            // SAFETY: the whole mapping of `create`, which lives as long as `disk`.
+            if unsafe { libc::msync(disk.at.cast(), disk.bytes, libc::MS_SYNC) } < 0 {
+                return Err(fail(io::Error::last_os_error()));
+            }
+            disk.file.sync_all().map_err(fail)?;
+            files.push((disk.id.clone(), disk.path.clone()));
+        }
+        Ok(files)
+    }
+}
+
+impl PageImage for DiskFiles {
+    fn wants(&self, region: RegionId) -> bool {
+        self.disks
+            .get(usize::from(region.0))
+            .is_some_and(Option::is_some)
+    }
+
+    fn page_mut(&mut self, addr: PageAddr) -> io::Result<&mut [u8; PAGE_SIZE]> {
+        if !self.layout.contains(addr) {
+            let text = format!("{addr:?} is outside the guest");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        let Some(disk) = &mut self.disks[usize::from(addr.region.0)] else {
+            return Ok(&mut self.scratch);
+        };
+        let offset = addr.page as usize * PAGE_SIZE;
+        assert!(
+            offset + PAGE_SIZE <= disk.bytes,
+            "the layout gave the file its size"
+        );
+        // SAFETY: inside the mapping (asserted); `&mut self` makes this the only reference.
+        Ok(unsafe { &mut *disk.at.add(offset).cast() })
+    }
+}

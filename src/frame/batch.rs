@@ -1,0 +1,217 @@
+//! Batches: up to 64 KiB of raw pages or of deltas, compressed together.
+//!
+//! Compressing 64 KiB at once is 1.5 times as fast as page by page and 6 % smaller, and the two
+//! kinds compress differently, so that each has batches of its own. A batch that does not get
+//! smaller is stored plain.
+
+use serde::{Deserialize, Serialize};
+
+use super::error::FrameError;
+use super::format::{array_at, fits};
+
+/// Most decoded bytes of a batch.
+pub(super) const BATCH_RAW_MAX: usize = 64 << 10;
+
+/// Bytes of a batch's header.
+pub(super) const BATCH_HEADER_BYTES: usize = 12;
+
+/// Most batches of a part: decoding one part never yields more than 256 MiB.
+pub(super) const BATCHES_MAX: usize = 4096;
+
+/// How bytes are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Codec {
+    /// Not at all: for links faster than the encoder.
+    None,
+    /// lz4: for fast links.
+    Lz4,
+    /// zstd level 1: for slow links.
+    Zstd1,
+}
+
+impl Codec {
+    pub(super) fn tag(self) -> u8 {
+        match self {
+            Codec::None => 0,
+            Codec::Lz4 => 1,
+            Codec::Zstd1 => 2,
+        }
+    }
+
+    pub(super) fn from_tag(tag: u8) -> Option<Self> {
+        [Codec::None, Codec::Lz4, Codec::Zstd1]
+            .into_iter()
+            .find(|codec| codec.tag() == tag)
+    }
+}
+
+/// What a batch holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BatchKind {
+    Raw,
+    Delta,
+}
+
+impl BatchKind {
+    /// Position in arrays of one entry per kind.
+    pub fn index(self) -> usize {
+        match self {
+            BatchKind::Raw => 0,
+            BatchKind::Delta => 1,
+        }
+    }
+
+    fn tag(self) -> u8 {
+        self.index() as u8 + 1
+    }
+
+    fn from_tag(tag: u8) -> Option<Self> {
+        [BatchKind::Raw, BatchKind::Delta]
+            .into_iter()
+            .find(|kind| kind.tag() == tag)
+    }
+}
+
+/// A batch within its part.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Batch {
+    pub codec: Codec,
+    pub kind: BatchKind,
+    /// Decoded bytes, 1 to [`BATCH_RAW_MAX`].
+    pub raw_len: u32,
+    /// Stored bytes, 1 to `raw_len`.
+    pub len: u32,
+    /// Where the stored bytes begin in the part.
+    pub at: u32,
+}
+
+impl Batch {
+    pub fn pack_header(&self) -> [u8; BATCH_HEADER_BYTES] {
+        let mut bytes = [0; BATCH_HEADER_BYTES];
+        bytes[0] = self.codec.tag();
+        bytes[1] = self.kind.tag();
+        bytes[4..8].copy_from_slice(&self.raw_len.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.len.to_le_bytes());
+        bytes
+    }
+
+    /// Reads the header at `at` of a part's bytes, for a batch that must end at or before `end`.
+    pub fn parse(bytes: &[u8], at: usize, end: usize, number: usize) -> Result<Self, FrameError> {
+        let wrong = |why| FrameError::Batch { batch: number, why };
+        if at + BATCH_HEADER_BYTES > end {
+            return Err(wrong("its header is cut off"));
+        }
+        let head: [u8; BATCH_HEADER_BYTES] = array_at(bytes, at);
+        let batch = Self {
+            codec: Codec::from_tag(head[0]).ok_or(wrong("its codec is unknown"))?,
+            kind: BatchKind::from_tag(head[1]).ok_or(wrong("its kind is unknown"))?,
+            raw_len: u32::from_le_bytes(array_at(&head, 4)),
+            len: u32::from_le_bytes(array_at(&head, 8)),
+            at: (at + BATCH_HEADER_BYTES) as u32,
+        };
+        if head[2..4] != [0, 0] {
+            return Err(wrong("bytes that must be zero are not"));
+        }
+        if batch.raw_len as usize > BATCH_RAW_MAX || !fits(batch.len, batch.raw_len as usize) {
+            return Err(wrong("its size is out of bounds"));
+        }
+        if batch.at as usize + batch.len as usize > end {
+            return Err(wrong("it is longer than its part"));
+        }
+        Ok(batch)
+    }
+}
+
+/// Compresses, with tables and contexts that are kept from call to call.
+pub(super) struct Compressor {
+    lz4: lz4_flex::block::CompressTable,
+    zstd: Option<zstd::bulk::Compressor<'static>>,
+    scratch: Vec<u8>,
+}
+
+impl Compressor {
+    pub fn new() -> Self {
+        Self {
+            lz4: lz4_flex::block::CompressTable::large(),
+            zstd: None,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// Appends `raw` to `out`, compressed if that makes it smaller; returns how it was stored.
+    pub fn append(&mut self, codec: Codec, raw: &[u8], out: &mut Vec<u8>) -> Codec {
+        let bound = match codec {
+            Codec::None => 0,
+            Codec::Lz4 => lz4_flex::block::get_maximum_output_size(raw.len()),
+            Codec::Zstd1 => zstd::zstd_safe::compress_bound(raw.len()),
+        };
+        if self.scratch.len() < bound {
+            self.scratch.resize(bound, 0);
+        }
+        let len = match codec {
+            Codec::None => raw.len(),
+            Codec::Lz4 => lz4_flex::block::compress_into_with_table(
+                raw,
+                &mut self.scratch[..bound],
+                &mut self.lz4,
+            )
+            .expect("the output has the size that lz4 asks for"),
+            Codec::Zstd1 => self
+                .zstd
+                .get_or_insert_with(|| {
+                    zstd::bulk::Compressor::new(1).expect("zstd level 1 is always there")
+                })
+                .compress_to_buffer(raw, &mut self.scratch[..bound])
+                .expect("the output has the size that zstd asks for"),
+        };
+        if len < raw.len() {
+            out.extend_from_slice(&self.scratch[..len]);
+            return codec;
+        }
+        out.extend_from_slice(raw);
+        Codec::None
+    }
+}
+
+/// Decompresses, with a context that is kept from call to call.
+#[derive(Default)]
+pub(super) struct Decompressor {
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+}
+
+impl Decompressor {
+    /// Decodes `stored` into `out`, which then holds exactly `raw_len` bytes. The caller has bounded
+    /// `raw_len`; more is never allocated, whatever the bytes say.
+    pub fn decode(
+        &mut self,
+        codec: Codec,
+        stored: &[u8],
+        raw_len: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), &'static str> {
+        out.resize(raw_len, 0);
+        let len = match codec {
+            Codec::None if stored.len() == raw_len => {
+                out.copy_from_slice(stored);
+                raw_len
+            }
+            Codec::None => return Err("its stored size is not its decoded size"),
+            Codec::Lz4 => {
+                lz4_flex::block::decompress_into(stored, out).map_err(|_| "it is no lz4")?
+            }
+            Codec::Zstd1 => self
+                .zstd
+                .get_or_insert_with(|| {
+                    zstd::bulk::Decompressor::new().expect("zstd without a dictionary")
+                })
+                .decompress_to_buffer(stored, out.as_mut_slice())
+                .map_err(|_| "it is no zstd")?,
+        };
+        if len == raw_len {
+            Ok(())
+        } else {
+            Err("it decodes to another size than it says")
+        }
+    }
+}

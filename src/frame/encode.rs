@@ -1,0 +1,303 @@
+//! The primary's encoder: chunks of a guest's content become the parts of a frame.
+//!
+//! ```text
+//!  page ─┬─ disk ─────────────────────────────▶ zero | raw
+//!        └─ RAM ─ equal to its shadow ────────▶ nothing ("same")
+//!                 else: leaf into the tree, page into the shadow, and
+//!                 all zeros ──────────────────▶ zero (runs are one row)
+//!                 shadow, delta <= 3 KiB ─────▶ delta
+//!                 else ───────────────────────▶ raw
+//! ```
+//!
+//! What the shadow says must be what the standby has. Hence:
+//!
+//! * A page outside `ship` is, by the guest's tracking, what the standby has already; only
+//!   tree and shadow learn it. But the round that hands it out is fuzzy: the guest may have written
+//!   the page since its dirty log was read, and the cut that ends this frame then hands it out again.
+//!   So until the frame ends such a page counts as not shadowed, and is shipped whole if it returns.
+//! * A frame that is void ([`abandon`](Encoder::abandon)) or lost ([`invalidate`](Encoder::invalidate))
+//!   takes the validity of its pages with it; they are shipped whole next time.
+//! * A full frame begins with no valid shadow at all, so that it depends on nothing before it.
+//!
+//! The tree always holds what was pushed last. The first frame of an encoder must cover all RAM (a
+//! round over all contents comes first); otherwise [`finish`](Encoder::finish) has no root and panics.
+
+use std::time::Duration;
+
+use super::bits::Bits;
+use super::delta::{self, DELTA_BYTES_LIMIT, Delta};
+use super::error::EncodeError;
+use super::shadow::Shadow;
+use super::tree::ImageTree;
+use super::writer::{Ending, FrameStart, FrameWriter};
+use super::{Codec, Manifest};
+use crate::bitmap::PageSet;
+use crate::clock::Timestamp;
+use crate::guest::Chunk;
+use crate::ids::ImageRoot;
+use crate::page::{Layout, PAGE_SIZE, PageAddr};
+
+/// How an encoder works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// How batches are compressed.
+    pub codec: Codec,
+    /// Bytes at which a part is sealed; brought into
+    /// [`PART_BYTES_MIN`](super::PART_BYTES_MIN)..=[`PART_BYTES_MAX`](super::PART_BYTES_MAX).
+    pub part_bytes: usize,
+    /// Keep a copy of the RAM for deltas (costs up to the guest's RAM size).
+    pub shadow: bool,
+}
+
+impl Default for EncodeOptions {
+    fn default() -> Self {
+        Self {
+            codec: Codec::Lz4,
+            part_bytes: 4 << 20,
+            shadow: true,
+        }
+    }
+}
+
+/// What became of the pages of one frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EncodeStats {
+    /// Pages shipped as zeros.
+    pub zero: u64,
+    /// Pages that were equal to the shadow and not shipped.
+    pub same: u64,
+    /// Pages shipped as deltas.
+    pub delta: u64,
+    /// Pages shipped whole.
+    pub raw: u64,
+    /// Pages outside `ship`.
+    pub refreshed: u64,
+    /// Bytes of the pages that were to be shipped (all but `refreshed`).
+    pub raw_bytes: u64,
+    /// Bytes of all parts.
+    pub encoded_bytes: u64,
+}
+
+/// A frame's end.
+#[derive(Debug)]
+pub struct Finished {
+    /// The parts that were not handed out yet, the last one at the end.
+    pub parts: Vec<Vec<u8>>,
+    /// Image root after this checkpoint.
+    pub root: ImageRoot,
+    /// What became of the pages.
+    pub stats: EncodeStats,
+}
+
+/// Makes the frames of one guest, epoch after epoch. Owns shadow and image tree.
+pub struct Encoder {
+    layout: Layout,
+    /// Position in the RAM image at which each RAM region begins.
+    region_base: Vec<usize>,
+    writer: FrameWriter,
+    shadow: Option<Shadow>,
+    tree: ImageTree,
+    /// RAM pages pushed in the current frame.
+    touched: Bits,
+    /// RAM pages whose last push in the current frame did not ship them.
+    unshipped: Bits,
+    scratch: Vec<u8>,
+    stats: EncodeStats,
+}
+
+impl Encoder {
+    /// An encoder that has seen nothing. Panics if the layout has fewer than two pages of RAM.
+    pub fn new(layout: Layout, options: EncodeOptions) -> Result<Self, EncodeError> {
+        let ram_pages = usize::try_from(layout.ram_pages()).expect("RAM of this host's guests");
+        let shadow = options
+            .shadow
+            .then(|| Shadow::new(ram_pages))
+            .transpose()
+            .map_err(|error| EncodeError::Shadow {
+                bytes: ram_pages as u64 * PAGE_SIZE as u64,
+                error,
+            })?;
+        let ram = &layout.regions()[..layout.ram_regions()];
+        let region_base = ram
+            .iter()
+            .scan(0, |next, region| {
+                let base = *next;
+                *next += region.pages as usize;
+                Some(base)
+            })
+            .collect();
+        Ok(Self {
+            region_base,
+            layout,
+            writer: FrameWriter::new(options.codec, options.part_bytes),
+            shadow,
+            tree: ImageTree::new(ram_pages),
+            touched: Bits::new(ram_pages),
+            unshipped: Bits::new(ram_pages),
+            scratch: Vec::with_capacity(DELTA_BYTES_LIMIT),
+            stats: EncodeStats::default(),
+        })
+    }
+
+    /// Changes how batches are compressed, from the next batch on.
+    pub fn set_codec(&mut self, codec: Codec) {
+        self.writer.set_codec(codec);
+    }
+
+    /// The layout that the encoder was made for.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Begins a frame. Panics if the frame before was neither finished nor abandoned, or if the epochs
+    /// are out of order.
+    pub fn begin(&mut self, start: FrameStart) {
+        if start.full
+            && let Some(shadow) = &mut self.shadow
+        {
+            shadow.invalidate_all();
+        }
+        self.writer.begin(start, false);
+        self.stats = EncodeStats::default();
+    }
+
+    /// Encodes the pages of a chunk; returns the parts that became full. Pages outside `ship` only
+    /// refresh tree and shadow; `None` ships all. A page may be pushed again in the same frame, the
+    /// last content counts. Panics on a page outside the layout (the adapter has checked what its
+    /// guest's process says) and if no frame was begun.
+    pub fn push(&mut self, chunk: &Chunk, ship: Option<&PageSet>) -> Vec<Vec<u8>> {
+        assert!(self.writer.is_open(), "no frame was begun");
+        for (addr, page) in chunk.iter() {
+            assert!(
+                self.layout.contains(addr),
+                "{addr:?} is outside the guest's layout"
+            );
+            let ship = ship.is_none_or(|set| set.get(addr));
+            if !ship {
+                self.stats.refreshed += 1;
+            } else {
+                self.stats.raw_bytes += PAGE_SIZE as u64;
+            }
+            match self.region_base.get(usize::from(addr.region.0)) {
+                Some(base) => self.push_ram(addr, base + addr.page as usize, page, ship),
+                None if ship && delta::is_zero(page) => self.ship_zero(addr),
+                None if ship => self.ship_raw(addr, page),
+                None => {}
+            }
+        }
+        self.writer.take_done()
+    }
+
+    fn push_ram(&mut self, addr: PageAddr, index: usize, page: &[u8; PAGE_SIZE], ship: bool) {
+        self.touched.set(index);
+        let zero = delta::is_zero(page);
+        // What the standby is known to have.
+        let old = self
+            .shadow
+            .as_ref()
+            .filter(|_| !self.unshipped.get(index))
+            .and_then(|shadow| shadow.get(index));
+        self.scratch.clear();
+        let found = match old {
+            Some(old) if zero => match delta::is_zero(old) {
+                true => Delta::Same,
+                false => Delta::TooLong,
+            },
+            Some(old) if ship => delta::encode(old, page, &mut self.scratch),
+            Some(old) if old == page => Delta::Same,
+            _ => Delta::TooLong,
+        };
+        if found == Delta::Same {
+            // The tree's leaf is the shadow's: every push changes both.
+            if ship {
+                self.stats.same += 1;
+            }
+            return;
+        }
+        self.tree.set(index, ImageTree::leaf(index, page));
+        if let Some(shadow) = &mut self.shadow {
+            shadow.store(index, page, zero);
+        }
+        if !ship {
+            self.unshipped.set(index);
+            return;
+        }
+        self.unshipped.clear(index);
+        match found {
+            _ if zero => self.ship_zero(addr),
+            Delta::Runs => {
+                self.stats.delta += 1;
+                self.writer.delta(addr, &self.scratch);
+            }
+            _ => self.ship_raw(addr, page),
+        }
+    }
+
+    fn ship_zero(&mut self, addr: PageAddr) {
+        self.stats.zero += 1;
+        self.writer.zero(addr);
+    }
+
+    fn ship_raw(&mut self, addr: PageAddr, page: &[u8; PAGE_SIZE]) {
+        self.stats.raw += 1;
+        self.writer.raw(addr, page);
+    }
+
+    /// Ends the frame. `pause` is how long the guest stood still. On an error the frame is still open:
+    /// abandon it. Panics if RAM pages were never pushed: the first frame must cover all RAM.
+    pub fn finish(
+        &mut self,
+        manifest: &Manifest,
+        captured_at: Timestamp,
+        pause: Duration,
+    ) -> Result<Finished, EncodeError> {
+        let root = self.tree.root();
+        let (encoded_bytes, _) = self.writer.finish(&Ending {
+            manifest,
+            captured_at,
+            pause_ns: u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX),
+            root,
+        })?;
+        self.touched.clear_all();
+        self.unshipped.clear_all();
+        self.stats.encoded_bytes = encoded_bytes;
+        Ok(Finished {
+            parts: self.writer.take_done(),
+            root,
+            stats: self.stats,
+        })
+    }
+
+    /// The current frame is void: what it pushed is not what the standby has. Does nothing if no frame
+    /// is open.
+    pub fn abandon(&mut self) {
+        self.writer.abandon();
+        if let Some(shadow) = &mut self.shadow {
+            shadow.invalidate_set(&self.touched);
+        }
+        self.touched.clear_all();
+        self.unshipped.clear_all();
+    }
+
+    /// Finished frames that held these pages were lost, so that the standby does not have them. A
+    /// frame that is open was made on top of those: abandon it first (panics otherwise).
+    pub fn invalidate(&mut self, pages: &PageSet) {
+        assert!(
+            !self.writer.is_open(),
+            "the open frame depends on lost ones"
+        );
+        let Some(shadow) = &mut self.shadow else {
+            return;
+        };
+        for addr in pages.iter() {
+            if let Some(base) = self.region_base.get(usize::from(addr.region.0)) {
+                shadow.invalidate(base + addr.page as usize);
+            }
+        }
+    }
+
+    /// Leaves of the image tree, in the order of the RAM image.
+    pub fn tree(&self) -> &ImageTree {
+        &self.tree
+    }
+}

@@ -1,0 +1,141 @@
+//! The shadow copy: what the standby has of every RAM page, as the source believes.
+//!
+//! An anonymous mapping of the size of the RAM image. Pages that were never stored, and pages that
+//! were only ever zero, take no memory. A page is used only while its bit says that it is valid.
+
+use std::io;
+use std::ptr::NonNull;
+
+use super::bits::Bits;
+use crate::page::PAGE_SIZE;
+
+static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
+/// A copy of a RAM image with a validity bit per page.
+pub struct Shadow {
+    memory: NonNull<[u8; PAGE_SIZE]>,
+    pages: usize,
+    valid: Bits,
+    /// Pages that were written since the mapping was made, so that they may differ from zero.
+    written: Bits,
+}
+
+// SAFETY: the mapping is owned by this value alone and reached only through it; `&self` gives only
+// shared and `&mut self` only exclusive access to its bytes.
+unsafe impl Send for Shadow {}
+// SAFETY: as above.
+unsafe impl Sync for Shadow {}
+
+impl Shadow {
+    /// Address space for `pages` pages (1 or more), all invalid. Fails if the kernel gives no address
+    /// space.
+    pub fn new(pages: usize) -> io::Result<Self> {
+        assert!(pages > 0, "a shadow of nothing");
+        let bytes = pages
+            .checked_mul(PAGE_SIZE)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        // SAFETY: an anonymous mapping at an address of the kernel's choice touches no memory that
+        // exists.
+        let memory = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if memory == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let memory = NonNull::new(memory.cast()).expect("the kernel maps nothing at address 0");
+        Ok(Self {
+            memory,
+            pages,
+            valid: Bits::new(pages),
+            written: Bits::new(pages),
+        })
+    }
+
+    /// The page at this position of the image, if it is valid. Panics outside the image.
+    pub fn get(&self, index: usize) -> Option<&[u8; PAGE_SIZE]> {
+        if !self.valid.get(index) {
+            return None;
+        }
+        if !self.written.get(index) {
+            return Some(&ZERO_PAGE);
+        }
+        // SAFETY: `valid.get` has checked that `index` is within the mapping, which lives as long as
+        // `self`; nobody writes while `self` is borrowed.
+        Some(unsafe { self.memory.add(index).as_ref() })
+    }
+
+    /// Stores a page and makes it valid. `zero` says that the content is all zeros, which costs
+    /// no memory. Panics outside the image.
+    pub fn store(&mut self, index: usize, page: &[u8; PAGE_SIZE], zero: bool) {
+        self.valid.set(index);
+        if zero && !self.written.get(index) {
+            return;
+        }
+        self.written.set(index);
+        // SAFETY: `valid.set` has checked that `index` is within the mapping, which lives as long as
+        // `self`; `self` is borrowed exclusively.
+        unsafe { *self.memory.add(index).as_mut() = *page };
+    }
+
+    /// Makes a page invalid. Panics outside the image.
+    pub fn invalidate(&mut self, index: usize) {
+        self.valid.clear(index);
+    }
+
+    /// Makes all pages invalid.
+    pub fn invalidate_all(&mut self) {
+        self.valid.clear_all();
+    }
+
+    pub(super) fn invalidate_set(&mut self, pages: &Bits) {
+        self.valid.subtract(pages);
+    }
+}
+
+impl Drop for Shadow {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` with this address and size, and nothing refers to
+        // it any more.
+        let failed =
+            unsafe { libc::munmap(self.memory.as_ptr().cast(), self.pages * PAGE_SIZE) } != 0;
+        assert!(!failed, "the shadow's own mapping cannot be unmapped");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_there_while_it_is_valid() {
+        let mut shadow = Shadow::new(3).unwrap();
+        assert_eq!(shadow.get(2), None);
+        shadow.store(2, &ZERO_PAGE, true);
+        assert_eq!(shadow.get(2), Some(&ZERO_PAGE));
+        shadow.store(2, &[7; PAGE_SIZE], false);
+        assert_eq!(shadow.get(2), Some(&[7; PAGE_SIZE]));
+        shadow.store(2, &ZERO_PAGE, true);
+        assert_eq!(shadow.get(2), Some(&ZERO_PAGE));
+        shadow.store(0, &[1; PAGE_SIZE], false);
+        shadow.invalidate(2);
+        assert_eq!(
+            (shadow.get(2), shadow.get(0)),
+            (None, Some(&[1; PAGE_SIZE]))
+        );
+        shadow.invalidate_all();
+        assert_eq!(shadow.get(0), None);
+    }
+
+    #[test]
+    fn a_shadow_that_cannot_be_mapped_is_an_error() {
+        assert!(Shadow::new(usize::MAX / 2).is_err());
+        assert!(Shadow::new(1 << 40).is_err());
+    }
+}

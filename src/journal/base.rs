@@ -1,0 +1,380 @@
+//! The base image: what all folded points add up to.
+//!
+//! ```text
+//!  base.rN   page i of region N at i * 4096; sparse
+//!  base.cN   leaf of page i at i * 32: zeros   = the page is all zeros, whatever base.rN holds
+//!                                      else    = blake3 leaf of the page at its position
+//! ```
+//!
+//! RAM leaves are those of the image root ([`ImageTree`]), so the base's RAM can be verified against a
+//! root without reading it; disk pages use their page number as position.
+//!
+//! Between the start and the end of a fold pages and leaves hold any mix of the old and the new content
+//! after a crash. That does no harm: the frames that are being folded are still there, and applying
+//! them to any mix gives the new content.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::error::JournalError;
+use super::store::{Access, Store, StoreFile};
+use crate::frame::ImageTree;
+use crate::ids::ImageRoot;
+use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
+
+pub(super) const LEAF_BYTES: usize = 32;
+/// Pages that are read, and leaves that are handled, at once.
+pub(super) const CHUNK_PAGES: u32 = 256;
+/// Changed pages that are collected before they are written: 16 MiB.
+const CACHE_PAGES: usize = 4096;
+
+const NO_LEAF: [u8; LEAF_BYTES] = [0; LEAF_BYTES];
+
+struct RegionFiles<F> {
+    content: F,
+    leaves: F,
+    pages: u32,
+    /// Position of page 0 for its leaf.
+    first_leaf: u64,
+}
+
+/// The open files of the base image.
+pub(super) struct Base<S: Store> {
+    regions: Vec<RegionFiles<S::File>>,
+    ram_regions: usize,
+}
+
+/// Some pages of a region, as they are stored.
+pub(super) struct Chunk {
+    pub start: u32,
+    pub leaves: Vec<[u8; LEAF_BYTES]>,
+    pub content: Vec<u8>,
+}
+
+/// What one stored page turned out to be.
+pub(super) enum Stored<'a> {
+    Zero,
+    Page(&'a [u8; PAGE_SIZE]),
+    /// The content does not fit its leaf.
+    Damaged(&'a [u8; PAGE_SIZE]),
+}
+
+fn content_name(region: usize) -> String {
+    format!("base.r{region}")
+}
+
+fn leaves_name(region: usize) -> String {
+    format!("base.c{region}")
+}
+
+pub(super) fn place(addr: PageAddr) -> String {
+    format!(
+        "page {} of {}",
+        addr.page,
+        content_name(usize::from(addr.region.0))
+    )
+}
+
+impl<S: Store> Base<S> {
+    /// Opens the files. Those that do not exist are created if `writable`, else they are an error.
+    pub fn open(store: &S, layout: &Layout, writable: bool) -> Result<Self, JournalError> {
+        let mut created = false;
+        let mut open = |name: &str, bytes: u64| -> Result<S::File, JournalError> {
+            let file = match store.open(name, Access::Cached, writable) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound && writable => {
+                    created = true;
+                    store.create(name, Access::Cached)
+                }
+                other => other,
+            }
+            .map_err(|e| match e.kind() {
+                std::io::ErrorKind::NotFound => JournalError::corrupt(name, "the file is missing"),
+                _ => JournalError::io("open", name, e),
+            })?;
+            let len = file.size().map_err(|e| JournalError::io("size", name, e))?;
+            if len != bytes && writable {
+                created = true;
+                file.set_len(bytes)
+                    .and_then(|()| file.sync_data())
+                    .map_err(|e| JournalError::io("extend", name, e))?;
+            } else if len != bytes {
+                let why = format!("it has {len} of {bytes} bytes");
+                return Err(JournalError::corrupt(name, why));
+            }
+            Ok(file)
+        };
+        let mut regions = Vec::new();
+        let mut ram = 0;
+        for (number, region) in layout.regions().iter().enumerate() {
+            let leaf_bytes = u64::from(region.pages) * LEAF_BYTES as u64;
+            regions.push(RegionFiles {
+                content: open(&content_name(number), region.bytes())?,
+                leaves: open(&leaves_name(number), leaf_bytes)?,
+                pages: region.pages,
+                first_leaf: if region.is_ram() { ram } else { 0 },
+            });
+            ram += u64::from(region.pages);
+        }
+        if created {
+            store
+                .sync_dir()
+                .map_err(|e| JournalError::io("sync", "the directory", e))?;
+        }
+        Ok(Self {
+            regions,
+            ram_regions: layout.ram_regions(),
+        })
+    }
+
+    /// Pages of each region.
+    pub fn regions(&self) -> impl Iterator<Item = (RegionId, u32)> + use<S> {
+        let pages: Vec<u32> = self.regions.iter().map(|r| r.pages).collect();
+        pages
+            .into_iter()
+            .enumerate()
+            .map(|(i, pages)| (RegionId(i as u16), pages))
+    }
+
+    fn region(&self, id: RegionId) -> &RegionFiles<S::File> {
+        &self.regions[usize::from(id.0)]
+    }
+
+    fn leaf(&self, addr: PageAddr, page: &[u8; PAGE_SIZE]) -> [u8; LEAF_BYTES] {
+        if is_zero(page) {
+            return NO_LEAF;
+        }
+        let position = self.region(addr.region).first_leaf + u64::from(addr.page);
+        ImageTree::leaf(position as usize, page)
+    }
+
+    fn read_leaves(&self, id: RegionId, range: PageRange) -> Result<Vec<[u8; 32]>, JournalError> {
+        let mut bytes = vec![0; range.len() as usize * LEAF_BYTES];
+        let name = leaves_name(usize::from(id.0));
+        self.region(id)
+            .leaves
+            .read_at(u64::from(range.start) * LEAF_BYTES as u64, &mut bytes)
+            .map_err(|e| JournalError::corrupt(name, format!("it cannot be read: {e}")))?;
+        Ok(bytes.as_chunks().0.to_vec())
+    }
+
+    /// Reads at most [`CHUNK_PAGES`] pages. Content is read only if a leaf says that there is some, or
+    /// `all` is set.
+    pub fn read(&self, id: RegionId, range: PageRange, all: bool) -> Result<Chunk, JournalError> {
+        let leaves = self.read_leaves(id, range)?;
+        let mut content = Vec::new();
+        if all || leaves.iter().any(|leaf| *leaf != NO_LEAF) {
+            content = vec![0; leaves.len() * PAGE_SIZE];
+            let offset = u64::from(range.start) * PAGE_SIZE as u64;
+            let name = content_name(usize::from(id.0));
+            self.region(id)
+                .content
+                .read_at(offset, &mut content)
+                .map_err(|e| {
+                    JournalError::corrupt(name, format!("it cannot be read at {offset}: {e}"))
+                })?;
+        }
+        Ok(Chunk {
+            start: range.start,
+            leaves,
+            content,
+        })
+    }
+
+    /// Judges one page of a chunk of `region`.
+    pub fn judge<'a>(&self, region: RegionId, chunk: &'a Chunk, index: usize) -> Stored<'a> {
+        let leaf = chunk.leaves[index];
+        if leaf == NO_LEAF {
+            return Stored::Zero;
+        }
+        let page: &[u8; PAGE_SIZE] = chunk.content[index * PAGE_SIZE..][..PAGE_SIZE]
+            .try_into()
+            .expect("a slice of one page");
+        let addr = PageAddr {
+            region,
+            page: chunk.start + index as u32,
+        };
+        if self.leaf(addr, page) == leaf {
+            Stored::Page(page)
+        } else {
+            Stored::Damaged(page)
+        }
+    }
+
+    /// Root of the RAM image, from the leaves alone. `None` for a single page, which has no tree.
+    pub fn ram_root(&self) -> Result<Option<ImageRoot>, JournalError> {
+        let zero_page = [0; PAGE_SIZE];
+        let mut leaves: Vec<[u8; LEAF_BYTES]> = Vec::new();
+        for (number, region) in self.regions[..self.ram_regions].iter().enumerate() {
+            let mut start = 0;
+            while start < region.pages {
+                let end = (start + CHUNK_PAGES * 16).min(region.pages);
+                for leaf in self.read_leaves(RegionId(number as u16), PageRange { start, end })? {
+                    let position = leaves.len();
+                    leaves.push(if leaf == NO_LEAF {
+                        ImageTree::leaf(position, &zero_page)
+                    } else {
+                        leaf
+                    });
+                }
+                start = end;
+            }
+        }
+        Ok((leaves.len() >= 2).then(|| ImageTree::from_leaves(&leaves).root()))
+    }
+
+    /// Bytes on the disk.
+    pub fn allocated(&self) -> u64 {
+        self.regions
+            .iter()
+            .flat_map(|r| [&r.content, &r.leaves])
+            .map(|f| f.allocated().unwrap_or(0))
+            .sum()
+    }
+
+    /// Makes everything written durable; returns the number of syncs.
+    pub fn sync(&self) -> Result<u64, JournalError> {
+        for (number, region) in self.regions.iter().enumerate() {
+            let sync = |file: &S::File, name: String| {
+                file.sync_data()
+                    .map_err(|e| JournalError::io("sync", &name, e))
+            };
+            sync(&region.content, content_name(number))?;
+            sync(&region.leaves, leaves_name(number))?;
+        }
+        Ok(self.regions.len() as u64 * 2)
+    }
+
+    fn write(&self, addr: PageAddr, content: &[u8], leaves: &[u8]) -> Result<(), JournalError> {
+        let region = self.region(addr.region);
+        let number = usize::from(addr.region.0);
+        let leaf_at = u64::from(addr.page) * LEAF_BYTES as u64;
+        region
+            .content
+            .write_at(addr.offset(), content)
+            .map_err(|e| JournalError::io("write", &content_name(number), e))?;
+        region
+            .leaves
+            .write_at(leaf_at, leaves)
+            .map_err(|e| JournalError::io("write", &leaves_name(number), e))
+    }
+}
+
+fn is_zero(page: &[u8; PAGE_SIZE]) -> bool {
+    page.as_chunks::<8>().0.iter().all(|word| *word == [0; 8])
+}
+
+/// Changed pages on their way into the base, written in order of their address.
+pub(super) struct Writer<'a, S: Store> {
+    base: &'a Base<S>,
+    cache: BTreeMap<PageAddr, Box<[u8; PAGE_SIZE]>>,
+    /// Do not trust that zero pages need no writing: an earlier fold was interrupted.
+    resumed: bool,
+    pub written: u64,
+    /// Pages whose stored content was needed but is damaged.
+    pub damaged: BTreeSet<PageAddr>,
+}
+
+impl<'a, S: Store> Writer<'a, S> {
+    pub fn new(base: &'a Base<S>, resumed: bool) -> Self {
+        Self {
+            base,
+            cache: BTreeMap::new(),
+            resumed,
+            written: 0,
+            damaged: BTreeSet::new(),
+        }
+    }
+
+    /// The page, to change; `whole` says that all of it will be overwritten.
+    pub fn page(
+        &mut self,
+        addr: PageAddr,
+        whole: bool,
+    ) -> Result<&mut [u8; PAGE_SIZE], JournalError> {
+        if !self.cache.contains_key(&addr) {
+            if self.cache.len() >= CACHE_PAGES {
+                self.flush()?;
+            }
+            let page = if whole {
+                Box::new([0; PAGE_SIZE])
+            } else {
+                self.load(addr)?
+            };
+            self.cache.insert(addr, page);
+        }
+        Ok(self.cache.get_mut(&addr).expect("inserted above"))
+    }
+
+    fn load(&mut self, addr: PageAddr) -> Result<Box<[u8; PAGE_SIZE]>, JournalError> {
+        let range = PageRange {
+            start: addr.page,
+            end: addr.page + 1,
+        };
+        let chunk = self.base.read(addr.region, range, false)?;
+        let page: Box<[u8; PAGE_SIZE]> = match self.base.judge(addr.region, &chunk, 0) {
+            Stored::Zero => Box::new([0; PAGE_SIZE]),
+            Stored::Page(page) => Box::new(*page),
+            Stored::Damaged(page) => {
+                self.damaged.insert(addr);
+                Box::new(*page)
+            }
+        };
+        Ok(page)
+    }
+
+    /// Zeros a range of pages.
+    pub fn zero(&mut self, addr: PageAddr, count: u32) -> Result<(), JournalError> {
+        let end = addr.page + count;
+        let last = PageAddr { page: end, ..addr };
+        let cached: Vec<_> = self.cache.range(addr..last).map(|(a, _)| *a).collect();
+        for addr in cached {
+            self.cache.remove(&addr);
+        }
+        let mut start = addr.page;
+        while start < end {
+            let range = PageRange {
+                start,
+                end: (start + CHUNK_PAGES).min(end),
+            };
+            let leaves = self.base.read_leaves(addr.region, range)?;
+            for (page, leaf) in (range.start..).zip(leaves) {
+                // What was never written stays a hole.
+                if self.resumed || leaf != NO_LEAF {
+                    let addr = PageAddr { page, ..addr };
+                    self.base.write(addr, &[0; PAGE_SIZE], &NO_LEAF)?;
+                    self.written += PAGE_SIZE as u64;
+                }
+            }
+            start = range.end;
+        }
+        Ok(())
+    }
+
+    /// Writes all changed pages, adjacent ones together. Not durable yet.
+    pub fn flush(&mut self) -> Result<(), JournalError> {
+        let mut run: Option<PageAddr> = None;
+        let (mut content, mut leaves) = (Vec::new(), Vec::new());
+        for (addr, page) in std::mem::take(&mut self.cache) {
+            let joins = run.is_some_and(|start| {
+                let pages = (leaves.len() / LEAF_BYTES) as u32;
+                start.region == addr.region
+                    && start.page + pages == addr.page
+                    && pages < CHUNK_PAGES
+            });
+            if let Some(start) = run.filter(|_| !joins) {
+                self.base.write(start, &content, &leaves)?;
+                content.clear();
+                leaves.clear();
+            }
+            if !joins {
+                run = Some(addr);
+            }
+            content.extend_from_slice(&page[..]);
+            leaves.extend_from_slice(&self.base.leaf(addr, &page));
+            self.written += PAGE_SIZE as u64;
+        }
+        if let Some(start) = run {
+            self.base.write(start, &content, &leaves)?;
+        }
+        Ok(())
+    }
+}

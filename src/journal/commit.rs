@@ -1,0 +1,273 @@
+//! Writing: parts, commits.
+//!
+//! ```text
+//!   idle ──write_part 0──> pending ──write_part k──> pending ──commit(last)──> durable point
+//!     ^                       │ abort, raise_generation, part 0 of another epoch
+//!     └───────────────────────┘
+//! ```
+
+use std::collections::BTreeMap;
+
+use super::RecoveryPoint;
+use super::error::JournalError;
+use super::open::Journal;
+use super::recover::{self, read_part};
+use super::segment::{Lane, Loc};
+use super::store::Store;
+use crate::clock::Timestamp;
+use crate::frame::{FrameCheck, PartHeader, PartView};
+use crate::ids::{Epoch, Generation, ImageRoot, JournalId};
+use crate::page::{Layout, RegionId};
+
+/// A frame whose last part has not been committed.
+pub(super) struct Pending {
+    first: PartHeader,
+    check: FrameCheck,
+    parts: Vec<Loc>,
+    /// One past the highest page of each region, to compare with the layout when that is known.
+    extent: BTreeMap<RegionId, u64>,
+}
+
+impl Pending {
+    fn new(first: PartHeader) -> Self {
+        Self {
+            first,
+            check: FrameCheck::new(),
+            parts: Vec::new(),
+            extent: BTreeMap::new(),
+        }
+    }
+
+    fn take(&mut self, view: &PartView<'_>) -> Result<(), JournalError> {
+        self.check.add(view)?;
+        for row in view.rows() {
+            let end = u64::from(row.addr.page) + u64::from(row.count);
+            let known = self.extent.entry(row.addr.region).or_default();
+            *known = end.max(*known);
+        }
+        Ok(())
+    }
+
+    fn fits(&self, layout: &Layout) -> bool {
+        self.extent.iter().all(|(region, end)| {
+            layout
+                .get(*region)
+                .is_some_and(|r| *end <= u64::from(r.pages))
+        })
+    }
+}
+
+impl<S: Store> Journal<S> {
+    /// Writes a part that is not the frame's last. It is verified and its header compared with the
+    /// journal; not durable yet. Part 0 begins a frame and gives up an unfinished one.
+    ///
+    /// After an error other than [`JournalError::Poisoned`] the frame is given up and the history as
+    /// it was.
+    pub fn write_part(&mut self, part: &[u8]) -> Result<(), JournalError> {
+        self.writable("writing a frame")?;
+        let written = self.write_part_inner(part);
+        self.settle(written)
+    }
+
+    fn write_part_inner(&mut self, part: &[u8]) -> Result<(), JournalError> {
+        let view = PartView::verify(part)?;
+        if view.header().last {
+            return Err(order(view.header(), "the last part is given to commit"));
+        }
+        self.admit(&view)?;
+        let loc = self.append(part)?;
+        self.pending.as_mut().expect("admitted").parts.push(loc);
+        Ok(())
+    }
+
+    /// Writes the last part and makes the frame durable with one sync; returns the new point. `now` is
+    /// this host's wall clock.
+    ///
+    /// After [`JournalError::NoSpace`] or a refusal the frame is given up and the history as it was.
+    /// After a failed write or sync the journal is poisoned: whether the frame is durable is known
+    /// only after reopening.
+    pub fn commit(
+        &mut self,
+        last_part: &[u8],
+        now: Timestamp,
+    ) -> Result<RecoveryPoint, JournalError> {
+        self.writable("committing a frame")?;
+        let committed = self.commit_inner(last_part, now);
+        self.settle(committed)
+    }
+
+    fn commit_inner(
+        &mut self,
+        last_part: &[u8],
+        now: Timestamp,
+    ) -> Result<RecoveryPoint, JournalError> {
+        let view = PartView::verify(last_part)?;
+        if !view.header().last {
+            return Err(order(view.header(), "only a last part can be committed"));
+        }
+        self.admit(&view)?;
+        let layout = view.manifest()?.layout;
+        let pending = self.pending.as_ref().expect("admitted");
+        if self.layout.as_ref().is_some_and(|known| *known != layout) {
+            return Err(JournalError::LayoutChanged);
+        }
+        if !pending.fits(&layout) {
+            return Err(order(
+                &pending.first,
+                "it names pages outside its own layout",
+            ));
+        }
+        let loc = self.append(last_part)?;
+        self.segments.sync(Lane::Commit)?;
+
+        // Durable: nothing below can fail.
+        let mut pending = self.pending.take().expect("admitted");
+        pending.parts.push(loc);
+        let footer = pending.check.finish().expect("the last part was taken");
+        if pending.first.prev_epoch == Epoch(0) {
+            // The guest was seeded anew: frames that were left over from a lost history are void.
+            let old = std::mem::take(&mut self.frames);
+            for frame in &old {
+                self.rows.remove_frame(frame.epoch);
+                frame
+                    .parts
+                    .iter()
+                    .for_each(|loc| self.segments.release(*loc));
+            }
+            self.fold = None;
+        }
+        let durable_at = self.frames.last().map_or(now, |f| now.max(f.durable_at));
+        let info = recover::info(&pending.first, &footer, durable_at, pending.parts);
+        self.layout = Some(layout);
+        self.counters.commits += 1;
+        self.counters.frame_bytes += info.bytes;
+        self.rows.put_frame(&info);
+        let point = self.point(&info);
+        self.frames.push(info);
+        self.points.push(point.clone());
+        self.committed_row(now);
+        Ok(point)
+    }
+
+    /// Gives up the unfinished frame, if there is one. What was written of it is void.
+    pub fn abort(&mut self) {
+        if let Some(pending) = self.pending.take() {
+            for loc in pending.parts {
+                self.segments.release(loc);
+            }
+        }
+    }
+
+    /// Reads back part `number` of the unfinished frame.
+    pub fn pending_part(&self, number: u32) -> Result<Vec<u8>, JournalError> {
+        self.usable()?;
+        let loc = self
+            .pending
+            .as_ref()
+            .and_then(|p| p.parts.get(number as usize))
+            .ok_or(JournalError::PartOrder {
+                epoch: self.pending_epoch(),
+                part: number,
+                why: "it was not written",
+            })?;
+        let mut bytes = Vec::new();
+        read_part(&self.segments, *loc, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The epoch of the unfinished frame; 0 if there is none.
+    pub fn pending_epoch(&self) -> Epoch {
+        self.pending.as_ref().map_or(Epoch(0), |p| p.first.epoch)
+    }
+
+    /// Number of parts of the unfinished frame that were written.
+    pub fn pending_parts(&self) -> u32 {
+        self.pending.as_ref().map_or(0, |p| p.parts.len() as u32)
+    }
+
+    /// On an error gives up the frame, and poisons if the disk failed.
+    fn settle<T>(&mut self, result: Result<T, JournalError>) -> Result<T, JournalError> {
+        if let Err(error) = &result {
+            self.abort();
+            if matches!(error, JournalError::NoSpace { .. }) {
+                self.pressed = true;
+            }
+        }
+        self.guard(result)
+    }
+
+    fn append(&mut self, part: &[u8]) -> Result<Loc, JournalError> {
+        self.segments.append(&self.store, Lane::Commit, part)
+    }
+
+    /// Compares a part with the journal and with the parts before it.
+    fn admit(&mut self, view: &PartView<'_>) -> Result<(), JournalError> {
+        let header = view.header();
+        self.check_header(header)?;
+        if header.part == 0 {
+            self.abort();
+            self.highest = self.highest.max(header.epoch);
+            self.pending = Some(Pending::new(header.clone()));
+        }
+        match &mut self.pending {
+            None => Err(order(header, "its frame was not begun")),
+            Some(pending) if pending.first.epoch != header.epoch => {
+                Err(order(header, "another frame is under way"))
+            }
+            Some(pending) => pending.take(view),
+        }
+    }
+
+    fn check_header(&self, header: &PartHeader) -> Result<(), JournalError> {
+        let current: (JournalId, Generation) = (self.super_.journal, self.super_.generation);
+        if header.guest != self.super_.guest {
+            return Err(JournalError::WrongGuest {
+                expected: self.super_.guest.clone(),
+                found: header.guest.clone(),
+            });
+        }
+        if header.journal != current.0 {
+            return Err(JournalError::WrongJournal {
+                expected: current.0,
+                found: header.journal,
+            });
+        }
+        if header.generation < current.1 {
+            return Err(JournalError::Fenced {
+                current: current.1,
+                found: header.generation,
+            });
+        }
+        if header.generation > current.1 {
+            return Err(JournalError::GenerationUnknown {
+                current: current.1,
+                found: header.generation,
+            });
+        }
+        if header.merged {
+            return Err(order(header, "merged frames are made by the journal alone"));
+        }
+        let none = (Epoch(0), ImageRoot([0; 32]));
+        let newest = self.points.last().map_or(none, |p| (p.epoch, p.root));
+        // Epochs at or below the floor would be taken for folded ones.
+        let lowest = newest.0.max(self.super_.floor);
+        if (header.prev_epoch, header.parent_root) != newest || header.epoch <= lowest {
+            return Err(JournalError::WrongParent {
+                epoch: header.epoch,
+                prev_epoch: header.prev_epoch,
+                parent_root: header.parent_root,
+                newest: newest.0,
+                newest_root: newest.1,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn order(header: &PartHeader, why: &'static str) -> JournalError {
+    JournalError::PartOrder {
+        epoch: header.epoch,
+        part: header.part,
+        why,
+    }
+}

@@ -1,0 +1,7 @@
+//! Tests of the whole journal against a naive model: a list of complete images.
+
+mod crash;
+mod dir;
+mod features;
+mod rot;
+mod world;

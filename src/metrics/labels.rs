@@ -1,0 +1,287 @@
+//! The closed sets of label values. `status`, the log and the metrics share these lists, so that
+//! one word means one thing everywhere.
+//!
+//! A label value is always one of these, a guest, a peer or a route of the admin API: never an
+//! error text, an address, a path or a checkpoint number, which have no bound.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::{Deserialize, Serialize};
+
+/// A closed set of label values.
+pub trait Label: Copy + 'static {
+    /// All values, in the order of their declaration.
+    const ALL: &'static [Self];
+    /// The value as it appears in metrics and JSON.
+    fn as_str(self) -> &'static str;
+    /// Position in [`ALL`](Label::ALL).
+    fn index(self) -> usize;
+}
+
+macro_rules! label {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        pub enum $name { $($(#[$vdoc])* #[serde(rename = $text)] $variant,)+ }
+
+        impl Label for $name {
+            const ALL: &'static [Self] = &[$(Self::$variant,)+];
+            fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)+ }
+            }
+            fn index(self) -> usize {
+                self as usize
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(self.as_str())
+            }
+        }
+    };
+}
+
+label!(
+    /// What this site is for a guest.
+    Role {
+        /// It runs the guest, or would if the guest were started.
+        Active = "active",
+        /// It keeps the guest's journal.
+        Standby = "standby",
+        /// Neither: the guest is known here by name only.
+        None = "none",
+    }
+);
+
+label!(
+    /// How well a guest is protected, as this site knows it.
+    GuestState {
+        /// Nobody asked for protection, or no peer is configured.
+        Unprotected = "unprotected",
+        /// The first full copy is under way; there is no recovery point yet.
+        InitialSync = "initial_sync",
+        /// The newest durable checkpoint is younger than the RPO target.
+        Protected = "protected",
+        /// There are recovery points, but the newest is older than the RPO target allows.
+        Degraded = "degraded",
+        /// A common base with the standby is being made again; old recovery points are kept.
+        Resync = "resync",
+        /// The operator paused the replication.
+        Paused = "paused",
+        /// A higher generation exists elsewhere: this site may not run the guest.
+        Fenced = "fenced",
+        /// The guest was failed over to this site.
+        FailedOver = "failed_over",
+        /// The guest does not run.
+        Stopped = "stopped",
+    }
+);
+
+label!(
+    /// What sent bytes were for.
+    SentKind {
+        /// Pages of RAM.
+        Memory = "memory",
+        /// Disk blocks.
+        Disk = "disk",
+        /// vCPUs and devices.
+        Device = "device",
+        /// Headers, indexes and messages that carry no guest content.
+        Control = "control",
+    }
+);
+
+label!(
+    /// How a page was encoded.
+    PageEncoding {
+        /// All zeros: no content sent.
+        Zero = "zero",
+        /// Equal to what the standby has: nothing sent.
+        Same = "same",
+        /// Differences from what the standby has.
+        Delta = "delta",
+        /// All of it.
+        Raw = "raw",
+    }
+);
+
+label!(
+    /// Why a common base with the standby had to be made again.
+    ResyncReason {
+        /// First protection: the standby had nothing.
+        Initial = "initial",
+        /// The guest's process is another one, so its tracking starts anew.
+        GuestRestarted = "guest_restarted",
+        /// Checkpoints on their way were lost with the link.
+        LinkLost = "link_lost",
+        /// The primary's daemon is new to the guest and knows only what the monitor tracked.
+        DaemonRestarted = "daemon_restarted",
+        /// The standby has another journal than the one of the recorded base.
+        JournalChanged = "journal_changed",
+        /// The standby's newest point is not the recorded base.
+        BaseLost = "base_lost",
+        /// The memory images of both sites differ.
+        Mismatch = "mismatch",
+        /// The layout of the guest changed.
+        LayoutChanged = "layout_changed",
+        /// Asked for by the operator.
+        Operator = "operator",
+    }
+);
+
+label!(
+    /// How a checkpoint ended.
+    CheckpointResult {
+        /// Durable at the standby.
+        Acked = "acked",
+        /// Given up before it was complete; its pages are dirty again.
+        Aborted = "aborted",
+        /// It could not be made.
+        Failed = "failed",
+    }
+);
+
+label!(
+    /// Stretches of the life of one checkpoint at the primary.
+    Phase {
+        /// vCPUs stopped, devices drained, state saved, vCPUs running again.
+        Pause = "pause",
+        /// Reading the content of the cut.
+        Harvest = "harvest",
+        /// Making frames of it.
+        Encode = "encode",
+        /// Handing the frames to the link.
+        Send = "send",
+        /// Waiting for the standby's ack.
+        Ack = "ack",
+    }
+);
+
+label!(
+    /// How an attempt to connect to a peer ended.
+    ConnectResult {
+        /// Hello exchanged.
+        Ok = "ok",
+        /// Nothing answered, or the connection broke before hello.
+        Unreachable = "unreachable",
+        /// The TLS handshake failed at either end.
+        Tls = "tls",
+        /// No protocol version in common.
+        Version = "version",
+        /// The peer refused the guest or the site.
+        Refused = "refused",
+    }
+);
+
+label!(
+    /// Why a TLS handshake failed.
+    TlsFailure {
+        /// No certificate, or one of another CA.
+        Untrusted = "untrusted",
+        /// Outside its validity.
+        Expired = "expired",
+        /// Listed in the revocation list.
+        Revoked = "revoked",
+        /// Valid, but names a site that is not configured.
+        WrongIdentity = "wrong_identity",
+        /// The bytes are no TLS 1.3 handshake, or it ended early.
+        Protocol = "protocol",
+    }
+);
+
+label!(
+    /// Operations of the journal that can fail.
+    JournalOp {
+        /// Opening and recovering it.
+        Open = "open",
+        /// Writing a part.
+        Append = "append",
+        /// Making a commit durable.
+        Sync = "sync",
+        /// Reading it back.
+        Read = "read",
+        /// Folding old points into the base image, merging tiers, pruning.
+        Maintain = "maintain",
+        /// The sled catalogue.
+        Catalogue = "catalogue",
+        /// Less free space than the configured floor.
+        Space = "space",
+    }
+);
+
+label!(
+    /// Outcome of a verification.
+    VerifyResult {
+        /// Every byte agrees.
+        Ok = "ok",
+        /// A difference was found.
+        Mismatch = "mismatch",
+        /// It could not be carried out.
+        Error = "error",
+    }
+);
+
+label!(
+    /// Long verbs, which are runs in the admin API.
+    Operation {
+        /// First full copy up to the first recovery point.
+        Protect = "protect",
+        /// Resume of the guest from a recovery point.
+        Failover = "failover",
+        /// Replay of a recovery point with every checksum compared.
+        Verify = "verify",
+        /// Check of all of a journal.
+        JournalCheck = "journal_check",
+        /// The catalogue made anew from the segments.
+        JournalRebuild = "journal_rebuild",
+    }
+);
+
+label!(
+    /// How a long verb ended.
+    OperationResult {
+        /// It did what was asked.
+        Ok = "ok",
+        /// It tried and could not.
+        Failed = "failed",
+        /// A safety check said no; nothing was changed.
+        Refused = "refused",
+    }
+);
+
+/// One metric per value of a label.
+pub(super) struct PerLabel<L, M> {
+    metrics: Vec<M>,
+    label: PhantomData<fn(L)>,
+}
+
+impl<L, M: Clone> Clone for PerLabel<L, M> {
+    fn clone(&self) -> Self {
+        Self {
+            metrics: self.metrics.clone(),
+            label: PhantomData,
+        }
+    }
+}
+
+impl<L: Label, M> PerLabel<L, M> {
+    /// Makes all of them, which also makes them appear in the output.
+    pub(super) fn new(make: impl FnMut(&'static str) -> M) -> Self {
+        Self {
+            metrics: L::ALL.iter().map(|l| l.as_str()).map(make).collect(),
+            label: PhantomData,
+        }
+    }
+
+    /// The one of this value.
+    pub(super) fn get(&self, label: L) -> &M {
+        &self.metrics[label.index()]
+    }
+
+    /// All, in the order of the label's values.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &M> {
+        self.metrics.iter()
+    }
+}

@@ -1,0 +1,175 @@
+//! The life of the role: sessions, and backoff between them.
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::engine::Engine;
+use super::session::{self, Orders, SessionEnd};
+use super::{Command, Meters, Outcome, Phase, PrimaryOptions, PrimaryStatus};
+use crate::clock::Env;
+use crate::guest::{Guest, RunState};
+use crate::ids::{Generation, SiteId};
+use crate::metrics::labels::ConnectResult;
+use crate::page::Layout;
+use crate::retry::Backoff;
+use crate::wire::link::{Dialer, HandshakeFailure};
+
+/// Protects `guest` until it is fenced, drained, or the guest ends. Returns the guest with all
+/// unsettled bits given back.
+pub async fn run<G: Guest, D: Dialer>(
+    env: Env,
+    guest: G,
+    dialer: &D,
+    options: PrimaryOptions,
+    meters: Meters,
+    status: watch::Sender<PrimaryStatus>,
+    commands: mpsc::Receiver<Command>,
+) -> (Outcome, G) {
+    let mut backoff = Backoff::new();
+    let mut engine = Engine::new(env, guest, options, meters, status);
+    let mut orders = Orders {
+        commands,
+        drain_until: None,
+        wanted: Vec::new(),
+    };
+    let outcome = loop {
+        if let Some(state) = guest_end(&mut engine).await {
+            break Outcome::GuestEnded(state);
+        }
+        let end = match timeout(engine.options.handshake_max, dialer.dial()).await {
+            Ok(Ok((tx, rx))) => {
+                let started = Instant::now();
+                let end = session::run(&mut engine, tx, rx, &mut orders).await;
+                // A session that came up was counted then.
+                if !engine.status.borrow().link_up {
+                    engine.meters.peer.connect(match &end {
+                        SessionEnd::Refused(_) | SessionEnd::Fenced { .. } => {
+                            ConnectResult::Refused
+                        }
+                        _ => ConnectResult::Unreachable,
+                    });
+                }
+                if started.elapsed() > engine.options.handshake_max {
+                    backoff.reset();
+                }
+                end
+            }
+            Ok(Err(error)) => {
+                engine.meters.peer.connect(match error.failure() {
+                    HandshakeFailure::Other | HandshakeFailure::Timeout => {
+                        ConnectResult::Unreachable
+                    }
+                    HandshakeFailure::Protocol => ConnectResult::Version,
+                    _ => ConnectResult::Tls,
+                });
+                error.into()
+            }
+            Err(_) => {
+                engine.meters.peer.connect(ConnectResult::Unreachable);
+                SessionEnd::lost("dialing the standby timed out")
+            }
+        };
+        let given_back = engine.give_back().await;
+        let why = match end {
+            SessionEnd::Fenced { generation, site } => break Outcome::Fenced { generation, site },
+            SessionEnd::Drained => break Outcome::Drained,
+            SessionEnd::GuestEnded(state) => break Outcome::GuestEnded(state),
+            SessionEnd::Lost(why) | SessionEnd::Abandoned(why) => why,
+            SessionEnd::Refused(why) => {
+                backoff.slow();
+                why
+            }
+        };
+        if let Err(error) = given_back {
+            break Outcome::GuestEnded(RunState::Failed(error.to_string()));
+        }
+        // A link that stays down says the same again and again: one line is enough.
+        if engine.status.borrow().last_error.as_ref() != Some(&why) {
+            tracing::warn!(guest = %engine.options.guest, why, "no session with the standby");
+        }
+        engine.publish(|s| {
+            s.phase = Phase::Connecting;
+            s.link_up = false;
+            s.backlog_bytes = 0;
+            s.progress = None;
+            s.blocked_on = Some(format!("the link: {why}"));
+            s.last_error = Some(why);
+        });
+        if pause(&mut orders, backoff.next()).await {
+            break Outcome::Drained;
+        }
+    };
+    engine.publish(|s| {
+        s.link_up = false;
+        s.phase = Phase::Connecting;
+    });
+    (outcome, engine.guest)
+}
+
+/// What the other site says of a guest that is to be started here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ownership {
+    /// No higher generation exists there.
+    Ours,
+    /// It was failed over.
+    Fenced {
+        /// The higher generation.
+        generation: Generation,
+        /// Who holds it.
+        site: SiteId,
+    },
+    /// It cannot be asked, and why.
+    Unknown(String),
+}
+
+/// Asks the standby whether the guest still belongs to us, before it is started.
+pub async fn ask_owner(
+    env: &Env,
+    dialer: &impl Dialer,
+    options: &PrimaryOptions,
+    layout: &Layout,
+    machine: &[u8],
+) -> Ownership {
+    match session::inquire(env, dialer, options, layout, machine).await {
+        Ok(_) => Ownership::Ours,
+        Err(SessionEnd::Fenced { generation, site }) => Ownership::Fenced { generation, site },
+        Err(SessionEnd::Lost(why) | SessionEnd::Refused(why) | SessionEnd::Abandoned(why)) => {
+            Ownership::Unknown(why)
+        }
+        Err(SessionEnd::Drained | SessionEnd::GuestEnded(_)) => {
+            Ownership::Unknown("the inquiry ended early".into())
+        }
+    }
+}
+
+/// The state of a guest that ended; `None` while it lives.
+async fn guest_end<G: Guest>(engine: &mut Engine<G>) -> Option<RunState> {
+    match engine.guest.state().await {
+        Ok(RunState::Running | RunState::Paused) => None,
+        Ok(state) => Some(state),
+        Err(error) => Some(RunState::Failed(error.to_string())),
+    }
+}
+
+/// Waits before the next dial; true if the role was asked to end.
+async fn pause(orders: &mut Orders, wait: std::time::Duration) -> bool {
+    let until = Instant::now() + wait;
+    loop {
+        if orders.drain_until.is_some() {
+            return true;
+        }
+        tokio::select! {
+            biased;
+            command = orders.commands.recv() => match command {
+                Some(Command::Drain(_)) => return true,
+                Some(Command::Checkpoint(reply)) => orders.wanted.push(reply),
+                // Nobody can give orders any more; protection goes on.
+                None => {
+                    sleep(until.saturating_duration_since(Instant::now())).await;
+                    return false;
+                }
+            },
+            () = tokio::time::sleep_until(until) => return false,
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! State of the primary role that outlives a link session: the guest, the encoder, what is in flight.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::pacing::Pacing;
+use super::plan::{Memory, Plan, plan};
+use super::{Acked, Meters, PrimaryOptions, PrimaryStatus};
+use crate::bitmap::PageSet;
+use crate::clock::{Env, Timestamp};
+use crate::frame::{EncodeOptions, Encoder};
+use crate::guest::{Base, CutId, Guest, GuestError};
+use crate::ids::{Epoch, ImageRoot, JournalId};
+use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase};
+use crate::wire::message::Opened;
+
+/// A checkpoint on its way.
+pub(super) struct InFlight {
+    pub epoch: Epoch,
+    /// Everything up to this cut is settled when the checkpoint is durable.
+    pub cut: CutId,
+    pub root: ImageRoot,
+    /// What it carries: their shadows are void if it is lost.
+    pub pages: PageSet,
+    pub captured_at: Timestamp,
+    pub cut_at: Instant,
+}
+
+/// See the module.
+pub(super) struct Engine<G> {
+    pub env: Env,
+    pub guest: G,
+    pub options: PrimaryOptions,
+    pub meters: Meters,
+    pub status: watch::Sender<PrimaryStatus>,
+    /// Behind a lock because encoding runs on blocking threads, which finish what they began even
+    /// when the session that started it is gone.
+    encoder: Arc<Mutex<Encoder>>,
+    /// The encoder's image covers all of RAM.
+    pub image_known: bool,
+    /// A frame was begun and not finished.
+    pub frame_open: bool,
+    pub base: Option<Base>,
+    pub last_epoch: Epoch,
+    pub inflight: VecDeque<InFlight>,
+    /// Newest checkpoint known to be durable, with our root of it.
+    known: Option<(Epoch, ImageRoot)>,
+    /// A full copy was ordered, and why.
+    pub repair: Option<String>,
+    /// Many pages may be dirty: copy fuzzily before the next cut.
+    pub round_first: bool,
+    pub pacing: Pacing,
+}
+
+impl<G: Guest> Engine<G> {
+    pub fn new(
+        env: Env,
+        guest: G,
+        options: PrimaryOptions,
+        meters: Meters,
+        status: watch::Sender<PrimaryStatus>,
+    ) -> Self {
+        let encode = EncodeOptions {
+            codec: options.codec,
+            shadow: options.shadow,
+            ..EncodeOptions::default()
+        };
+        let layout = &guest.info().layout;
+        let encoder = Encoder::new(layout.clone(), encode).unwrap_or_else(|error| {
+            tracing::warn!(guest = %options.guest, %error, "no shadow copy: changes are sent as whole pages");
+            let encode = EncodeOptions { shadow: false, ..encode };
+            Encoder::new(layout.clone(), encode).expect("without a shadow nothing can fail")
+        });
+        let base = guest.info().base;
+        let pacing = Pacing::new(
+            options.rpo_target,
+            options.interval_min,
+            options.interval_max,
+        );
+        Self {
+            env,
+            guest,
+            meters,
+            status,
+            encoder: Arc::new(Mutex::new(encoder)),
+            image_known: false,
+            frame_open: false,
+            base,
+            last_epoch: base.map_or(Epoch(0), |b| b.epoch),
+            inflight: VecDeque::new(),
+            known: None,
+            repair: None,
+            round_first: true,
+            pacing,
+            options,
+        }
+    }
+
+    /// The encoder, to use on a blocking thread.
+    pub fn encoder(&self) -> Arc<Mutex<Encoder>> {
+        self.encoder.clone()
+    }
+
+    /// Changes the published status.
+    pub fn publish(&self, change: impl FnOnce(&mut PrimaryStatus)) {
+        self.status.send_modify(change);
+    }
+
+    /// Compares what the standby has with what we remember, settles what turned out durable, makes
+    /// the rest dirty again, and says how to go on.
+    pub async fn adopt(&mut self, opened: &Opened) -> Result<Plan, GuestError> {
+        let newest_sent = self
+            .inflight
+            .back()
+            .map(|f| f.epoch)
+            .or(self.known.map(|k| k.0));
+        if let Some(newest) = &opened.newest {
+            let ours = self
+                .inflight
+                .iter()
+                .find(|f| f.epoch == newest.epoch)
+                .map(|f| f.root)
+                .or(self.known.filter(|k| k.0 == newest.epoch).map(|k| k.1));
+            if ours.is_some_and(|root| root != newest.root) {
+                self.repair = Some(format!(
+                    "the standby's image of #{} differs from ours",
+                    newest.epoch
+                ));
+            } else if self.inflight.iter().any(|f| f.epoch == newest.epoch) {
+                self.durable(opened.journal, newest.epoch).await?;
+            }
+        }
+        let plan = plan(
+            opened,
+            Memory {
+                base: self.base,
+                newest_sent,
+                image_known: self.image_known,
+                repair: self.repair.as_deref(),
+            },
+        );
+        self.give_back().await?;
+        self.last_epoch = self.last_epoch.max(opened.highest_epoch);
+        Ok(plan)
+    }
+
+    /// All checkpoints up to `epoch` are durable in `journal`.
+    pub async fn durable(&mut self, journal: JournalId, epoch: Epoch) -> Result<(), GuestError> {
+        while self.inflight.front().is_some_and(|f| f.epoch <= epoch) {
+            let done = self.inflight.pop_front().expect("the front was just seen");
+            let base = Base {
+                journal,
+                generation: self.options.generation,
+                epoch: done.epoch,
+            };
+            self.guest.settle(done.cut, base).await?;
+            self.base = Some(base);
+            self.known = Some((done.epoch, done.root));
+            let latency = done.cut_at.elapsed();
+            self.pacing.durable_after(latency);
+            self.meters.guest.acked(done.captured_at);
+            self.meters.guest.phase(MetricPhase::Ack, latency);
+            self.meters.guest.checkpoint(CheckpointResult::Acked);
+            self.meters.guest.set_inflight(self.inflight.len());
+            let acked = Acked {
+                epoch: done.epoch,
+                captured_at: done.captured_at,
+            };
+            let inflight = self.inflight.len();
+            self.publish(|s| {
+                s.acked = Some(acked);
+                s.inflight = inflight;
+            });
+        }
+        Ok(())
+    }
+
+    /// Our root of a checkpoint in flight.
+    pub fn root_of(&self, epoch: Epoch) -> Option<ImageRoot> {
+        self.inflight
+            .iter()
+            .find(|f| f.epoch == epoch)
+            .map(|f| f.root)
+    }
+
+    /// Ends what is unfinished: nothing is in flight afterwards, every unsettled bit is dirty again,
+    /// and no shadow claims content that the standby may not have.
+    pub async fn give_back(&mut self) -> Result<(), GuestError> {
+        if self.frame_open || !self.inflight.is_empty() {
+            let lost: Vec<PageSet> = self.inflight.drain(..).map(|f| f.pages).collect();
+            let (encoder, open) = (self.encoder(), std::mem::take(&mut self.frame_open));
+            self.env
+                .offload(move || {
+                    let mut encoder = lock(&encoder);
+                    if open {
+                        encoder.abandon();
+                    }
+                    lost.iter().for_each(|pages| encoder.invalidate(pages));
+                })
+                .await;
+            self.round_first = true;
+            self.meters.guest.checkpoint(CheckpointResult::Aborted);
+            self.meters.guest.set_inflight(0);
+            self.publish(|s| s.inflight = 0);
+        }
+        self.guest.give_back().await
+    }
+}
+
+/// Locks the encoder. A panic of an earlier holder was passed on already.
+pub(super) fn lock(encoder: &Mutex<Encoder>) -> MutexGuard<'_, Encoder> {
+    encoder.lock().unwrap_or_else(PoisonError::into_inner)
+}

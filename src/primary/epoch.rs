@@ -1,0 +1,372 @@
+//! One checkpoint: fuzzy rounds if much is dirty, then the cut, encoded and queued as it is read.
+//!
+//! ```text
+//!   first of a session, full    round(All), ship all        ─┐
+//!   first of a session, audit   round(All), ship dirty       ├─▶ round(Dirty)* ─▶ cut ─▶ finish
+//!   much is dirty               round(Dirty)                 │   while it shrinks
+//!   else                        ─────────────────────────────┘
+//! ```
+//!
+//! An audit round hands out pages that are *not* shipped, as they are at some moment of the round. One
+//! that changed after its bit was harvested is not what the standby has; it is dirty again and comes
+//! once more in a later round or the cut, where the encoder ships it whole (see `frame::encode`).
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::engine::{Engine, InFlight, lock};
+use super::plan::{Plan, SyncPath};
+use super::queue::SendQueue;
+use super::session::{Event, SessionEnd};
+use super::{Phase, Progress};
+use crate::bitmap::PageSet;
+use crate::frame::{EncodeStats, FrameStart, Manifest};
+use crate::guest::{Chunk, Contents, Guest, GuestError};
+use crate::ids::{Epoch, ImageRoot, JournalId};
+use crate::metrics::GuestMetrics;
+use crate::metrics::labels::{
+    CheckpointResult, PageEncoding, Phase as MetricPhase, SentKind, VerifyResult,
+};
+use crate::page::PAGE_SIZE;
+use crate::wire::message::ToStandby;
+
+/// Fuzzy rounds before a cut is made whatever is dirty.
+const ROUNDS_MAX: u32 = 6;
+
+/// A round is followed by another while the dirty set shrinks to this share of the last one.
+const ROUND_SHRINKS: f64 = 0.7;
+
+/// Where the next frame hangs on.
+#[derive(Clone, Copy)]
+pub(super) struct Head {
+    pub journal: JournalId,
+    pub epoch: Epoch,
+    pub root: ImageRoot,
+}
+
+/// The session's side of building frames.
+pub(super) struct Builder<'a, G> {
+    pub engine: &'a mut Engine<G>,
+    pub queue: &'a SendQueue,
+    pub events: mpsc::Receiver<Event>,
+    pub head: Head,
+    /// What the first frame of the session has to do; `None` afterwards.
+    pub first: Option<Plan>,
+}
+
+/// Whether content of the running guest or of a cut is taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Taking {
+    /// Waits for the link; nobody is held.
+    Round,
+    /// Never waits: the guest may wait for us.
+    Cut,
+}
+
+impl<G: Guest> Builder<'_, G> {
+    /// Makes the next checkpoint and queues it. `Ok(false)`: given back, to be tried again.
+    pub async fn build(&mut self) -> Result<bool, SessionEnd> {
+        let plan = self.first.clone();
+        let full = plan.as_ref().is_some_and(|p| p.path == SyncPath::Full);
+        let audit = plan.as_ref().is_some_and(|p| p.audit);
+        let epoch = self.begin(full).await;
+
+        let mut pages = PageSet::new(&self.engine.guest.info().layout);
+        let everything = full || audit;
+        if everything || self.engine.round_first {
+            self.rounds(everything, full, &mut pages).await?;
+        }
+
+        let started = Instant::now();
+        let cut = self.engine.guest.cut(self.engine.options.strategy).await?;
+        self.engine.meters.guest.pause(cut.pause);
+        let dirty = cut.dirty.count();
+        self.engine.meters.guest.dirty(dirty * PAGE_SIZE as u64);
+        self.engine.round_first = dirty > self.engine.options.round_pages;
+        if dirty as usize * PAGE_SIZE > self.queue.free() {
+            self.give_back_cut(dirty).await?;
+            return Ok(false);
+        }
+        pages.union(&cut.dirty);
+        let reading = Instant::now();
+        self.take(Taking::Cut, None, 0).await?;
+        self.engine
+            .meters
+            .guest
+            .phase(MetricPhase::Encode, reading.elapsed());
+
+        let info = self.engine.guest.info();
+        let manifest = Manifest {
+            layout: info.layout.clone(),
+            machine: info.machine.clone(),
+            device_state: cut.device_state.to_bytes(),
+        };
+        let encoder = self.engine.encoder();
+        let (captured_at, pause) = (cut.captured_at, cut.pause);
+        let finished = self
+            .engine
+            .env
+            .offload(move || lock(&encoder).finish(&manifest, captured_at, pause))
+            .await
+            .map_err(|error| SessionEnd::Lost(error.to_string()))?;
+        self.engine.frame_open = false;
+        self.engine.image_known = true;
+        self.engine.repair = None;
+        self.first = None;
+        count(&self.engine.meters.guest, &finished.stats);
+        finished
+            .parts
+            .into_iter()
+            .for_each(|part| self.queue.push(ToStandby::Part(part)));
+        self.head = Head {
+            epoch,
+            root: finished.root,
+            ..self.head
+        };
+        self.engine.inflight.push_back(InFlight {
+            epoch,
+            cut: cut.id,
+            root: finished.root,
+            pages,
+            captured_at: cut.captured_at,
+            cut_at: started,
+        });
+        let (inflight, backlog) = (self.engine.inflight.len(), self.queue.bytes() as u64);
+        self.engine.meters.guest.set_inflight(inflight);
+        self.engine.meters.guest.set_backlog(backlog);
+        self.engine.publish(|s| {
+            s.inflight = inflight;
+            s.backlog_bytes = backlog;
+            s.progress = None;
+            s.blocked_on = None;
+        });
+        Ok(true)
+    }
+
+    /// Opens a frame in the encoder.
+    async fn begin(&mut self, full: bool) -> Epoch {
+        let epoch = self.engine.last_epoch.next();
+        self.engine.last_epoch = epoch;
+        let start = FrameStart {
+            guest: self.engine.options.guest.clone(),
+            journal: self.head.journal,
+            generation: self.engine.options.generation,
+            epoch,
+            prev_epoch: self.head.epoch,
+            parent_root: self.head.root,
+            full,
+        };
+        let encoder = self.engine.encoder();
+        self.engine.frame_open = true;
+        self.engine
+            .env
+            .offload(move || lock(&encoder).begin(start))
+            .await;
+        epoch
+    }
+
+    /// Fuzzy rounds until little is dirty or it stops shrinking.
+    async fn rounds(
+        &mut self,
+        everything: bool,
+        full: bool,
+        pages: &mut PageSet,
+    ) -> Result<(), SessionEnd> {
+        let mut contents = if everything {
+            Contents::All
+        } else {
+            Contents::Dirty
+        };
+        let mut before = u64::MAX;
+        for _ in 0..ROUNDS_MAX {
+            let round = self.engine.guest.round(contents).await?;
+            let dirty = round.dirty.count();
+            let all = contents == Contents::All;
+            if full && all {
+                pages.union(&PageSet::full(&self.engine.guest.info().layout));
+            } else {
+                pages.union(&round.dirty);
+            }
+            let total = if all {
+                self.engine.guest.info().layout.pages()
+            } else {
+                dirty
+            };
+            let ship = (all && !full).then_some(round.dirty);
+            self.take(Taking::Round, ship, total).await?;
+            let next_is_likely_small = !all
+                && (dirty <= self.engine.options.round_pages
+                    || dirty as f64 > before as f64 * ROUND_SHRINKS);
+            if next_is_likely_small {
+                break;
+            }
+            if !all {
+                before = dirty;
+            }
+            contents = Contents::Dirty;
+        }
+        // The content of the cut has to fit into memory at once: let the link take the rounds first.
+        self.wait_for_room(self.engine.options.max_backlog).await
+    }
+
+    /// Takes all content of a round or cut, encodes and queues it.
+    async fn take(
+        &mut self,
+        taking: Taking,
+        ship: Option<PageSet>,
+        total: u64,
+    ) -> Result<(), SessionEnd> {
+        let ship = ship.map(std::sync::Arc::new);
+        let mut done = 0u64;
+        loop {
+            if taking == Taking::Round {
+                self.wait_for_room(1).await?;
+            }
+            let Some(chunk) = self.engine.guest.next_chunk().await? else {
+                return Ok(());
+            };
+            done += chunk.pages.len() as u64;
+            let parts = self.push(chunk, ship.clone()).await;
+            parts
+                .into_iter()
+                .for_each(|part| self.queue.push(ToStandby::Part(part)));
+            if taking == Taking::Round {
+                let backlog = self.queue.bytes() as u64;
+                let progress = Progress {
+                    pages_done: done,
+                    pages_total: total.max(done),
+                };
+                self.engine.publish(|s| {
+                    s.backlog_bytes = backlog;
+                    s.progress = (s.phase != Phase::Protected).then_some(progress);
+                });
+            }
+            while let Ok(event) = self.events.try_recv() {
+                self.apply(event).await?;
+            }
+        }
+    }
+
+    async fn push(&mut self, chunk: Chunk, ship: Option<std::sync::Arc<PageSet>>) -> Vec<Vec<u8>> {
+        let encoder = self.engine.encoder();
+        self.engine
+            .env
+            .offload(move || lock(&encoder).push(&chunk, ship.as_deref()))
+            .await
+    }
+
+    /// Waits until the link took enough, applying what the standby says meanwhile.
+    pub async fn wait_for_room(&mut self, bytes: usize) -> Result<(), SessionEnd> {
+        loop {
+            tokio::select! {
+                biased;
+                event = self.events.recv() => {
+                    let event = event.ok_or_else(|| SessionEnd::lost("the link's reader ended"))?;
+                    self.apply(event).await?;
+                }
+                () = self.queue.wait_for_room(bytes) => return Ok(()),
+            }
+        }
+    }
+
+    /// The cut does not fit into the memory that is free: the guest keeps its bits and runs on.
+    async fn give_back_cut(&mut self, dirty: u64) -> Result<(), SessionEnd> {
+        let (need, free) = (dirty as usize * PAGE_SIZE, self.queue.free());
+        let max = self.engine.options.max_backlog;
+        let text = if need > max {
+            format!(
+                "{} MiB change between two cuts, more than max_backlog ({} MiB): raise it, or give the link more",
+                need >> 20,
+                max >> 20
+            )
+        } else {
+            format!(
+                "the link: {} MiB of changes wait for {} MiB of room",
+                need >> 20,
+                free >> 20
+            )
+        };
+        self.void(text).await
+    }
+
+    /// The open frame is void. Frames in flight are complete in the queue and stay; all bits come
+    /// back, also theirs, which is harmless: those pages are sent once more.
+    pub async fn void(&mut self, why: String) -> Result<(), SessionEnd> {
+        self.queue.push(ToStandby::Abandon {
+            epoch: self.engine.last_epoch,
+        });
+        let encoder = self.engine.encoder();
+        self.engine.frame_open = false;
+        self.engine
+            .env
+            .offload(move || lock(&encoder).abandon())
+            .await;
+        self.engine.guest.give_back().await?;
+        self.engine.round_first = true;
+        self.engine
+            .meters
+            .guest
+            .checkpoint(CheckpointResult::Aborted);
+        self.engine.publish(|s| s.blocked_on = Some(why));
+        Ok(())
+    }
+
+    /// Applies one message of the standby.
+    pub async fn apply(&mut self, event: Event) -> Result<(), SessionEnd> {
+        match event {
+            Event::Ack { epoch, root } => {
+                let ours = self.engine.root_of(epoch);
+                if ours.is_some_and(|ours| ours != root) {
+                    self.engine.repair = Some(format!(
+                        "the standby acknowledged #{epoch} with another image root"
+                    ));
+                    return Err(SessionEnd::lost("image roots differ: a full copy follows"));
+                }
+                self.engine.durable(self.head.journal, epoch).await?;
+                let phase = self.engine.status.borrow().phase;
+                if phase != Phase::Protected {
+                    self.engine.publish(|s| s.phase = Phase::Protected);
+                }
+                Ok(())
+            }
+            Event::Mismatch { epoch } => {
+                let now = self.engine.env.now();
+                self.engine
+                    .meters
+                    .guest
+                    .verification(VerifyResult::Mismatch, now);
+                self.engine.repair = Some(format!(
+                    "the standby's image root of #{epoch} differed from ours"
+                ));
+                Err(SessionEnd::lost("image roots differ: a full copy follows"))
+            }
+            Event::End(end) => Err(end),
+        }
+    }
+}
+
+/// Counts what became of a checkpoint's pages.
+fn count(metrics: &GuestMetrics, stats: &EncodeStats) {
+    metrics.pages(PageEncoding::Zero, stats.zero);
+    metrics.pages(PageEncoding::Same, stats.same);
+    metrics.pages(PageEncoding::Delta, stats.delta);
+    metrics.pages(PageEncoding::Raw, stats.raw);
+    metrics.sent(SentKind::Memory, stats.encoded_bytes, stats.raw_bytes);
+}
+
+impl From<GuestError> for SessionEnd {
+    fn from(error: GuestError) -> Self {
+        match error {
+            GuestError::Abandoned(why) => SessionEnd::Abandoned(why),
+            GuestError::State(state) => SessionEnd::GuestEnded(state),
+            GuestError::Gone(why) | GuestError::Failed(why) => {
+                SessionEnd::GuestEnded(crate::guest::RunState::Failed(why))
+            }
+        }
+    }
+}
+
+/// Time that the next cut waits at least after one was given back.
+pub(super) const RETRY_AFTER: Duration = Duration::from_millis(200);

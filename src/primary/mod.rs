@@ -1,0 +1,169 @@
+//! The primary role: makes checkpoints of one guest and gets them durable at the standby.
+//!
+//! ```text
+//!             ┌────────────── one link session ───────────────────────────────┐
+//!  dial ─▶ Hello ─▶ Open ─▶ Opened ─▶ plan ─▶ [round]* ─▶ cut ─▶ encode ─▶ ship ─▶ await ack
+//!   ▲                                  resume   fuzzy      ▲  pause only here        │
+//!   │                                  delta               └──── pacing ◀── settle ◀─┘
+//!   │                                  full
+//!   └── backoff ◀── link lost: open cut ended, unsettled bits dirty again, shadow forgotten for them
+//!
+//!  ends with: Fenced (a higher generation exists) | Drained (asked to) | GuestEnded
+//! ```
+//!
+//! Invariants:
+//! * A harvested bit is settled by a durable ack or given back; every path out of a session does one
+//!   of the two.
+//! * The shadow of a page is used only if the standby has (or will have, if all frames in flight
+//!   become durable) exactly that content. Frames that are lost take their pages' shadows with them.
+//! * Nothing here waits while the guest is held: content of a *cut* is always taken at once into
+//!   memory that was free before (`max_backlog`), or the cut is given back. Only fuzzy rounds wait
+//!   for the link, and they hold nobody up.
+//! * The link's speed limits how often checkpoints are made, never the guest.
+//!
+//! Not here: who may own the guest and stopping it (daemon), TLS (transport), the journal (standby).
+
+mod driver;
+mod engine;
+mod epoch;
+mod pacing;
+mod plan;
+mod queue;
+mod session;
+
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::clock::Timestamp;
+use crate::frame::Codec;
+use crate::guest::{CutStrategy, RunState};
+use crate::ids::{Epoch, Generation, GuestId, SiteId};
+use crate::metrics::{GuestMetrics, PeerMetrics};
+
+pub use driver::{Ownership, ask_owner, run};
+pub use plan::SyncPath;
+
+/// How one guest is protected.
+#[derive(Debug, Clone)]
+pub struct PrimaryOptions {
+    /// The guest.
+    pub guest: GuestId,
+    /// This site, as its certificate names it.
+    pub site: SiteId,
+    /// Our owner's number.
+    pub generation: Generation,
+    /// Acceptable loss; pacing keeps the exposure below it.
+    pub rpo_target: Duration,
+    /// Shortest time between two cuts.
+    pub interval_min: Duration,
+    /// Longest time between two cuts.
+    pub interval_max: Duration,
+    /// How to cut.
+    pub strategy: CutStrategy,
+    /// Compression of batches.
+    pub codec: Codec,
+    /// Keep a copy of the guest's RAM to encode differences against.
+    pub shadow: bool,
+    /// Most encoded bytes that wait for the link, and most bytes of a cut (1 MiB or more).
+    pub max_backlog: usize,
+    /// Most checkpoints on their way at once.
+    pub max_inflight: usize,
+    /// Dirty pages above which a fuzzy round goes before the cut.
+    pub round_pages: u64,
+    /// The standby's site, as its certificate names it.
+    pub peer: SiteId,
+    /// Time for dialing, and again for the handshake. (A session's dead peer is found by the
+    /// transport.)
+    pub handshake_max: Duration,
+}
+
+/// What the role counts.
+#[derive(Clone)]
+pub struct Meters {
+    /// Of the guest.
+    pub guest: GuestMetrics,
+    /// Of the site that it is replicated to.
+    pub peer: PeerMetrics,
+}
+
+/// What somebody asks of a running primary role.
+#[derive(Debug)]
+pub enum Command {
+    /// Make no more checkpoints, wait (at most this long) for those on their way, and end.
+    Drain(Duration),
+    /// Make a checkpoint now; answered with its epoch once it is durable, or dropped when the link
+    /// is lost first.
+    Checkpoint(oneshot::Sender<Epoch>),
+}
+
+/// Why the role ended. The guest runs on unless it says otherwise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The other site holds a higher generation: this site is no longer the owner.
+    Fenced {
+        /// The higher generation.
+        generation: Generation,
+        /// Who holds it.
+        site: SiteId,
+    },
+    /// It was asked to end.
+    Drained,
+    /// The guest stopped, failed, or its process is gone.
+    GuestEnded(RunState),
+}
+
+/// What the role is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Phase {
+    /// No session: dialing or waiting to dial.
+    #[default]
+    Connecting,
+    /// First copy under way; no recovery point yet.
+    InitialSync,
+    /// Re-establishing a common base after a loss; older points exist.
+    Resync,
+    /// Checkpoints flow.
+    Protected,
+}
+
+/// A durable checkpoint as the primary knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Acked {
+    /// Its number.
+    pub epoch: Epoch,
+    /// The instant it shows.
+    pub captured_at: Timestamp,
+}
+
+/// Progress of a first copy or resync.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Pages read so far.
+    pub pages_done: u64,
+    /// Pages to read in this round.
+    pub pages_total: u64,
+}
+
+/// Snapshot of the role for status and metrics; replaced as a whole.
+#[derive(Debug, Clone, Default)]
+pub struct PrimaryStatus {
+    /// What it is doing.
+    pub phase: Phase,
+    /// A session is up (Hello and Open were answered).
+    pub link_up: bool,
+    /// Why the last session ended, or why none can be made.
+    pub last_error: Option<String>,
+    /// How the current (or last) session found its base, and why so.
+    pub path: Option<(SyncPath, String)>,
+    /// Newest durable checkpoint.
+    pub acked: Option<Acked>,
+    /// Checkpoints on their way.
+    pub inflight: usize,
+    /// Encoded bytes not yet handed to the link.
+    pub backlog_bytes: u64,
+    /// Of the copy under way.
+    pub progress: Option<Progress>,
+    /// What it waits for, in words; `None` when it waits for nothing but the next interval.
+    pub blocked_on: Option<String>,
+}

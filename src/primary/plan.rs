@@ -1,0 +1,203 @@
+//! How a new session goes on: what the standby has, what the guest tracked, what we remember.
+//!
+//! ```text
+//!   standby has no point ........................................ full
+//!   guest tracks no base (it was started anew, or never settled)  full
+//!   the base lies in another journal ............................ full
+//!   the standby is behind the base (it lost acked points) ....... full
+//!   a repair was ordered (roots differed) ....................... full
+//!   checkpoints on their way did not all arrive ................. delta
+//!   the standby is ahead of what we know (our ack was lost) ..... delta
+//!   we do not know the image (this process is new) .............. delta, with an audit
+//!   else ........................................................ resume
+//! ```
+//!
+//! An *audit* reads all RAM and disks, ships only what is dirty, and so proves by the image root that
+//! the standby has everything else.
+
+use serde::{Deserialize, Serialize};
+
+use crate::guest::Base;
+use crate::ids::Epoch;
+use crate::metrics::labels::ResyncReason;
+use crate::wire::message::Opened;
+
+/// How a session found its base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SyncPath {
+    /// Nothing was lost: the next checkpoint follows the last one.
+    Resume,
+    /// What changed since the standby's newest point is sent.
+    Delta,
+    /// Everything is sent.
+    Full,
+}
+
+impl SyncPath {
+    /// The word for metrics and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Resume => "resume",
+            Self::Delta => "delta",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// What this process remembers of earlier sessions.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Memory<'a> {
+    /// What the guest's tracked changes are since.
+    pub base: Option<Base>,
+    /// Last checkpoint of ours that may have become durable, and whether it is the newest we sent.
+    pub newest_sent: Option<Epoch>,
+    /// The encoder's image tree is complete.
+    pub image_known: bool,
+    /// A full copy was ordered, and why.
+    pub repair: Option<&'a str>,
+}
+
+/// The decision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Plan {
+    pub path: SyncPath,
+    pub reason: String,
+    /// Read everything in the first frame.
+    pub audit: bool,
+    /// What to count it as; `None` when nothing has to be made again.
+    pub resync: Option<ResyncReason>,
+}
+
+pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
+    use ResyncReason as Why;
+    let full = |why: Why, reason: String| Plan {
+        path: SyncPath::Full,
+        reason,
+        audit: true,
+        resync: Some(why),
+    };
+    if let Some(reason) = memory.repair {
+        return full(Why::Mismatch, reason.to_owned());
+    }
+    let Some(newest) = &opened.newest else {
+        return full(
+            Why::Initial,
+            "the standby has no recovery point of this guest".into(),
+        );
+    };
+    let Some(base) = memory.base else {
+        let reason = "this run of the guest has no durable checkpoint yet";
+        return full(Why::GuestRestarted, reason.into());
+    };
+    if base.journal != opened.journal {
+        let reason = "the standby's journal is not the one that holds the last checkpoint";
+        return full(Why::JournalChanged, reason.into());
+    }
+    if newest.epoch < base.epoch {
+        let reason = format!(
+            "the standby lost checkpoints that it had acknowledged: it has #{}, we settled #{}",
+            newest.epoch, base.epoch
+        );
+        return full(Why::BaseLost, reason);
+    }
+    let delta = |why: Why, reason: &str| Plan {
+        path: SyncPath::Delta,
+        reason: reason.into(),
+        audit: !memory.image_known,
+        resync: Some(why),
+    };
+    if !memory.image_known {
+        let reason =
+            "this daemon is new to the guest: tracked changes are sent, the rest is audited";
+        return delta(Why::DaemonRestarted, reason);
+    }
+    match memory.newest_sent {
+        Some(sent) if sent == newest.epoch => Plan {
+            path: SyncPath::Resume,
+            reason: "all checkpoints sent are durable".into(),
+            audit: false,
+            resync: None,
+        },
+        Some(_) => delta(Why::LinkLost, "checkpoints were lost on their way"),
+        None => delta(
+            Why::LinkLost,
+            "the standby has a checkpoint whose ack we did not see",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Timestamp;
+    use crate::ids::{Generation, ImageRoot, JournalId};
+    use crate::wire::message::Newest;
+
+    #[test]
+    fn every_row_of_the_table() {
+        let journal = JournalId([1; 16]);
+        let base = |epoch| {
+            Some(Base {
+                journal,
+                generation: Generation(1),
+                epoch: Epoch(epoch),
+            })
+        };
+        let other = Some(Base {
+            journal: JournalId([2; 16]),
+            ..base(5).unwrap()
+        });
+        use SyncPath::{Delta, Full, Resume};
+        // standby's newest, base, newest sent, image known, repair -> path, audit
+        let cases = [
+            (None, base(5), Some(5), true, None, Full, true),
+            (Some(5), None, None, false, None, Full, true),
+            (Some(5), other, Some(5), true, None, Full, true),
+            (Some(4), base(5), Some(5), true, None, Full, true),
+            (
+                Some(5),
+                base(5),
+                Some(5),
+                true,
+                Some("roots differ"),
+                Full,
+                true,
+            ),
+            (Some(5), base(5), Some(7), true, None, Delta, false),
+            (Some(6), base(5), None, true, None, Delta, false),
+            (Some(6), base(5), None, false, None, Delta, true),
+            (Some(7), base(5), Some(7), true, None, Resume, false),
+            (Some(5), base(5), Some(5), true, None, Resume, false),
+        ];
+        for (i, (newest, base, newest_sent, image_known, repair, path, audit)) in
+            cases.into_iter().enumerate()
+        {
+            let opened = Opened {
+                journal,
+                generation: Generation(1),
+                newest: newest.map(|epoch| Newest {
+                    epoch: Epoch(epoch),
+                    root: ImageRoot([0; 32]),
+                    captured_at: Timestamp(0),
+                }),
+                highest_epoch: Epoch(9),
+            };
+            let found = plan(
+                &opened,
+                Memory {
+                    base,
+                    newest_sent: newest_sent.map(Epoch),
+                    image_known,
+                    repair,
+                },
+            );
+            assert_eq!(
+                (found.path, found.audit),
+                (path, audit),
+                "case {i}: {}",
+                found.reason
+            );
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! One link session: handshake, plan, then three things at once: read, send, build checkpoints.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::engine::Engine;
+use super::epoch::{Builder, Head, RETRY_AFTER};
+use super::plan::SyncPath;
+use super::queue::SendQueue;
+use super::{Command, Phase, PrimaryOptions};
+use crate::clock::Env;
+use crate::guest::{Guest, RunState};
+use crate::ids::{Epoch, Generation, ImageRoot, SiteId};
+use crate::metrics::labels::ConnectResult;
+use crate::page::Layout;
+use crate::wire::handshake::{self, HandshakeError, Introduction};
+use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
+use crate::wire::message::{Open, Opened, ToPrimary, ToStandby};
+
+/// Why a session ended.
+#[derive(Debug)]
+pub(super) enum SessionEnd {
+    /// The link is gone or useless; dial again.
+    Lost(String),
+    /// The standby refused us for a reason that an operator has to remove; dial again, slowly.
+    Refused(String),
+    /// The guest's monitor gave a round or cut up; the session goes on with another.
+    Abandoned(String),
+    /// A higher generation exists.
+    Fenced {
+        generation: Generation,
+        site: SiteId,
+    },
+    /// Asked to end, and done.
+    Drained,
+    /// The guest is no more.
+    GuestEnded(RunState),
+}
+
+impl SessionEnd {
+    pub fn lost(why: impl Into<String>) -> Self {
+        Self::Lost(why.into())
+    }
+}
+
+impl From<LinkError> for SessionEnd {
+    fn from(error: LinkError) -> Self {
+        match error.retry() {
+            RetryClass::Transient => Self::Lost(error.to_string()),
+            RetryClass::Permanent => Self::Refused(error.to_string()),
+        }
+    }
+}
+
+impl From<HandshakeError> for SessionEnd {
+    fn from(error: HandshakeError) -> Self {
+        match error.retry() {
+            RetryClass::Transient => Self::Lost(error.to_string()),
+            RetryClass::Permanent => Self::Refused(error.to_string()),
+        }
+    }
+}
+
+/// What the standby said, for the builder.
+#[derive(Debug)]
+pub(super) enum Event {
+    Ack { epoch: Epoch, root: ImageRoot },
+    Mismatch { epoch: Epoch },
+    End(SessionEnd),
+}
+
+/// Commands that a session serves; kept across sessions.
+pub(super) struct Orders {
+    pub commands: mpsc::Receiver<Command>,
+    /// No more checkpoints; give up waiting then.
+    pub drain_until: Option<Instant>,
+    /// Who waits for a checkpoint that is not cut yet.
+    pub wanted: Vec<oneshot::Sender<Epoch>>,
+}
+
+/// Runs a session to its end. The caller gives back what is unfinished.
+pub(super) async fn run<G: Guest>(
+    engine: &mut Engine<G>,
+    mut tx: impl LinkTx<ToStandby>,
+    mut rx: impl LinkRx<ToPrimary>,
+    orders: &mut Orders,
+) -> SessionEnd {
+    let (env, options, info) = (&engine.env, &engine.options, engine.guest.info());
+    let opening = open(env, options, &info.layout, &info.machine, &mut tx, &mut rx);
+    let opened = match timeout(options.handshake_max, opening).await {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(end)) => return end,
+        Err(_) => return SessionEnd::lost("the standby did not answer the handshake in time"),
+    };
+    let queue = SendQueue::new(engine.options.max_backlog);
+    let (events_tx, events) = mpsc::channel(64);
+    let end = tokio::select! {
+        biased;
+        end = read(&mut rx, events_tx) => end,
+        end = send(&mut tx, &queue) => end,
+        end = build(engine, &queue, events, opened, orders) => end,
+    };
+    // A polite end spares the standby the wait for a dead peer; it may not hold us up.
+    let _ = timeout(Duration::from_millis(200), tx.send(ToStandby::Close)).await;
+    end
+}
+
+/// Asks the standby for its word on a guest that does not run yet: `Ok` means that no higher
+/// generation exists there. Opens a session and closes it.
+pub(super) async fn inquire(
+    env: &Env,
+    dialer: &impl Dialer,
+    options: &PrimaryOptions,
+    layout: &Layout,
+    machine: &[u8],
+) -> Result<Opened, SessionEnd> {
+    let asking = async {
+        let (mut tx, mut rx) = dialer.dial().await?;
+        let opened = open(env, options, layout, machine, &mut tx, &mut rx).await?;
+        // The answer is what was wanted; how the link ends does not matter.
+        let _ = tx.send(ToStandby::Close).await;
+        Ok(opened)
+    };
+    match timeout(options.handshake_max, asking).await {
+        Ok(answer) => answer,
+        Err(_) => Err(SessionEnd::lost("the other site did not answer in time")),
+    }
+}
+
+async fn open(
+    env: &Env,
+    options: &PrimaryOptions,
+    layout: &Layout,
+    machine: &[u8],
+    tx: &mut impl LinkTx<ToStandby>,
+    rx: &mut impl LinkRx<ToPrimary>,
+) -> Result<Opened, SessionEnd> {
+    let me = Introduction::new(options.site.clone());
+    handshake::as_primary(tx, rx, &me, &options.peer, env.now()).await?;
+    tx.send(ToStandby::Open(Open {
+        guest: options.guest.clone(),
+        generation: options.generation,
+        layout: layout.clone(),
+        machine: machine.to_vec(),
+        rpo_target: options.rpo_target,
+    }))
+    .await?;
+    match rx.recv().await? {
+        ToPrimary::Opened(opened) => Ok(opened),
+        other => match event(other) {
+            Some(Event::End(end)) => Err(end),
+            _ => Err(SessionEnd::lost("the standby spoke out of turn")),
+        },
+    }
+}
+
+/// Reads until the link or the session ends.
+async fn read(rx: &mut impl LinkRx<ToPrimary>, events: mpsc::Sender<Event>) -> SessionEnd {
+    loop {
+        let message = match rx.recv().await {
+            Ok(message) => message,
+            Err(error) => return error.into(),
+        };
+        let Some(event) = event(message) else {
+            continue;
+        };
+        if let Event::End(end) = event {
+            return end;
+        }
+        if events.send(event).await.is_err() {
+            return SessionEnd::lost("the session's builder ended");
+        }
+    }
+}
+
+fn event(message: ToPrimary) -> Option<Event> {
+    Some(match message {
+        // The transport's own signs of life; those that reach us say nothing.
+        ToPrimary::Pong { .. } => return None,
+        ToPrimary::Ack { epoch, root, .. } => Event::Ack { epoch, root },
+        ToPrimary::Mismatch { epoch, .. } => Event::Mismatch { epoch },
+        ToPrimary::Fenced { generation, site } => {
+            Event::End(SessionEnd::Fenced { generation, site })
+        }
+        ToPrimary::Refused { reason, text } => Event::End(SessionEnd::Refused(format!(
+            "the standby refused ({}): {text}",
+            reason.as_str()
+        ))),
+        ToPrimary::Abandoned { epoch, text } => Event::End(SessionEnd::Lost(format!(
+            "the standby could not make #{epoch} durable: {text}"
+        ))),
+        ToPrimary::Hello(_) | ToPrimary::Opened(_) => {
+            Event::End(SessionEnd::lost("the standby spoke out of turn"))
+        }
+    })
+}
+
+/// Sends what is queued.
+async fn send(tx: &mut impl LinkTx<ToStandby>, queue: &SendQueue) -> SessionEnd {
+    loop {
+        let message = queue.next().await;
+        if let Err(error) = tx.send(message).await {
+            return error.into();
+        }
+    }
+}
+
+/// Makes checkpoints until the session ends.
+async fn build<G: Guest>(
+    engine: &mut Engine<G>,
+    queue: &SendQueue,
+    events: mpsc::Receiver<Event>,
+    opened: Opened,
+    orders: &mut Orders,
+) -> SessionEnd {
+    match build_inner(engine, queue, events, opened, orders).await {
+        Ok(never) => match never {},
+        Err(end) => end,
+    }
+}
+
+async fn build_inner<G: Guest>(
+    engine: &mut Engine<G>,
+    queue: &SendQueue,
+    events: mpsc::Receiver<Event>,
+    opened: Opened,
+    orders: &mut Orders,
+) -> Result<std::convert::Infallible, SessionEnd> {
+    let plan = engine.adopt(&opened).await?;
+    tracing::info!(
+        guest = %engine.options.guest, path = plan.path.as_str(), reason = plan.reason,
+        "session with the standby is up"
+    );
+    engine.meters.peer.connect(ConnectResult::Ok);
+    if let Some(reason) = plan.resync {
+        engine.meters.guest.resync(reason);
+    }
+    let phase = match (plan.path, &opened.newest) {
+        (SyncPath::Resume, _) => Phase::Protected,
+        (_, None) => Phase::InitialSync,
+        _ => Phase::Resync,
+    };
+    engine.publish(|s| {
+        s.link_up = true;
+        s.phase = phase;
+        s.path = Some((plan.path, plan.reason.clone()));
+        s.last_error = None;
+        if let Some(newest) = &opened.newest {
+            s.acked = Some(super::Acked {
+                epoch: newest.epoch,
+                captured_at: newest.captured_at,
+            });
+        }
+    });
+    let newest = opened.newest.as_ref();
+    let head = Head {
+        journal: opened.journal,
+        epoch: newest.map_or(Epoch(0), |n| n.epoch),
+        root: newest.map_or(ImageRoot([0; 32]), |n| n.root),
+    };
+    let mut builder = Builder {
+        engine,
+        queue,
+        events,
+        head,
+        first: Some(plan),
+    };
+    let mut waiting: Vec<(Epoch, oneshot::Sender<Epoch>)> = Vec::new();
+    let mut next_cut = Instant::now();
+    loop {
+        wait(&mut builder, orders, &mut waiting, next_cut).await?;
+        let started = Instant::now();
+        let built = match builder.build().await {
+            Err(SessionEnd::Abandoned(why)) => {
+                builder.void(format!("the guest's monitor: {why}")).await?;
+                false
+            }
+            built => built?,
+        };
+        if built {
+            let epoch = builder.head.epoch;
+            waiting.extend(orders.wanted.drain(..).map(|reply| (epoch, reply)));
+            next_cut = started + builder.engine.pacing.interval();
+        } else {
+            next_cut = Instant::now() + RETRY_AFTER;
+        }
+    }
+}
+
+/// Waits until the next checkpoint is due and may be made.
+async fn wait<G: Guest>(
+    builder: &mut Builder<'_, G>,
+    orders: &mut Orders,
+    waiting: &mut Vec<(Epoch, oneshot::Sender<Epoch>)>,
+    next_cut: Instant,
+) -> Result<(), SessionEnd> {
+    loop {
+        if let Some(acked) = builder.engine.status.borrow().acked {
+            for (epoch, reply) in waiting.extract_if(.., |(epoch, _)| *epoch <= acked.epoch) {
+                // Nobody may be waiting any more; that is theirs to know.
+                let _ = reply.send(epoch);
+            }
+        }
+        let inflight = builder.engine.inflight.len();
+        if orders.drain_until.is_some() && inflight == 0 {
+            return Err(SessionEnd::Drained);
+        }
+        let half = builder.engine.options.max_backlog / 2;
+        let slot = inflight < builder.engine.options.max_inflight;
+        let room = slot && builder.queue.free() >= half;
+        let due = orders.drain_until.unwrap_or(if orders.wanted.is_empty() {
+            next_cut
+        } else {
+            Instant::now()
+        });
+        let may_cut = room && orders.drain_until.is_none();
+        tokio::select! {
+            biased;
+            event = builder.events.recv() => {
+                let event = event.ok_or_else(|| SessionEnd::lost("the link's reader ended"))?;
+                builder.apply(event).await?;
+            }
+            Some(command) = orders.commands.recv() => match command {
+                Command::Drain(within) => orders.drain_until = Some(Instant::now() + within),
+                Command::Checkpoint(reply) => orders.wanted.push(reply),
+            },
+            () = sleep_until(due), if may_cut => return Ok(()),
+            () = sleep_until(due), if orders.drain_until.is_some() => return Err(SessionEnd::Drained),
+            () = note_waiting(builder.engine, next_cut, inflight), if !room => {}
+            () = builder.queue.wait_for_room(half), if slot && !room => {}
+        }
+    }
+}
+
+/// Says in the status that a checkpoint is overdue, once it is.
+async fn note_waiting<G: Guest>(engine: &Engine<G>, next_cut: Instant, inflight: usize) {
+    sleep_until(next_cut).await;
+    engine.publish(|s| {
+        s.blocked_on = Some(format!(
+            "the standby: {inflight} checkpoints are on their way and not yet durable"
+        ));
+    });
+    std::future::pending().await
+}

@@ -1,0 +1,30 @@
+//! The standby role: takes frames of guests that run elsewhere and makes them durable.
+//!
+//! ```text
+//!  Part 0..n-2  ──▶ verify ─▶ journal.write_part      (written, not yet synced)
+//!  Part n-1     ──▶ verify ─▶ apply all to the image ─▶ root equal? ─▶ journal.commit ─▶ Ack
+//!                                                        │ no            │ failed
+//!                                                        ▼               ▼
+//!                                                     Mismatch        Abandoned
+//!                                          frame dropped, image rebuilt from the journal
+//! ```
+//!
+//! Invariants:
+//! * `Ack` means durable: the frame's last part was written and the segment synced.
+//! * The last part, without which a frame is no frame, is written only after the image root was
+//!   found equal. So no recovery point exists whose image differs from what the source had.
+//! * The image in memory always shows the newest recovery point, except between applying a frame
+//!   and committing it; if that does not come to its end, the image is rebuilt.
+//! * A lower generation than the journal's is refused, by every message.
+//!
+//! Not here: who may write which guest (the daemon's `lookup` decides), retention's schedule.
+
+mod image;
+mod replica;
+mod session;
+
+pub use image::{Image, ImageError};
+pub use replica::{
+    Promotion, Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId,
+};
+pub use session::{Lookup, Refusal, SessionEnd, serve};

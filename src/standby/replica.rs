@@ -1,0 +1,541 @@
+//! One guest's copy at this site: its journal and its image. Blocking; one owner at a time.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::image::{Image, ImageError};
+use crate::clock::Timestamp;
+use crate::frame::{FrameCheck, FrameError, Manifest, PartView};
+use crate::ids::{Epoch, Generation, GuestId, ImageRoot, SiteId};
+use crate::journal::{
+    Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention,
+    Store,
+};
+use crate::metrics::GuestMetrics;
+use crate::page::Layout;
+use crate::wire::message::{Newest, Open, Opened, RefuseReason};
+
+/// Frames up to this size are kept in memory until they are applied; larger ones are read back from
+/// the journal. 64 MiB.
+const KEEP_BYTES: usize = 64 << 20;
+
+/// How a copy is kept.
+#[derive(Debug, Clone)]
+pub struct ReplicaOptions {
+    /// This site.
+    pub site: SiteId,
+    /// The journal's.
+    pub journal: JournalOptions,
+    /// Which points are kept.
+    pub retention: Retention,
+    /// Most pages of RAM of a guest: what this host can hold. A peer's word sizes allocations.
+    pub ram_pages_max: u64,
+}
+
+/// Why a copy cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A frame of the peer.
+    #[error("the peer sent a bad frame: {0}")]
+    Frame(#[from] FrameError),
+    /// The journal's newest point does not give the image that it promises.
+    #[error(
+        "recovery point #{epoch} is damaged: its image has root {found}, {expected} was recorded; choose an older point and run `lifeboat journal check`"
+    )]
+    Root {
+        /// The point.
+        epoch: Epoch,
+        /// What it should be.
+        expected: ImageRoot,
+        /// What it is.
+        found: ImageRoot,
+    },
+    /// There is nothing to resume.
+    #[error("guest {0} has no recovery point{1} here")]
+    NoPoint(GuestId, String),
+    /// The session was replaced by a newer one, or the copy was promoted.
+    #[error("this session no longer owns the guest's copy, whose generation is {generation}")]
+    Stale {
+        /// The copy's generation now.
+        generation: Generation,
+    },
+}
+
+/// What becomes of a part.
+#[derive(Debug)]
+pub enum Receipt {
+    /// The frame goes on.
+    More,
+    /// The frame is durable.
+    Durable(RecoveryPoint),
+    /// The image after the frame is not what the source has; the frame was dropped.
+    Mismatch {
+        /// The frame.
+        epoch: Epoch,
+        /// The source's root.
+        expected: ImageRoot,
+        /// Ours.
+        found: ImageRoot,
+    },
+}
+
+/// Number of a session with a primary; the newest owns the copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionId(u64);
+
+/// Snapshot for status and metrics.
+#[derive(Debug, Clone)]
+pub struct ReplicaStatus {
+    /// The guest.
+    pub guest: GuestId,
+    /// Highest owner's number seen.
+    pub generation: Generation,
+    /// Newest recovery point.
+    pub newest: Option<RecoveryPoint>,
+    /// Oldest recovery point's instant.
+    pub oldest_at: Option<Timestamp>,
+    /// How many there are.
+    pub points: usize,
+    /// RPO target as the primary stated it.
+    pub rpo_target: Option<Duration>,
+    /// A session is up.
+    pub receiving: bool,
+    /// Bytes of parts taken since the start of this process.
+    pub received_bytes: u64,
+    /// Frames whose root differed, since the start of this process.
+    pub mismatches: u64,
+    /// Requests refused for their generation, since the start of this process.
+    pub fence_rejections: u64,
+    /// What is wrong; `None` when all is well.
+    pub problem: Option<String>,
+}
+
+/// A frame that is arriving.
+struct Incoming {
+    check: FrameCheck,
+    /// The parts, until together they are too many.
+    kept: Option<Vec<Vec<u8>>>,
+    parts: u32,
+    bytes: usize,
+}
+
+/// What a failover needs to resume a guest.
+pub struct Promotion {
+    /// The point.
+    pub point: RecoveryPoint,
+    /// Layout, machine and device state.
+    pub manifest: Manifest,
+    /// RAM.
+    pub image: Image,
+}
+
+/// See the module.
+pub struct Replica<S: Store> {
+    guest: GuestId,
+    options: ReplicaOptions,
+    journal: Journal<S>,
+    /// `None` until the layout is known, or after the image went to a promoted guest.
+    image: Option<Image>,
+    incoming: Option<Incoming>,
+    session: u64,
+    status: watch::Sender<ReplicaStatus>,
+    metrics: Option<GuestMetrics>,
+}
+
+impl<S: Store> Replica<S> {
+    /// Opens (or creates) the copy and rebuilds its image.
+    pub fn open(
+        store: S,
+        catalogue: Box<dyn Catalogue>,
+        guest: &GuestId,
+        options: ReplicaOptions,
+    ) -> Result<(Self, RecoveryReport), ReplicaError> {
+        let (journal, report) = Journal::open(store, catalogue, guest, options.journal.clone())?;
+        let status = ReplicaStatus {
+            guest: guest.clone(),
+            generation: journal.generation(),
+            newest: None,
+            oldest_at: None,
+            points: 0,
+            rpo_target: None,
+            receiving: false,
+            received_bytes: 0,
+            mismatches: 0,
+            fence_rejections: 0,
+            problem: None,
+        };
+        let mut replica = Self {
+            guest: guest.clone(),
+            options,
+            journal,
+            image: None,
+            incoming: None,
+            session: 0,
+            status: watch::Sender::new(status),
+            metrics: None,
+        };
+        replica.rebuild_image()?;
+        replica.publish();
+        Ok((replica, report))
+    }
+
+    /// From now on commits and the journal's size are measured here.
+    pub fn measure(&mut self, metrics: GuestMetrics) {
+        self.metrics = Some(metrics);
+    }
+
+    /// Follows the copy's state.
+    pub fn subscribe(&self) -> watch::Receiver<ReplicaStatus> {
+        self.status.subscribe()
+    }
+
+    /// The journal, for questions.
+    pub fn journal(&self) -> &Journal<S> {
+        &self.journal
+    }
+
+    /// The journal, for pins, checks and rebuilds.
+    pub fn journal_mut(&mut self) -> &mut Journal<S> {
+        &mut self.journal
+    }
+
+    fn publish(&self) {
+        let points = self.journal.points();
+        self.status.send_modify(|s| {
+            s.generation = self.journal.generation();
+            s.newest = self.journal.newest().cloned();
+            s.oldest_at = points.first().map(|p| p.captured_at);
+            s.points = points.len();
+        });
+    }
+
+    fn rebuild_image(&mut self) -> Result<(), ReplicaError> {
+        self.image = None;
+        let Some(layout) = self.journal.layout().cloned() else {
+            return Ok(());
+        };
+        let mut image = Image::new(&layout)?;
+        if let Some(newest) = self.journal.newest().cloned() {
+            self.journal.replay(newest.epoch, &mut image)?;
+            let found = image.root();
+            if found != newest.root {
+                let (epoch, expected) = (newest.epoch, newest.root);
+                return Err(ReplicaError::Root {
+                    epoch,
+                    expected,
+                    found,
+                });
+            }
+        }
+        self.image = Some(image);
+        Ok(())
+    }
+
+    /// A primary opens a session. Ends the one before.
+    ///
+    /// Errors are answers to the peer: fenced, or refused with a reason.
+    pub fn open_session(&mut self, open: &Open) -> Result<(SessionId, Opened), super::Refusal> {
+        use super::Refusal;
+        let ours = self.journal.generation();
+        if open.generation < ours {
+            self.status.send_modify(|s| s.fence_rejections += 1);
+            return Err(Refusal::Fenced { generation: ours });
+        }
+        if let Some(layout) = self.journal.layout()
+            && *layout != open.layout
+        {
+            return Err(Refusal::Refused(
+                RefuseReason::Layout,
+                "the guest's memory or disks have another size than in the journal here; run `lifeboat unprotect --purge` at this site and protect it anew".into(),
+            ));
+        }
+        let ram = open.layout.ram_pages();
+        if !(2..=self.options.ram_pages_max).contains(&ram) {
+            return Err(Refusal::Refused(
+                RefuseReason::Layout,
+                format!(
+                    "a guest with {} MiB of memory is more than this site can hold ({} MiB)",
+                    ram >> 8,
+                    self.options.ram_pages_max >> 8
+                ),
+            ));
+        }
+        let internal =
+            |e: ReplicaError| Refusal::Refused(RefuseReason::JournalFailed, e.to_string());
+        self.drop_incoming();
+        if open.generation > ours {
+            self.journal
+                .raise_generation(open.generation)
+                .map_err(|e| internal(e.into()))?;
+        }
+        if self.image.is_none() {
+            self.ready_image(&open.layout).map_err(internal)?;
+        }
+        self.session += 1;
+        self.status.send_modify(|s| {
+            s.receiving = true;
+            s.rpo_target = Some(open.rpo_target);
+        });
+        self.publish();
+        let newest = self.journal.newest().map(|p| Newest {
+            epoch: p.epoch,
+            root: p.root,
+            captured_at: p.captured_at,
+        });
+        let opened = Opened {
+            journal: self.journal.id(),
+            generation: self.journal.generation(),
+            newest,
+            highest_epoch: self.journal.highest_epoch(),
+        };
+        Ok((SessionId(self.session), opened))
+    }
+
+    fn ready_image(&mut self, layout: &Layout) -> Result<(), ReplicaError> {
+        self.rebuild_image()?;
+        if self.image.is_none() {
+            self.image = Some(Image::new(layout)?);
+        }
+        Ok(())
+    }
+
+    /// A session ended, for whatever reason.
+    pub fn close_session(&mut self, session: SessionId) {
+        if session.0 == self.session {
+            self.drop_incoming();
+            self.status.send_modify(|s| s.receiving = false);
+        }
+    }
+
+    fn drop_incoming(&mut self) {
+        if self.incoming.take().is_some() {
+            self.journal.abort();
+        }
+    }
+
+    fn own(&self, session: SessionId) -> Result<(), ReplicaError> {
+        if session.0 == self.session {
+            return Ok(());
+        }
+        Err(ReplicaError::Stale {
+            generation: self.journal.generation(),
+        })
+    }
+
+    /// The source gave the frame up.
+    pub fn abandon(&mut self, session: SessionId) -> Result<(), ReplicaError> {
+        self.own(session)?;
+        self.drop_incoming();
+        Ok(())
+    }
+
+    /// Takes one part. After an error the frame is dropped; after an error of the journal the copy
+    /// must be opened anew.
+    pub fn part(
+        &mut self,
+        session: SessionId,
+        bytes: Vec<u8>,
+        now: Timestamp,
+    ) -> Result<Receipt, ReplicaError> {
+        self.own(session)?;
+        self.status
+            .send_modify(|s| s.received_bytes += bytes.len() as u64);
+        let result = self.take_part(bytes, now);
+        if let Err(error) = &result {
+            self.drop_incoming();
+            let problem = error.to_string();
+            self.status.send_modify(|s| s.problem = Some(problem));
+        }
+        result
+    }
+
+    fn take_part(&mut self, bytes: Vec<u8>, now: Timestamp) -> Result<Receipt, ReplicaError> {
+        let view = PartView::verify(&bytes)?;
+        if view.header().part == 0 {
+            // A frame that was begun and not ended is void: the source lost interest in it.
+            self.drop_incoming();
+        }
+        if let Some(layout) = self.journal.layout() {
+            view.check_layout(layout)?;
+        }
+        let mut incoming = self.incoming.take().unwrap_or_else(|| Incoming {
+            check: FrameCheck::new(),
+            kept: Some(Vec::new()),
+            parts: 0,
+            bytes: 0,
+        });
+        incoming.check.add(&view)?;
+        if view.footer().is_none() {
+            self.journal.write_part(&bytes)?;
+            incoming.parts += 1;
+            incoming.bytes += bytes.len();
+            if incoming.bytes > KEEP_BYTES {
+                incoming.kept = None;
+            }
+            if let Some(kept) = &mut incoming.kept {
+                kept.push(bytes);
+            }
+            self.incoming = Some(incoming);
+            return Ok(Receipt::More);
+        }
+        self.last_part(incoming, &bytes, &view, now)
+    }
+
+    fn last_part(
+        &mut self,
+        mut incoming: Incoming,
+        bytes: &[u8],
+        view: &PartView<'_>,
+        now: Timestamp,
+    ) -> Result<Receipt, ReplicaError> {
+        std::mem::take(&mut incoming.check).finish()?;
+        let footer = view.footer().expect("the caller saw the footer");
+        let manifest = view.manifest()?;
+        view.check_layout(&manifest.layout)?;
+        if self.journal.layout().is_some_and(|l| *l != manifest.layout) {
+            return Err(FrameError::Manifest("its layout is not the journal's".into()).into());
+        }
+        let (epoch, expected) = (view.header().epoch, footer.root);
+        let mut image = self.image.take().expect("an open session has an image");
+        // From here on the image is not the newest point's any more; it is put back only when the
+        // frame is durable.
+        let applied = self.apply(&incoming, view, &mut image);
+        let found = image.root();
+        let receipt = match applied {
+            Ok(()) if found == expected => {
+                let started = Instant::now();
+                let point = self.journal.commit(bytes, now)?;
+                if let Some(metrics) = &self.metrics {
+                    metrics.journal_sync(started.elapsed());
+                }
+                self.image = Some(image);
+                self.status.send_modify(|s| s.problem = None);
+                self.publish();
+                return Ok(Receipt::Durable(point));
+            }
+            Ok(()) => Receipt::Mismatch {
+                epoch,
+                expected,
+                found,
+            },
+            Err(error) => {
+                self.journal.abort();
+                self.rebuild_image()?;
+                return Err(error);
+            }
+        };
+        self.journal.abort();
+        self.status.send_modify(|s| {
+            s.mismatches += 1;
+            s.problem = Some(format!(
+                "checkpoint #{epoch} gave image root {found} here and {expected} at the source; it was dropped and a full copy was asked for"
+            ));
+        });
+        self.rebuild_image()?;
+        Ok(receipt)
+    }
+
+    fn apply(
+        &self,
+        incoming: &Incoming,
+        last: &PartView<'_>,
+        image: &mut Image,
+    ) -> Result<(), ReplicaError> {
+        match &incoming.kept {
+            Some(kept) => {
+                for bytes in kept {
+                    PartView::verify(bytes)?.apply(image)?;
+                }
+            }
+            None => {
+                for part in 0..incoming.parts {
+                    let bytes = self.journal.pending_part(part)?;
+                    PartView::verify(&bytes)?.apply(image)?;
+                }
+            }
+        }
+        last.apply(image)?;
+        Ok(())
+    }
+
+    /// One bounded step of retention. True if more is to do.
+    pub fn maintain(&mut self, now: Timestamp) -> Result<bool, ReplicaError> {
+        self.journal.tick(now)?;
+        if self.incoming.is_some() {
+            return Ok(false);
+        }
+        let retention = self.options.retention;
+        let more = self.journal.maintain(now, &retention)?.more;
+        if let Some(metrics) = &self.metrics {
+            let stat = self.journal.stat();
+            metrics.set_journal_size(stat.segment_bytes + stat.base_bytes);
+        }
+        self.publish();
+        Ok(more)
+    }
+
+    /// Raises the generation durably, ends the session, and hands out the image of the newest or of
+    /// an older point. From now on lower generations are refused.
+    pub fn promote(
+        &mut self,
+        generation: Generation,
+        point: Option<Epoch>,
+    ) -> Result<Promotion, ReplicaError> {
+        let points = self.journal.points();
+        let chosen = match point {
+            None => points.last(),
+            Some(epoch) => points.iter().find(|p| p.epoch == epoch),
+        };
+        let missing = || point.map(|e| format!(" #{e}")).unwrap_or_default();
+        let chosen = chosen
+            .cloned()
+            .ok_or_else(|| ReplicaError::NoPoint(self.guest.clone(), missing()))?;
+        self.drop_incoming();
+        self.journal.raise_generation(generation)?;
+        self.session += 1;
+        self.status.send_modify(|s| s.receiving = false);
+        let newest = points.last().is_some_and(|p| p.epoch == chosen.epoch);
+        let image = if newest { self.image.take() } else { None };
+        let promotion = match image {
+            Some(image) => Promotion {
+                manifest: self.journal.manifest(chosen.epoch)?,
+                image,
+                point: chosen,
+            },
+            None => self.materialise(&chosen)?,
+        };
+        self.publish();
+        Ok(promotion)
+    }
+
+    /// The image of a point, apart from the one that is kept. Compares its root.
+    pub fn materialise(&self, point: &RecoveryPoint) -> Result<Promotion, ReplicaError> {
+        let layout = self
+            .journal
+            .layout()
+            .ok_or_else(|| ReplicaError::NoPoint(self.guest.clone(), String::new()))?;
+        let mut image = Image::new(layout)?;
+        let manifest = self.journal.replay(point.epoch, &mut image)?;
+        let found = image.root();
+        if found != point.root {
+            let (epoch, expected) = (point.epoch, point.root);
+            return Err(ReplicaError::Root {
+                epoch,
+                expected,
+                found,
+            });
+        }
+        Ok(Promotion {
+            manifest,
+            image,
+            point: point.clone(),
+        })
+    }
+}

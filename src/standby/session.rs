@@ -1,0 +1,249 @@
+//! One session with a primary: handshake, Open, then parts until the link ends.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::replica::{Receipt, Replica, ReplicaError, SessionId};
+use crate::clock::Env;
+use crate::ids::{Generation, GuestId, SiteId};
+use crate::journal::Store;
+use crate::wire::handshake::{self, Introduction};
+use crate::wire::link::{LinkError, LinkRx, LinkTx};
+use crate::wire::message::{Open, RefuseReason, ToPrimary, ToStandby};
+
+/// An answer to a primary that may not go on.
+#[derive(Debug)]
+pub enum Refusal {
+    /// A higher generation exists.
+    Fenced {
+        /// The higher generation.
+        generation: Generation,
+    },
+    /// Something an operator has to change.
+    Refused(RefuseReason, String),
+}
+
+/// Why a session ended.
+#[derive(Debug)]
+pub enum SessionEnd {
+    /// The primary closed it, or the link is gone.
+    Link(String),
+    /// It was answered with a refusal.
+    Refused(Refusal),
+    /// A newer session or a promotion took over.
+    Stale,
+    /// The copy must be opened anew before another session: its journal failed.
+    Broken(ReplicaError),
+}
+
+impl From<LinkError> for SessionEnd {
+    fn from(error: LinkError) -> Self {
+        Self::Link(error.to_string())
+    }
+}
+
+/// Finds the copy of a guest that a peer may write, or says why not.
+pub trait Lookup<S: Store>: Send + Sync + 'static {
+    /// Called once per session, after the handshake.
+    fn lookup(
+        &self,
+        peer: &SiteId,
+        open: &Open,
+    ) -> impl Future<Output = Result<Arc<Mutex<Replica<S>>>, Refusal>> + Send;
+
+    /// A session over this guest's copy is up.
+    fn opened(&self, guest: &GuestId);
+}
+
+struct OpenSession<S: Store> {
+    replica: Arc<Mutex<Replica<S>>>,
+    session: SessionId,
+    guest: GuestId,
+    /// The primary's.
+    generation: Generation,
+}
+
+/// Serves one connection to its end. `peer` is what the certificate says. Returns also which guest's
+/// copy it filled, if it came that far.
+pub async fn serve<S: Store>(
+    env: Env,
+    site: SiteId,
+    peer: SiteId,
+    mut tx: impl LinkTx<ToPrimary>,
+    mut rx: impl LinkRx<ToStandby>,
+    handshake_max: Duration,
+    lookup: &impl Lookup<S>,
+) -> (SessionEnd, Option<GuestId>) {
+    let opening = open(&env, &site, &peer, &mut tx, &mut rx, lookup);
+    let opened = match timeout(handshake_max, opening).await {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(end)) => {
+            answer(&site, &mut tx, &end, handshake_max).await;
+            return (end, None);
+        }
+        Err(_) => {
+            let why = "the primary did not finish the handshake in time";
+            return (SessionEnd::Link(why.into()), None);
+        }
+    };
+    let end = match receive(&env, &opened, &site, &mut tx, &mut rx).await {
+        Ok(never) => match never {},
+        Err(end) => end,
+    };
+    let OpenSession {
+        replica,
+        session,
+        guest,
+        ..
+    } = opened;
+    env.offload(move || lock(&replica).close_session(session))
+        .await;
+    (end, Some(guest))
+}
+
+fn lock<S: Store>(replica: &Mutex<Replica<S>>) -> MutexGuard<'_, Replica<S>> {
+    replica.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Tells the primary why it may not go on.
+async fn answer(
+    site: &SiteId,
+    tx: &mut impl LinkTx<ToPrimary>,
+    end: &SessionEnd,
+    within: Duration,
+) {
+    let message = match end {
+        SessionEnd::Refused(Refusal::Fenced { generation }) => ToPrimary::Fenced {
+            generation: *generation,
+            site: site.clone(),
+        },
+        SessionEnd::Refused(Refusal::Refused(reason, text)) => ToPrimary::Refused {
+            reason: *reason,
+            text: text.clone(),
+        },
+        _ => return,
+    };
+    // A peer that does not take its answer learns it at the next attempt.
+    let _ = timeout(within, tx.send(message)).await;
+}
+
+async fn open<S: Store>(
+    env: &Env,
+    site: &SiteId,
+    peer: &SiteId,
+    tx: &mut impl LinkTx<ToPrimary>,
+    rx: &mut impl LinkRx<ToStandby>,
+    lookup: &impl Lookup<S>,
+) -> Result<OpenSession<S>, SessionEnd> {
+    let me = Introduction::new(site.clone());
+    handshake::as_standby(tx, rx, &me, peer, env.now())
+        .await
+        .map_err(|error| SessionEnd::Link(error.to_string()))?;
+    let open = match rx.recv().await? {
+        ToStandby::Open(open) => open,
+        ToStandby::Close => return Err(SessionEnd::Link("the primary closed it".into())),
+        _ => return Err(SessionEnd::Link("the primary spoke out of turn".into())),
+    };
+    let replica = lookup
+        .lookup(peer, &open)
+        .await
+        .map_err(SessionEnd::Refused)?;
+    let (owner, guest, generation) = (replica.clone(), open.guest.clone(), open.generation);
+    let (session, opened) = env
+        .offload(move || lock(&owner).open_session(&open))
+        .await
+        .map_err(SessionEnd::Refused)?;
+    tx.send(ToPrimary::Opened(opened)).await?;
+    lookup.opened(&guest);
+    Ok(OpenSession {
+        replica,
+        session,
+        guest,
+        generation,
+    })
+}
+
+async fn receive<S: Store>(
+    env: &Env,
+    opened: &OpenSession<S>,
+    site: &SiteId,
+    tx: &mut impl LinkTx<ToPrimary>,
+    rx: &mut impl LinkRx<ToStandby>,
+) -> Result<std::convert::Infallible, SessionEnd> {
+    loop {
+        match rx.recv().await? {
+            ToStandby::Part(bytes) => part(env, opened, site, tx, bytes).await?,
+            ToStandby::Abandon { .. } => {
+                let (owner, session) = (opened.replica.clone(), opened.session);
+                env.offload(move || lock(&owner).abandon(session))
+                    .await
+                    .map_err(|_| SessionEnd::Stale)?;
+            }
+            // The transport's own signs of life; those that reach us want nothing.
+            ToStandby::Ping { .. } => {}
+            ToStandby::Close => return Err(SessionEnd::Link("the primary closed it".into())),
+            ToStandby::Hello(_) | ToStandby::Open(_) => {
+                return Err(SessionEnd::Link("the primary spoke out of turn".into()));
+            }
+        }
+    }
+}
+
+async fn part<S: Store>(
+    env: &Env,
+    opened: &OpenSession<S>,
+    site: &SiteId,
+    tx: &mut impl LinkTx<ToPrimary>,
+    bytes: Vec<u8>,
+) -> Result<(), SessionEnd> {
+    let (session, generation) = (opened.session, opened.generation);
+    let (owner, now) = (opened.replica.clone(), env.now());
+    let taken = env
+        .offload(move || lock(&owner).part(session, bytes, now))
+        .await;
+    match taken {
+        Ok(Receipt::More) => Ok(()),
+        Ok(Receipt::Durable(point)) => {
+            let (epoch, root, durable_at) = (point.epoch, point.root, point.durable_at);
+            Ok(tx
+                .send(ToPrimary::Ack {
+                    epoch,
+                    root,
+                    durable_at,
+                })
+                .await?)
+        }
+        Ok(Receipt::Mismatch {
+            epoch,
+            expected,
+            found,
+        }) => Ok(tx
+            .send(ToPrimary::Mismatch {
+                epoch,
+                expected,
+                found,
+            })
+            .await?),
+        Err(ReplicaError::Stale { generation: higher }) => {
+            // If a promotion is the reason, the old owner has to learn of it now.
+            if higher > generation {
+                let site = site.clone();
+                tx.send(ToPrimary::Fenced {
+                    generation: higher,
+                    site,
+                })
+                .await?;
+            }
+            Err(SessionEnd::Stale)
+        }
+        Err(ReplicaError::Frame(error)) => Err(SessionEnd::Link(error.to_string())),
+        Err(error) => {
+            let text = error.to_string();
+            let epoch = crate::ids::Epoch(0);
+            tx.send(ToPrimary::Abandoned { epoch, text }).await?;
+            Err(SessionEnd::Broken(error))
+        }
+    }
+}

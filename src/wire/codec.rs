@@ -1,0 +1,379 @@
+//! The bytes of the messages.
+//!
+//! ```text
+//!   0        4      5       6        8                      8 + length
+//!   | length | kind | flags | check  | body ...             |
+//!   | u32    | u8   | u8    | u16    |                      |      little-endian
+//!
+//!   check   crc32c of the six bytes before it, upper half xor lower half
+//!   flags   0; anything else is refused
+//!   body    Part: the part's own bytes, checksummed inside (frame); never copied through a decoder
+//!           others: postcard. TLS guards them against change; the check guards against a reader
+//!           and a writer that lost step with each other, before the length is believed
+//! ```
+//!
+//! Kinds are stable numbers: one is never given a second meaning. Kinds below 0x80 go to the
+//! standby, those from 0x80 on to the primary, so that a message sent the wrong way is refused by
+//! its header. `Hello`, `HelloReply` and `Refused` ignore bytes after the fields they know
+//! ([`super::version`]); in all others left-over bytes are an error.
+//!
+//! Dropped: a checksum over control bodies. TLS has one already, and the bytes do not lie on disk.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::limits::{self, Bounds, HEADER_BYTES};
+use super::message::{ToPrimary, ToStandby};
+use crate::clock::Timestamp;
+
+/// Bytes that are no message, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// The header's check is wrong: the two ends lost step, or the peer speaks another protocol.
+    #[error("the header {0:02x?} of a message fails its check: the peer speaks another protocol")]
+    Check([u8; HEADER_BYTES]),
+    /// A kind that is unknown or goes the other way.
+    #[error(
+        "message kind {0:#04x} is not one that may come here; the peer may be newer than this program"
+    )]
+    Kind(u8),
+    /// Flags that are not understood.
+    #[error("message kind {kind:#04x} has flags {flags:#04x}, which this version does not know")]
+    Flags {
+        /// The kind.
+        kind: u8,
+        /// Its flags.
+        flags: u8,
+    },
+    /// A length out of bounds.
+    #[error(
+        "message kind {kind:#04x} of {bytes} bytes is out of bounds ({} to {} bytes in steps of {})",
+        .bounds.bytes.start(), .bounds.bytes.end(), .bounds.multiple_of
+    )]
+    Length {
+        /// The kind.
+        kind: u8,
+        /// Its length.
+        bytes: usize,
+        /// What is possible.
+        bounds: Bounds,
+    },
+    /// A body that does not decode.
+    #[error("message kind {kind:#04x} does not decode: {why}")]
+    Body {
+        /// The kind.
+        kind: u8,
+        /// What the decoder said.
+        why: String,
+    },
+}
+
+/// A checked header: the length is within the bounds of the kind, and the kind goes this way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    kind: u8,
+    bytes: usize,
+}
+
+impl Header {
+    /// Reads and checks the header of a message of type `M`.
+    pub fn parse<M: Message>(bytes: &[u8; HEADER_BYTES]) -> Result<Header, WireError> {
+        let [l0, l1, l2, l3, kind, flags, c0, c1] = *bytes;
+        if u16::from_le_bytes([c0, c1]) != check(&bytes[..6]) {
+            return Err(WireError::Check(*bytes));
+        }
+        let bounds = M::bounds(kind).ok_or(WireError::Kind(kind))?;
+        if flags != 0 {
+            return Err(WireError::Flags { kind, flags });
+        }
+        let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+        Self::bounded(kind, length, bounds)
+    }
+
+    fn bounded(kind: u8, bytes: usize, bounds: Bounds) -> Result<Header, WireError> {
+        if !bounds.allow(bytes) {
+            return Err(WireError::Length {
+                kind,
+                bytes,
+                bounds,
+            });
+        }
+        Ok(Header { kind, bytes })
+    }
+
+    /// Bytes of the body that follows.
+    pub fn body_bytes(self) -> usize {
+        self.bytes
+    }
+
+    fn to_bytes(self) -> [u8; HEADER_BYTES] {
+        let length = u32::try_from(self.bytes).expect("bounds are below 4 GiB");
+        let mut out = [0; HEADER_BYTES];
+        out[..4].copy_from_slice(&length.to_le_bytes());
+        out[4] = self.kind;
+        let sum = check(&out[..6]);
+        out[6..].copy_from_slice(&sum.to_le_bytes());
+        out
+    }
+}
+
+fn check(bytes: &[u8]) -> u16 {
+    let sum = crc32c::crc32c(bytes);
+    (sum >> 16) as u16 ^ sum as u16
+}
+
+/// A message ready to be written: header, then body.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// The header.
+    pub header: [u8; HEADER_BYTES],
+    /// The body. A part's own bytes, moved.
+    pub body: Vec<u8>,
+}
+
+impl Encoded {
+    /// Header and body in one piece (fixtures, tests).
+    pub fn to_bytes(&self) -> Vec<u8> {
+        [self.header.as_slice(), &self.body].concat()
+    }
+}
+
+/// A sign of life that the transport sends and answers by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Beat {
+    /// Pairs a pong with its ping; 0 asks for and answers nothing.
+    pub nonce: u64,
+    /// The sender's wall clock.
+    pub at: Timestamp,
+}
+
+/// One direction's messages.
+pub trait Message: Sized + Send + 'static {
+    /// Messages that may wait in a queue of the transport. Small where parts go, so that memory is
+    /// bounded.
+    const QUEUE: usize;
+
+    /// True if the receiver answers a beat of this direction with its nonce.
+    const ANSWERED: bool;
+
+    /// The bounds of this kind; `None` if the kind does not go this way.
+    fn bounds(kind: u8) -> Option<Bounds>;
+
+    /// The message's bytes. An error if it is out of bounds; texts are cut, not refused.
+    fn encode(self) -> Result<Encoded, WireError>;
+
+    /// Reads the body that follows `header`.
+    fn decode(header: Header, body: Vec<u8>) -> Result<Self, WireError>;
+
+    /// A sign of life in this direction.
+    fn beat(beat: Beat) -> Self;
+
+    /// The sign of life, if this is one.
+    fn as_beat(&self) -> Option<Beat>;
+}
+
+mod kind {
+    pub const HELLO: u8 = 0x01;
+    pub const OPEN: u8 = 0x02;
+    pub const PART: u8 = 0x03;
+    pub const ABANDON: u8 = 0x04;
+    pub const PING: u8 = 0x05;
+    pub const CLOSE: u8 = 0x06;
+
+    pub const HELLO_REPLY: u8 = 0x81;
+    pub const OPENED: u8 = 0x82;
+    pub const ACK: u8 = 0x83;
+    pub const MISMATCH: u8 = 0x84;
+    pub const FENCED: u8 = 0x85;
+    pub const REFUSED: u8 = 0x86;
+    pub const ABANDONED: u8 = 0x87;
+    pub const PONG: u8 = 0x88;
+}
+
+impl Message for ToStandby {
+    const QUEUE: usize = 1;
+    const ANSWERED: bool = true;
+
+    fn bounds(kind: u8) -> Option<Bounds> {
+        Some(match kind {
+            kind::HELLO => Bounds::control(6, limits::HELLO_BYTES_MAX),
+            kind::OPEN => Bounds::control(8, limits::CONTROL_BYTES_MAX),
+            kind::PART => Bounds::part(),
+            kind::ABANDON => Bounds::control(1, limits::SMALL_BYTES_MAX),
+            kind::PING => Bounds::control(2, limits::SMALL_BYTES_MAX),
+            kind::CLOSE => Bounds::control(0, 0),
+            _ => return None,
+        })
+    }
+
+    fn encode(self) -> Result<Encoded, WireError> {
+        let (kind, body) = match self {
+            Self::Hello(mut hello) => {
+                hello.build = limits::cut_text(hello.build, limits::BUILD_BYTES_MAX);
+                (kind::HELLO, to_body(&hello))
+            }
+            Self::Open(open) => (kind::OPEN, to_body(&open)),
+            Self::Part(part) => (kind::PART, part),
+            Self::Abandon { epoch } => (kind::ABANDON, to_body(&epoch)),
+            Self::Ping { nonce, at } => (kind::PING, to_body(&(nonce, at))),
+            Self::Close => (kind::CLOSE, Vec::new()),
+        };
+        encoded::<Self>(kind, body)
+    }
+
+    fn decode(header: Header, body: Vec<u8>) -> Result<Self, WireError> {
+        Ok(match header.kind {
+            kind::HELLO => Self::Hello(extensible(header, &body)?),
+            kind::OPEN => Self::Open(exact(header, &body)?),
+            kind::PART => Self::Part(body),
+            kind::ABANDON => Self::Abandon {
+                epoch: exact(header, &body)?,
+            },
+            kind::PING => {
+                let (nonce, at) = exact(header, &body)?;
+                Self::Ping { nonce, at }
+            }
+            kind::CLOSE => Self::Close,
+            other => return Err(WireError::Kind(other)),
+        })
+    }
+
+    fn beat(Beat { nonce, at }: Beat) -> Self {
+        Self::Ping { nonce, at }
+    }
+
+    fn as_beat(&self) -> Option<Beat> {
+        match *self {
+            Self::Ping { nonce, at } => Some(Beat { nonce, at }),
+            _ => None,
+        }
+    }
+}
+
+impl Message for ToPrimary {
+    const QUEUE: usize = 64;
+    const ANSWERED: bool = false;
+
+    fn bounds(kind: u8) -> Option<Bounds> {
+        Some(match kind {
+            kind::HELLO_REPLY => Bounds::control(5, limits::HELLO_BYTES_MAX),
+            kind::OPENED => Bounds::control(19, limits::SMALL_BYTES_MAX),
+            kind::ACK => Bounds::control(34, limits::SMALL_BYTES_MAX),
+            kind::MISMATCH => Bounds::control(65, limits::SMALL_BYTES_MAX),
+            kind::FENCED => Bounds::control(3, limits::SMALL_BYTES_MAX),
+            kind::REFUSED => Bounds::control(2, limits::TEXT_MESSAGE_BYTES_MAX),
+            kind::ABANDONED => Bounds::control(2, limits::TEXT_MESSAGE_BYTES_MAX),
+            kind::PONG => Bounds::control(2, limits::SMALL_BYTES_MAX),
+            _ => return None,
+        })
+    }
+
+    fn encode(self) -> Result<Encoded, WireError> {
+        let cut = |text| limits::cut_text(text, limits::TEXT_BYTES_MAX);
+        let (kind, body) = match self {
+            Self::Hello(mut reply) => {
+                reply.build = limits::cut_text(reply.build, limits::BUILD_BYTES_MAX);
+                (kind::HELLO_REPLY, to_body(&reply))
+            }
+            Self::Opened(opened) => (kind::OPENED, to_body(&opened)),
+            Self::Ack {
+                epoch,
+                root,
+                durable_at,
+            } => (kind::ACK, to_body(&(epoch, root, durable_at))),
+            Self::Mismatch {
+                epoch,
+                expected,
+                found,
+            } => (kind::MISMATCH, to_body(&(epoch, expected, found))),
+            Self::Fenced { generation, site } => (kind::FENCED, to_body(&(generation, site))),
+            Self::Refused { reason, text } => (kind::REFUSED, to_body(&(reason, cut(text)))),
+            Self::Abandoned { epoch, text } => (kind::ABANDONED, to_body(&(epoch, cut(text)))),
+            Self::Pong { nonce, at } => (kind::PONG, to_body(&(nonce, at))),
+        };
+        encoded::<Self>(kind, body)
+    }
+
+    fn decode(header: Header, body: Vec<u8>) -> Result<Self, WireError> {
+        Ok(match header.kind {
+            kind::HELLO_REPLY => Self::Hello(extensible(header, &body)?),
+            kind::OPENED => Self::Opened(exact(header, &body)?),
+            kind::ACK => {
+                let (epoch, root, durable_at) = exact(header, &body)?;
+                Self::Ack {
+                    epoch,
+                    root,
+                    durable_at,
+                }
+            }
+            kind::MISMATCH => {
+                let (epoch, expected, found) = exact(header, &body)?;
+                Self::Mismatch {
+                    epoch,
+                    expected,
+                    found,
+                }
+            }
+            kind::FENCED => {
+                let (generation, site) = exact(header, &body)?;
+                Self::Fenced { generation, site }
+            }
+            kind::REFUSED => {
+                let (reason, text) = extensible(header, &body)?;
+                Self::Refused { reason, text }
+            }
+            kind::ABANDONED => {
+                let (epoch, text) = exact(header, &body)?;
+                Self::Abandoned { epoch, text }
+            }
+            kind::PONG => {
+                let (nonce, at) = exact(header, &body)?;
+                Self::Pong { nonce, at }
+            }
+            other => return Err(WireError::Kind(other)),
+        })
+    }
+
+    fn beat(Beat { nonce, at }: Beat) -> Self {
+        Self::Pong { nonce, at }
+    }
+
+    fn as_beat(&self) -> Option<Beat> {
+        match *self {
+            Self::Pong { nonce, at } => Some(Beat { nonce, at }),
+            _ => None,
+        }
+    }
+}
+
+fn to_body<T: Serialize>(value: &T) -> Vec<u8> {
+    postcard::to_stdvec(value).expect("message types have no failing encoder")
+}
+
+fn encoded<M: Message>(kind: u8, body: Vec<u8>) -> Result<Encoded, WireError> {
+    let bounds = M::bounds(kind).expect("every message's kind has bounds");
+    let header = Header::bounded(kind, body.len(), bounds)?.to_bytes();
+    Ok(Encoded { header, body })
+}
+
+fn extensible<T: DeserializeOwned>(header: Header, body: &[u8]) -> Result<T, WireError> {
+    let decoded = postcard::take_from_bytes(body);
+    decoded
+        .map(|(value, _)| value)
+        .map_err(|e| WireError::Body {
+            kind: header.kind,
+            why: e.to_string(),
+        })
+}
+
+fn exact<T: DeserializeOwned>(header: Header, body: &[u8]) -> Result<T, WireError> {
+    let malformed = |why: String| WireError::Body {
+        kind: header.kind,
+        why,
+    };
+    match postcard::take_from_bytes(body) {
+        Ok((value, [])) => Ok(value),
+        Ok((_, rest)) => Err(malformed(format!("{} bytes are left over", rest.len()))),
+        Err(e) => Err(malformed(e.to_string())),
+    }
+}

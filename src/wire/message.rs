@@ -1,0 +1,231 @@
+//! The messages, as values. Their bytes are [`super::codec`]'s.
+//!
+//! Numbers that the peer chooses (epochs, clocks, lengths) are not to be trusted beyond their type:
+//! names and layouts are checked by decoding, everything else by the role that acts on it.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::version::Versions;
+use crate::clock::Timestamp;
+use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId, SiteId};
+use crate::page::Layout;
+
+/// The primary introduces itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Protocol versions that it speaks.
+    pub versions: Versions,
+    /// The site it is; must be what its certificate says.
+    pub site: SiteId,
+    /// Program and version, for people.
+    pub build: String,
+    /// Its wall clock.
+    pub now: Timestamp,
+}
+
+/// The standby's answer to a hello that it accepts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HelloReply {
+    /// The version that is spoken from now on.
+    pub version: u16,
+    /// The site it is; must be what its certificate says.
+    pub site: SiteId,
+    /// Program and version, for people.
+    pub build: String,
+    /// Its wall clock.
+    pub now: Timestamp,
+}
+
+/// The primary wants to replicate this guest on this link.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Open {
+    /// The guest.
+    pub guest: GuestId,
+    /// The owner's number under which the primary runs it.
+    pub generation: Generation,
+    /// Its content.
+    pub layout: Layout,
+    /// How to build the same machine: JSON that only the guest's adapter reads.
+    pub machine: Vec<u8>,
+    /// The RPO target the primary works to, so that the standby can compute the exposure too.
+    pub rpo_target: Duration,
+}
+
+/// The newest recovery point of a journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Newest {
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// RAM image after it.
+    pub root: ImageRoot,
+    /// When the guest was paused for it, by the primary's clock.
+    pub captured_at: Timestamp,
+}
+
+/// The standby holds a journal for the guest and is ready for parts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Opened {
+    /// The journal. A base recorded against another one is no base.
+    pub journal: JournalId,
+    /// The highest generation it knows.
+    pub generation: Generation,
+    /// What it can resume from; `None` when it needs a seed.
+    pub newest: Option<Newest>,
+    /// The highest epoch it has ever seen, complete or not. New checkpoints are numbered above it.
+    pub highest_epoch: Epoch,
+}
+
+/// Why a standby refuses to go on. A number on the wire, so that a reason of a later version can be
+/// received by an older site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "u16", into = "u16")]
+pub enum RefuseReason {
+    /// No protocol version in common.
+    Version,
+    /// The certificate names no site, or another than the hello does.
+    WrongSite,
+    /// The site may not write this guest (or no guest at all) here.
+    NotAllowed,
+    /// The guest is not known here.
+    UnknownGuest,
+    /// Another link already carries the guest.
+    Busy,
+    /// The layout or machine differs from what the journal holds.
+    Layout,
+    /// A message that does not belong here, or bytes that do not decode.
+    Protocol,
+    /// A part with a bad checksum or impossible content.
+    BadPart,
+    /// The journal has no room.
+    NoSpace,
+    /// The journal cannot be used until somebody looks at it.
+    JournalFailed,
+    /// The guest is active at this site.
+    Active,
+    /// The daemon is going down.
+    ShuttingDown,
+    /// A reason that this program does not know; see the text.
+    Unknown(u16),
+}
+
+impl RefuseReason {
+    const NUMBERS: [(RefuseReason, u16, &str); 12] = [
+        (RefuseReason::Version, 1, "version"),
+        (RefuseReason::WrongSite, 2, "wrong_site"),
+        (RefuseReason::NotAllowed, 3, "not_allowed"),
+        (RefuseReason::UnknownGuest, 4, "unknown_guest"),
+        (RefuseReason::Busy, 5, "busy"),
+        (RefuseReason::Layout, 6, "layout"),
+        (RefuseReason::Protocol, 7, "protocol"),
+        (RefuseReason::BadPart, 8, "bad_part"),
+        (RefuseReason::NoSpace, 9, "no_space"),
+        (RefuseReason::JournalFailed, 10, "journal_failed"),
+        (RefuseReason::Active, 11, "active"),
+        (RefuseReason::ShuttingDown, 12, "shutting_down"),
+    ];
+
+    /// The reason as a metric label.
+    pub fn as_str(self) -> &'static str {
+        let known = Self::NUMBERS.iter().find(|(reason, ..)| *reason == self);
+        known.map_or("unknown", |(.., label)| label)
+    }
+}
+
+impl From<u16> for RefuseReason {
+    fn from(number: u16) -> Self {
+        let known = Self::NUMBERS.iter().find(|(_, n, _)| *n == number);
+        known.map_or(Self::Unknown(number), |(reason, ..)| *reason)
+    }
+}
+
+impl From<RefuseReason> for u16 {
+    fn from(reason: RefuseReason) -> u16 {
+        if let RefuseReason::Unknown(number) = reason {
+            return number;
+        }
+        let known = RefuseReason::NUMBERS.iter().find(|(r, ..)| *r == reason);
+        known.expect("the table has every known reason").1
+    }
+}
+
+/// From the primary to the standby.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToStandby {
+    /// First message of a link.
+    Hello(Hello),
+    /// Second message: which guest.
+    Open(Open),
+    /// One part of a frame, as `frame` made it.
+    Part(Vec<u8>),
+    /// The rest of this epoch's frame will not come; forget its parts.
+    Abandon {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// Sign of life; answered by a `Pong` with the same nonce. Sent by the transport.
+    Ping {
+        /// Counts up from 1.
+        nonce: u64,
+        /// The sender's wall clock.
+        at: Timestamp,
+    },
+    /// The primary ends the link on purpose.
+    Close,
+}
+
+/// From the standby to the primary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToPrimary {
+    /// Answer to `Hello`.
+    Hello(HelloReply),
+    /// Answer to `Open`.
+    Opened(Opened),
+    /// Everything up to this epoch is durable, and the RAM image has this root.
+    Ack {
+        /// The highest durable epoch.
+        epoch: Epoch,
+        /// The standby's own root of the RAM image.
+        root: ImageRoot,
+        /// When it became durable, by the standby's clock.
+        durable_at: Timestamp,
+    },
+    /// The RAM image on the standby is not what the frame says it must be.
+    Mismatch {
+        /// The epoch.
+        epoch: Epoch,
+        /// What the frame says.
+        expected: ImageRoot,
+        /// What the standby computed.
+        found: ImageRoot,
+    },
+    /// The guest has a newer owner.
+    Fenced {
+        /// The owner's number.
+        generation: Generation,
+        /// Where it is.
+        site: SiteId,
+    },
+    /// The standby does not go on with this link, and closes it.
+    Refused {
+        /// Why.
+        reason: RefuseReason,
+        /// The same for people, with the remedy.
+        text: String,
+    },
+    /// The standby could not make this epoch durable and is back at its newest recovery point.
+    Abandoned {
+        /// The epoch.
+        epoch: Epoch,
+        /// Why, for people.
+        text: String,
+    },
+    /// Answer to a `Ping`; with nonce 0 a sign of life on its own. Sent by the transport.
+    Pong {
+        /// The ping's nonce, or 0.
+        nonce: u64,
+        /// The sender's wall clock.
+        at: Timestamp,
+    },
+}

@@ -1,0 +1,89 @@
+//! The protocol's version: its history, and how two sites agree on one.
+//!
+//! | version | release | what changed |
+//! |---|---|---|
+//! | 1 | 0.1.0 | first: Hello, Open, Part, Ack, Abandon, Mismatch, Fenced, Ping |
+//!
+//! Both sites name the range that they speak; the highest common version is used. Sites are
+//! upgraded one at a time, standby first, so a release speaks at least the version before its own.
+//! What never changes, whatever the version: the 8-byte header, the kinds of `Hello`, `HelloReply`
+//! and `Refused`, and the leading fields of these three. New fields go to their end, where an older
+//! site ignores them. Everything else is decoded strictly.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The newest protocol version that this program speaks. See the table above.
+pub const VERSION: u16 = 1;
+
+/// The oldest protocol version that this program speaks.
+pub const VERSION_OLDEST: u16 = 1;
+
+/// Name of the protocol in the TLS handshake (ALPN). It changes only if the header or the first
+/// messages do.
+pub const ALPN: &[u8] = b"lifeboat/1";
+
+/// A range of protocol versions, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Versions {
+    /// The oldest.
+    pub min: u16,
+    /// The newest.
+    pub max: u16,
+}
+
+impl Versions {
+    /// What this program speaks.
+    pub const OURS: Versions = Versions {
+        min: VERSION_OLDEST,
+        max: VERSION,
+    };
+
+    /// The highest version that both ranges hold; `None` if there is none. A range that is upside
+    /// down (a peer's bytes can say anything) has nothing in common with any other.
+    pub fn agree(self, other: Versions) -> Option<u16> {
+        let lowest = self.min.max(other.min);
+        let highest = self.max.min(other.max);
+        let sound = self.min <= self.max && other.min <= other.max;
+        (sound && lowest <= highest).then_some(highest)
+    }
+
+    /// True if `version` is in the range.
+    pub fn contains(self, version: u16) -> bool {
+        (self.min..=self.max).contains(&version)
+    }
+}
+
+impl fmt::Display for Versions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.min == self.max {
+            return write!(f, "{}", self.max);
+        }
+        write!(f, "{} to {}", self.min, self.max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_highest_common_version_is_agreed() {
+        let agree = |a: (u16, u16), b: (u16, u16)| {
+            let (a, b) = (
+                Versions { min: a.0, max: a.1 },
+                Versions { min: b.0, max: b.1 },
+            );
+            assert_eq!(a.agree(b), b.agree(a), "not symmetric: {a} and {b}");
+            a.agree(b)
+        };
+        assert_eq!(agree((1, 1), (1, 1)), Some(1));
+        assert_eq!(agree((1, 3), (2, 9)), Some(3));
+        assert_eq!(agree((1, 3), (3, 9)), Some(3));
+        assert_eq!(agree((1, 3), (4, 9)), None);
+        assert_eq!(agree((1, 9), (4, 4)), Some(4));
+        assert_eq!(agree((1, 9), (5, 4)), None, "upside down");
+        assert_eq!(agree((0, u16::MAX), (1, 1)), Some(1));
+    }
+}
