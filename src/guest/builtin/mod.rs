@@ -137,14 +137,17 @@ impl BuiltinGuest {
         run_dir: &Path,
         guest: &GuestId,
     ) -> Result<Option<BuiltinGuest>, GuestError> {
-        let Some(connection) = Connection::open(&run_dir.join(CONTROL_SOCKET), guest).await? else {
+        let socket = run_dir.join(CONTROL_SOCKET);
+        let Some(mut connection) = Connection::open(&socket, guest).await? else {
             return Ok(None);
         };
-        match connection.info().await? {
-            Some(info) => Ok(Some(Self::new(connection, info, None))),
-            // It was started and never got its guest. It ends with this connection.
-            None => Ok(None),
+        if let Some(info) = connection.info().await? {
+            return Ok(Some(Self::new(connection, info, None)));
         }
+        // It was started and never got its guest.
+        connection.call(Command::Stop, None).await?;
+        stopped(&mut connection).await?;
+        Ok(None)
     }
 
     fn new(connection: Connection, info: Info, child: Option<Child>) -> Self {
@@ -356,16 +359,20 @@ impl Guest for BuiltinGuest {
 
     async fn stop(&mut self) -> Result<(), GuestError> {
         self.done(Command::Stop).await?;
-        // The connection ends when the process does: disks are unlocked then.
-        timeout(STOP_WITHIN, self.connection.closed())
-            .await
-            .map_err(|_| {
-                let seconds = STOP_WITHIN.as_secs();
-                GuestError::Failed(format!(
-                    "the monitor is not gone {seconds} s after its guest was stopped"
-                ))
-            })
+        stopped(&mut self.connection).await
     }
+}
+
+/// Waits for the end of a process that was told to stop. The connection ends when the process does:
+/// disks are unlocked then.
+async fn stopped(connection: &mut Connection) -> Result<(), GuestError> {
+    let closed = timeout(STOP_WITHIN, connection.closed()).await;
+    closed.map_err(|_| {
+        let seconds = STOP_WITHIN.as_secs();
+        GuestError::Failed(format!(
+            "the monitor is not gone {seconds} s after its guest was stopped"
+        ))
+    })
 }
 
 /// Keeps [`StagingView`] shared between a connection and the chunks that outlive it.
