@@ -208,7 +208,9 @@ impl Process {
     }
 
     fn shut_down(&self) {
-        if let Some(connection) = self.connection().take() {
+        // Not under the lock: the connection's thread takes it as it ends.
+        let connection = self.connection().take();
+        if let Some(connection) = connection {
             connection.close();
         }
         if let Some(monitor) = self.monitor() {

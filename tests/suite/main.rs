@@ -1,2 +1,3 @@
-#[test]
-fn t() {}
+//! The product as its users meet it: real processes, real /dev/kvm.
+
+mod monitor;

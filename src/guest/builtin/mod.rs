@@ -42,6 +42,8 @@ const START_WITHIN: Duration = Duration::from_secs(15);
 const STOP_WITHIN: Duration = Duration::from_secs(60);
 /// Time between two attempts to reach a process that starts.
 const RETRY: Duration = Duration::from_millis(2);
+/// The same while another process answers.
+const RETRY_OTHER: Duration = Duration::from_millis(200);
 
 /// A guest of the built-in monitor.
 pub struct BuiltinGuest {
@@ -117,7 +119,9 @@ impl BuiltinGuest {
                         child,
                     });
                 }
-                Ok(_) => {}
+                // A connection that takes the place of another daemon's: not too often.
+                Ok(Some(_)) => sleep(RETRY_OTHER).await,
+                Ok(None) => {}
                 Err(error) if Instant::now() > deadline => return Err(error),
                 Err(_) => {}
             }
