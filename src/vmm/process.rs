@@ -25,12 +25,12 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
+use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use connection::Connection;
 
@@ -48,6 +48,9 @@ pub const CONSOLE_SOCKET: &str = "console.sock";
 pub const PID_FILE: &str = "vmm.pid";
 /// Name of the log in the run directory.
 pub const LOG_FILE: &str = "vmm.log";
+
+/// How long a process that is ending may hold the directory.
+const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A process that no daemon connects to ends after this time.
 const FIRST_CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
@@ -87,8 +90,12 @@ pub(crate) struct Process {
     monitor: Mutex<Option<Arc<Monitor>>>,
     connection: Mutex<Option<Connection>>,
     connected: AtomicBool,
-    end: SyncSender<()>,
+    end: SyncSender<End>,
 }
+
+/// What the end of the process waits with: the connection of the daemon that asked for it is closed
+/// last, so that the daemon sees the end when the directory and the disks are free.
+type End = Option<Arc<UnixStream>>;
 
 /// Runs a guest's process to its end. Called first thing in the process: it sets the signal mask
 /// that all threads inherit, and the log.
@@ -121,20 +128,22 @@ pub fn run(guest: &GuestId, run_dir: &Path) -> Result<(), ProcessError> {
     })?;
     tracing::info!(%guest, pid = std::process::id(), "the guest's process is ready");
 
-    if let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(FIRST_CONNECTION_TIMEOUT) {
-        if process.connected.load(Ordering::SeqCst) {
-            // The sender lives in `process`.
-            let _ = ended.recv();
-        } else {
+    // The sender lives in `process`: only the timeout is an error.
+    let closed_last = match ended.recv_timeout(FIRST_CONNECTION_TIMEOUT) {
+        Ok(end) => end,
+        Err(_) if process.connected.load(Ordering::SeqCst) => ended.recv().unwrap_or_default(),
+        Err(_) => {
             tracing::warn!("nobody connected: nothing to run");
+            None
         }
-    }
+    };
     process.shut_down();
     for name in [CONTROL_SOCKET, CONSOLE_SOCKET, PID_FILE] {
         // Nobody needs them; a leftover is replaced by the next process.
         let _ = std::fs::remove_file(run_dir.join(name));
     }
     tracing::info!(%guest, "the guest's process ends");
+    drop(closed_last);
     Ok(())
 }
 
@@ -194,12 +203,14 @@ impl Process {
     }
 
     /// Ends the process; the first call counts.
-    pub(crate) fn finish(&self) {
-        let _ = self.end.try_send(());
+    pub(crate) fn finish(&self, closed_last: End) {
+        let _ = self.end.try_send(closed_last);
     }
 
     fn shut_down(&self) {
-        if let Some(connection) = self.connection().take() {
+        // Not under the lock: the connection's thread takes it as it ends.
+        let connection = self.connection().take();
+        if let Some(connection) = connection {
             connection.close();
         }
         if let Some(monitor) = self.monitor() {
@@ -252,6 +263,7 @@ fn file_error(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> Proc
 /// Locks the directory for this process; the lock ends with the file.
 fn lock_run_dir(run_dir: &Path) -> Result<File, ProcessError> {
     let path = run_dir.join(PID_FILE);
+    let started = Instant::now();
     loop {
         let mut file = OpenOptions::new()
             .create(true)
@@ -261,12 +273,15 @@ fn lock_run_dir(run_dir: &Path) -> Result<File, ProcessError> {
             .map_err(file_error(&path, "opened"))?;
         // SAFETY: no memory is passed.
         if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-            return match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::WouldBlock => {
-                    Err(ProcessError::InUse(run_dir.to_owned()))
-                }
-                error => Err(file_error(&path, "locked")(error)),
-            };
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::WouldBlock {
+                return Err(file_error(&path, "locked")(error));
+            }
+            if started.elapsed() > PREDECESSOR_TIMEOUT {
+                return Err(ProcessError::InUse(run_dir.to_owned()));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            continue;
         }
         // The process before us removes the file as it ends: what we locked must still be there.
         use std::os::unix::fs::MetadataExt;
@@ -338,7 +353,7 @@ fn wait_for_signal(process: &Process, signals: &libc::sigset_t) {
         // SAFETY: both pointers are to values that live over the call.
         if unsafe { libc::sigwait(signals, &mut signal) } == 0 && signal == libc::SIGTERM {
             tracing::info!("SIGTERM: the guest is stopped");
-            process.finish();
+            process.finish(None);
             return;
         }
     }

@@ -8,6 +8,7 @@
 //!   kills         random kills; LIFEBOAT_KILLS=200 for a long run, LIFEBOAT_SEED=N to replay one
 //!   rot           flipped bits in a journal
 //!   bad_input     what an operator or a stranger can get wrong
+//!   monitor       one guest's process: cuts, kills of its daemon, restore, signals
 //!   flush         one flush per commit, counted by strace
 //!   readme        README and command line say the same
 //! ```
@@ -20,6 +21,7 @@ mod flush;
 mod harness;
 mod kills;
 mod link;
+mod monitor;
 mod readme;
 mod restart;
 mod rot;

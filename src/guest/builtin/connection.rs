@@ -149,8 +149,9 @@ impl Connection {
         };
         let reading = tokio::spawn(async move {
             let why = reader.run().await;
-            lock(&reader.waiting).clear();
+            // In this order: a caller that finds no end yet is in the table that is cleared then.
             end.send_replace(Some(why));
+            lock(&reader.waiting).clear();
         });
         let writing = tokio::spawn(write(stream, outgoing));
         let tasks = [reading.abort_handle(), writing.abort_handle()];

@@ -44,6 +44,8 @@ const STOP_WITHIN: Duration = Duration::from_secs(60);
 const END_WITHIN: Duration = Duration::from_secs(5);
 /// Time between two attempts to reach a process that starts.
 const RETRY: Duration = Duration::from_millis(2);
+/// The same while another process answers.
+const RETRY_OTHER: Duration = Duration::from_millis(200);
 
 /// A guest of the built-in monitor.
 pub struct BuiltinGuest {
@@ -119,7 +121,9 @@ impl BuiltinGuest {
                         child,
                     });
                 }
-                Ok(_) => {}
+                // A connection that takes the place of another daemon's: not too often.
+                Ok(Some(_)) => sleep(RETRY_OTHER).await,
+                Ok(None) => {}
                 Err(error) if Instant::now() > deadline => return Err(error),
                 Err(_) => {}
             }
@@ -139,14 +143,17 @@ impl BuiltinGuest {
         run_dir: &Path,
         guest: &GuestId,
     ) -> Result<Option<BuiltinGuest>, GuestError> {
-        let Some(connection) = Connection::open(&run_dir.join(CONTROL_SOCKET), guest).await? else {
+        let socket = run_dir.join(CONTROL_SOCKET);
+        let Some(mut connection) = Connection::open(&socket, guest).await? else {
             return Ok(None);
         };
-        match connection.info().await? {
-            Some(info) => Ok(Some(Self::new(connection, info, None))),
-            // It was started and never got its guest. It ends with this connection.
-            None => Ok(None),
+        if let Some(info) = connection.info().await? {
+            return Ok(Some(Self::new(connection, info, None)));
         }
+        // It was started and never got its guest.
+        connection.call(Command::Stop, None).await?;
+        stopped(&mut connection).await?;
+        Ok(None)
     }
 
     fn new(connection: Connection, info: Info, child: Option<Child>) -> Self {
@@ -376,16 +383,20 @@ impl Guest for BuiltinGuest {
 
     async fn stop(&mut self) -> Result<(), GuestError> {
         self.done(Command::Stop).await?;
-        // The connection ends when the process does: disks are unlocked then.
-        timeout(STOP_WITHIN, self.connection.closed())
-            .await
-            .map_err(|_| {
-                let seconds = STOP_WITHIN.as_secs();
-                GuestError::Failed(format!(
-                    "the monitor is not gone {seconds} s after its guest was stopped"
-                ))
-            })
+        stopped(&mut self.connection).await
     }
+}
+
+/// Waits for the end of a process that was told to stop. The connection ends when the process does:
+/// disks are unlocked then.
+async fn stopped(connection: &mut Connection) -> Result<(), GuestError> {
+    let closed = timeout(STOP_WITHIN, connection.closed()).await;
+    closed.map_err(|_| {
+        let seconds = STOP_WITHIN.as_secs();
+        GuestError::Failed(format!(
+            "the monitor is not gone {seconds} s after its guest was stopped"
+        ))
+    })
 }
 
 /// Keeps [`StagingView`] shared between a connection and the chunks that outlive it.

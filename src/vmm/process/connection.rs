@@ -215,11 +215,10 @@ fn serve(
     if stop {
         // The writer ends when all senders are gone: ours are, the process's is here.
         drop(session);
-        if let Some(connection) = process.connection().take() {
-            drop(connection.frames);
-        }
+        let ours = |c: &mut Connection| Arc::ptr_eq(&c.stream, stream);
+        drop(process.connection().take_if(ours));
         let _ = writer.join();
-        process.finish();
+        process.finish(Some(Arc::clone(stream)));
         return;
     }
     tracing::info!(reason = %ended, "the daemon's connection ended; debts are given back");
@@ -233,7 +232,7 @@ fn serve(
         *place = None;
         if process.monitor().is_none() {
             tracing::info!("no guest was started");
-            process.finish();
+            process.finish(None);
         }
     }
     drop(place);
