@@ -168,3 +168,69 @@ fn a_seed_replays_the_same_run() {
         assert_eq!(first.trace, second.trace, "seed {seed} went two ways");
     }
 }
+
+/// Runs a few seeds with a fault that the product must not have; what the checks found.
+fn sabotaged(sabotage: Sabotage, audit: bool) -> (Vec<String>, u64) {
+    let (mut violations, mut mismatches) = (Vec::new(), 0);
+    for seed in 0..10 {
+        let script = Script {
+            steps: 0,
+            sabotage,
+            promote: None,
+        };
+        let runtime = Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            let trace = Trace::new(Instant::now(), false);
+            let mut world = World::new(seed, script, trace);
+            world.run_sabotaged(15, audit).await;
+            violations.extend(world.checker.violations());
+            mismatches += world.checker.mismatches();
+        });
+    }
+    (violations, mismatches)
+}
+
+/// Violations whose text has this in it.
+fn with<'a>(violations: &'a [String], text: &str) -> Vec<&'a String> {
+    violations.iter().filter(|v| v.contains(text)).collect()
+}
+
+#[test]
+fn control_without_sabotage_nothing_is_found() {
+    let (violations, mismatches) = sabotaged(Sabotage::None, true);
+    assert!(violations.is_empty(), "{violations:?}");
+    assert_eq!(mismatches, 0);
+}
+
+#[test]
+fn control_a_dropped_memory_bit_is_found() {
+    let (violations, _) = sabotaged(Sabotage::DropMemoryBit, false);
+    assert!(!with(&violations, "is no instant of the guest").is_empty());
+    assert!(!with(&violations, "is neither dirty nor owed").is_empty());
+    // The product's own check: the next audit reads all of RAM, and the image roots differ.
+    let (_, mismatches) = sabotaged(Sabotage::DropMemoryBit, true);
+    assert!(mismatches > 0, "no audit found the dropped bit");
+}
+
+#[test]
+fn control_a_dropped_disk_bit_is_found() {
+    let (violations, _) = sabotaged(Sabotage::DropDiskBit, false);
+    assert!(!with(&violations, "is no instant of the guest").is_empty());
+    assert!(!with(&violations, "is neither dirty nor owed").is_empty());
+}
+
+#[test]
+fn control_a_late_disk_write_is_found() {
+    let (violations, mismatches) = sabotaged(Sabotage::LateDiskWrite, false);
+    let torn = with(&violations, "is no instant of the guest");
+    assert!(!torn.is_empty());
+    assert!(
+        torn.iter().all(|v| v.contains(", 0 memory and ")),
+        "{torn:?}"
+    );
+    assert_eq!(mismatches, 0, "image roots are of RAM alone");
+}

@@ -87,9 +87,9 @@ impl World {
         let mut dice = Dice::new(seed);
         let spec = FakeSpec {
             seed: dice.next(),
-            ram_pages: dice.pick(40..120) as u32,
-            high_ram_pages: dice.pick(0..40) as u32,
-            disk_pages: vec![dice.pick(1..40) as u32, dice.pick(1..10) as u32],
+            ram_pages: dice.pick(30..80) as u32,
+            high_ram_pages: dice.pick(0..24) as u32,
+            disk_pages: vec![dice.pick(1..24) as u32, dice.pick(1..8) as u32],
             chunk_pages: dice.pick(1..17) as u32,
             staging_pages: 32,
             steps_in_copy: dice.pick(0..4),
@@ -421,6 +421,29 @@ impl World {
         }
     }
 
+    /// The guest is protected for some steps, and nothing fails but what the script sabotages.
+    /// `audit` restarts site A's daemon at the end, which then reads everything once more.
+    pub async fn run_sabotaged(&mut self, steps: u64, audit: bool) {
+        self.checker.book.lock().unwrap().calm = true;
+        self.start_b();
+        self.start_a();
+        for _ in 0..steps {
+            sleep(Duration::from_millis(300)).await;
+        }
+        if audit {
+            self.writer.pace.store(0, Ordering::Relaxed);
+            self.kill_a().await;
+            self.start_a();
+            sleep(Duration::from_secs(3)).await;
+        }
+        let (store, catalogue) = (self.site_b.store.fork(), self.site_b.catalogue.fork());
+        self.recover(store, catalogue, true);
+        if let Some(replica) = self.b.as_ref().and_then(site_b::Daemon::replica) {
+            let replica = replica.lock().unwrap();
+            self.checker.tracking(&self.machine, replica.journal());
+        }
+    }
+
     /// Faults, then the end that the script or the dice want.
     pub async fn run(&mut self, script: Script) {
         self.start_b();
@@ -466,6 +489,7 @@ impl World {
         ] {
             self.undo(undo);
         }
+        self.checker.book.lock().unwrap().calm = true;
         self.trace.note("healed", "");
     }
 
@@ -599,7 +623,8 @@ fn replica_options(site: &SiteId) -> ReplicaOptions {
     ReplicaOptions {
         site: site.clone(),
         journal: JournalOptions {
-            segment_bytes: 1 << 20,
+            // Holds the largest part that a guest of this size can make, rounds included.
+            segment_bytes: 2 << 20,
             min_free_bytes: 0,
             batch: 3,
             flush_commits: 4,
