@@ -1,5 +1,14 @@
 //! Lifeboat keeps a live, durable copy of running KVM guests at another site and resumes them there.
 //!
+//! ```text
+//!   guest ─▶ primary ─▶ frame ─▶ wire ─▶ transport ═▶ transport ─▶ wire ─▶ standby ─▶ journal
+//!     ▲        (cut, encode, ship)                       (verify, apply, commit, ack)     │
+//!     └── vmm                                                  failover ◀── daemon ◀──────┘
+//! ```
+//!
+//! Deliberately absent: only `transport` talks to the other site, only `journal::sled` knows sled,
+//! only `cli` prints, only `daemon` decides who owns a guest. `vmm` knows nothing of replication.
+//!
 //! # Who may import whom
 //!
 //! `tests/tidy.rs` compares this table with the code. A module may import itself; test code may
@@ -19,6 +28,7 @@
 //! | `wire` | `clock`, `frame`, `ids`, `page` |
 //! | `vmm` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `page` |
 //! | `guest` | `bitmap`, `clock`, `device_state`, `ids`, `page` |
+//! | `guest::builtin` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `page`, `vmm` |
 //! | `pki` | `clock`, `durable`, `ids` |
 //! | `transport` | `clock`, `ids`, `metrics`, `pki`, `wire` |
 //! | `primary` | `bitmap`, `clock`, `frame`, `guest`, `ids`, `metrics`, `page`, `retry`, `wire` |

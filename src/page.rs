@@ -279,7 +279,7 @@ mod tests {
             vec![ram(0, 16), disk("a", 1), ram(1 << 32, 1)],
             vec![ram(0, 16), disk("a", 1), disk("a", 1)],
             vec![ram(0, REGION_PAGES_MAX + 1)],
-            vec![ram(u64::MAX & !4095, 2)],
+            vec![ram(!4095, 2)],
         ];
         for regions in bad {
             assert!(Layout::try_from(regions.clone()).is_err(), "{regions:?}");

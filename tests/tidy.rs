@@ -68,13 +68,15 @@ const BANS: &[Ban] = &[
     },
     Ban {
         text: "sled::",
-        but_in: &["src/journal/sled.rs"],
+        // mod.rs names the module of that name.
+        but_in: &["src/journal/sled.rs", "src/journal/mod.rs"],
         but_in_tests: false,
         instead: "use journal's Catalogue trait",
     },
     Ban {
         text: "rustls::",
-        but_in: &["src/transport"],
+        // The CA reads files with the same PEM and certificate types.
+        but_in: &["src/transport", "src/pki"],
         but_in_tests: true,
         instead: "use transport's dialer and listener",
     },
@@ -108,7 +110,8 @@ struct Source {
 impl Source {
     /// Code lines with their numbers, and whether each is test code. Comment lines are left out.
     fn code(&self) -> impl Iterator<Item = (usize, &str, bool)> {
-        let whole = self.path.starts_with("tests/") || self.path.ends_with("/tests.rs");
+        let in_tests = self.path.split('/').any(|part| part == "tests");
+        let whole = in_tests || self.path.ends_with("/tests.rs");
         let lines: Vec<&str> = self.text.lines().collect();
         // By convention the test module is the last item of a file.
         let tests = (0..lines.len().saturating_sub(1))
@@ -492,8 +495,8 @@ fn the_rules_catch_what_they_are_for() {
         ("src/cli/status.rs", "println!(\"x\")", 0),
         ("src/client.rs", "println!(\"x\")", 1),
         ("src/journal/sled.rs", "use sled::Db;", 0),
-        ("src/journal/mod.rs", "use sled::Db;", 1),
-        ("src/journal/mod.rs", "use self::sled_catalogue;", 0),
+        ("src/journal/open.rs", "use sled::Db;", 1),
+        ("src/journal/open.rs", "use self::sled_catalogue;", 0),
         ("src/wire/mod.rs", "use tokio_rustls::TlsStream;", 1),
         ("src/transport/tls.rs", "use tokio_rustls::TlsStream;", 0),
         ("tests/suite/main.rs", "#[ignore = \"slow\"]", 1),

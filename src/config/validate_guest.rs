@@ -377,7 +377,7 @@ fn image(
     }
     if check.files && !read_only {
         let bytes = std::fs::metadata(&path.value).map_or(0, |meta| meta.len());
-        if bytes % PAGE_SIZE as u64 != 0 {
+        if !bytes.is_multiple_of(PAGE_SIZE as u64) {
             let message = format!(
                 "{} has {bytes} bytes, which is no multiple of 4096: \"truncate -s %4096\" mends it",
                 path.value.display()

@@ -362,7 +362,7 @@ impl Backend for Fake {
             });
             if torn {
                 let error = ApiError::new(Reason::Difference, "the point is damaged");
-                return run.finish_with_difference(result, error.hint("use an older point"));
+                return run.fail_with(result, error.hint("use an older point"));
             }
             run.finish(Ok(result));
         })

@@ -15,8 +15,12 @@ pub mod client;
 pub mod codes;
 #[cfg(test)]
 pub(crate) mod fake;
+pub mod reports;
 pub mod runs;
 pub mod server;
 pub mod socket;
 pub mod time;
 pub mod types;
+
+#[cfg(test)]
+mod tests;

@@ -231,8 +231,8 @@ impl RunHandle {
     }
 
     /// It ended with something to show and an error all the same: a verification that found a
-    /// difference.
-    pub fn finish_with_difference(self, result: RunResult, error: ApiError) {
+    /// difference, a refused failover with its plan (`dry_run` set, so that it is shown as one).
+    pub fn fail_with(self, result: RunResult, error: ApiError) {
         self.end(Some(result), Some(error));
     }
 

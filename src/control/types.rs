@@ -10,6 +10,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::codes::{ExitCode, Reason};
+pub use super::reports::{
+    FailoverReport, JournalCheckReport, JournalRebuildReport, ProtectReport, RunResult,
+    VerifyReport,
+};
 use super::time;
 use crate::clock::Timestamp;
 use crate::guest::RunState;
@@ -478,100 +482,6 @@ pub enum ProgressUnit {
 pub struct Runs {
     /// The runs.
     pub runs: Vec<Run>,
-}
-
-/// What came of a run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-pub enum RunResult {
-    /// The guest is protected.
-    Protect(ProtectReport),
-    /// The guest was resumed, or would be.
-    Failover(FailoverReport),
-    /// A recovery point was verified.
-    Verify(VerifyReport),
-    /// A journal was checked.
-    JournalCheck(JournalCheckReport),
-    /// A catalogue was made anew.
-    JournalRebuild(JournalRebuildReport),
-}
-
-/// A guest became protected, or was.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ProtectReport {
-    /// Where to.
-    pub peer: SiteId,
-    /// Nothing had to be done.
-    pub already_protected: bool,
-    /// How the common base was made.
-    pub sync: Option<SyncStatus>,
-    /// The first point that is durable.
-    pub point: PointStatus,
-    /// Bytes sent for it.
-    pub sent_bytes: u64,
-}
-
-/// A guest was resumed from a recovery point, or would be (`dry_run`).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct FailoverReport {
-    /// Nothing was changed.
-    pub dry_run: bool,
-    /// Where the guest ran before.
-    pub from: Option<SiteId>,
-    /// Where it runs now.
-    pub to: SiteId,
-    /// From this point.
-    pub point: PointStatus,
-    /// The newest point, when an older one was chosen.
-    pub newest: Option<PointStatus>,
-    /// Work that is lost: from the capture of the point to the command, as far as the clocks of
-    /// both sites agree.
-    pub loss_seconds: f64,
-    /// How the other site was kept from running the guest.
-    pub fence: String,
-    /// Number of the owner before.
-    pub generation_before: Generation,
-    /// Number of the owner now (`dry_run`: that it would be).
-    pub generation_after: Generation,
-    /// From the command to the guest's first instruction; `null` for a dry run.
-    pub rto_seconds: Option<f64>,
-}
-
-/// A recovery point was replayed and compared.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct VerifyReport {
-    /// The point.
-    pub point: PointStatus,
-    /// Pages of memory that were compared.
-    pub memory_pages: u64,
-    /// Pages of disks that were compared.
-    pub disk_pages: u64,
-    /// Differences found.
-    pub differences: u64,
-    /// The first of them, in words.
-    pub first_differences: Vec<String>,
-}
-
-/// All of a journal was read and checked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct JournalCheckReport {
-    /// Recovery points that were checked.
-    pub points: u64,
-    /// Bytes that were read.
-    pub bytes: u64,
-    /// What is wrong, in words. Empty: nothing.
-    pub problems: Vec<String>,
-}
-
-/// A catalogue was made anew from the segments.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct JournalRebuildReport {
-    /// Recovery points found.
-    pub points: u64,
-    /// Tags and pins found.
-    pub records: u64,
-    /// What could not be used, in words.
-    pub problems: Vec<String>,
 }
 
 /// A request was not done.

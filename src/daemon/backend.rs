@@ -9,11 +9,12 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::context::{SiteContext, run_dir, writer_of};
+use super::orders::{Handle, Order};
 use super::promotion::Failover;
 use super::record;
 use super::standbys::{Shared, Standbys, lock};
 use super::status::{Known, point_status};
-use super::supervisor::{self, Handle, Order};
+use super::supervisor;
 use super::verbs;
 use crate::config::resolved::SiteConfig;
 use crate::config::{self, Files};
@@ -249,7 +250,8 @@ impl Site {
             ("tls", old.tls != new.tls),
         ]
         .into_iter()
-        .filter_map(|(key, changed)| changed.then(|| key.to_owned()))
+        .filter(|(_, changed)| *changed)
+        .map(|(key, _)| key.to_owned())
         .collect();
         for (key, changed) in [
             ("peer", old.peers != new.peers),

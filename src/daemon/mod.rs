@@ -13,6 +13,7 @@
 mod backend;
 mod context;
 mod listener;
+mod orders;
 mod promotion;
 mod record;
 mod standbys;

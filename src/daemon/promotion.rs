@@ -7,10 +7,10 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::context::SiteContext;
+use super::orders::{Handle, Order, Resume};
 use super::record::guest_dir;
 use super::standbys::{Shared, lock};
 use super::status::point_status;
-use super::supervisor::{Handle, Order, Resume};
 use crate::config::resolved::FencingConfig;
 use crate::control::codes::Reason;
 use crate::control::runs::RunHandle;
@@ -57,14 +57,25 @@ impl Failover {
     pub fn spawn(self, run: RunHandle) -> Run {
         let now = run.run();
         tokio::spawn(async move {
-            let result = self.carry_out(&run).await;
-            run.finish(result);
+            let mut planned = None;
+            match (self.carry_out(&run, &mut planned).await, planned) {
+                // A refusal says what was refused, and what it would have cost.
+                (Err(error), Some(mut plan)) if error.reason == Reason::NotFenced => {
+                    plan.dry_run = true;
+                    run.fail_with(RunResult::Failover(plan), error);
+                }
+                (result, _) => run.finish(result),
+            }
         });
         now
     }
 
     /// All steps. See `crate::failover` for the drawing.
-    async fn carry_out(self, run: &RunHandle) -> Result<RunResult, ApiError> {
+    async fn carry_out(
+        self,
+        run: &RunHandle,
+        planned: &mut Option<FailoverReport>,
+    ) -> Result<RunResult, ApiError> {
         run.step("plan");
         let (point, newest, before) = self.choose().await?;
         let now = self.site.env.now();
@@ -82,8 +93,9 @@ impl Failover {
             generation_after: before.next(),
             rto_seconds: None,
         };
+        report.fence = self.fence_plan();
+        *planned = Some(report.clone());
         if self.request.dry_run {
-            report.fence = self.fence_plan();
             return Ok(RunResult::Failover(report));
         }
 
@@ -176,7 +188,7 @@ impl Failover {
         let at = self
             .from
             .as_ref()
-            .map_or("the other site".to_owned(), |s| format!("site {s}"));
+            .map_or("the other site".to_owned(), SiteId::to_string);
         let not_fenced = |why: String| {
             ApiError::new(
                 Reason::NotFenced,

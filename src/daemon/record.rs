@@ -168,7 +168,7 @@ mod tests {
         };
         store(state.path(), &guest, &record).unwrap();
         assert_eq!(load(state.path(), &guest).unwrap(), Some(record));
-        assert_eq!(list(state.path()), [guest.clone()]);
+        assert_eq!(list(state.path()), std::slice::from_ref(&guest));
         std::fs::write(path(state.path(), &guest), b"{").unwrap();
         assert!(matches!(
             load(state.path(), &guest),

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::record::{self, Standing};
-use crate::clock::Env;
+use crate::clock::{Env, Timestamp};
 use crate::config::resolved::SiteConfig;
 use crate::ids::{GuestId, SiteId};
 use crate::journal::{DirStore, JournalOptions, SledCatalogue};
@@ -20,7 +20,9 @@ use crate::standby::{Lookup, Refusal, Replica, ReplicaError, ReplicaOptions, Rep
 use crate::wire::message::{Open, RefuseReason};
 
 /// Time between two looks for work of retention.
-const MAINTAIN_EVERY: Duration = Duration::from_millis(500);
+const MAINTAIN_EVERY: Duration = Duration::from_millis(250);
+/// Most steps of retention of one copy at a time.
+const STEPS_MAX: usize = 8;
 
 /// A copy, shared.
 pub(super) type Shared = Arc<Mutex<Replica<DirStore>>>;
@@ -144,7 +146,8 @@ impl Standbys {
             .offload(move || open(&directory, &owned, options))
             .await;
         match opened {
-            Ok((replica, notes)) => {
+            Ok((mut replica, notes)) => {
+                replica.measure(self.inner.metrics.guest(guest));
                 notes
                     .iter()
                     .for_each(|note| tracing::warn!(%guest, "journal: {note}"));
@@ -260,17 +263,23 @@ impl Standbys {
                 .collect();
             for (guest, replica) in open {
                 let now = self.inner.env.now();
-                let result = self
-                    .inner
-                    .env
-                    .offload(move || lock(&replica).maintain(now))
-                    .await;
-                if let Err(error) = result {
+                let worked = self.inner.env.offload(move || steps(&replica, now)).await;
+                if let Err(error) = worked {
                     self.reopen(&guest, &error).await;
                 }
             }
         }
     }
+}
+
+/// Steps of retention while there are more, and not too many: each holds the copy.
+fn steps(replica: &Shared, now: Timestamp) -> Result<(), ReplicaError> {
+    for _ in 0..STEPS_MAX {
+        if !lock(replica).maintain(now)? {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn open(

@@ -1,7 +1,7 @@
 //! What the admin API shows of guests, put together from their supervisors and copies.
 
+use super::orders::View;
 use super::record::{GuestRecord, Standing};
-use super::supervisor::View;
 use crate::clock::Timestamp;
 use crate::control::types::{
     DiskSummary, GuestStatus, MachineSummary, PointStatus, Progress, ProgressUnit, SyncPath,
@@ -117,7 +117,7 @@ impl Known<'_> {
 
     fn state(&self) -> GuestState {
         match (self.role(), self.record().map(|r| &r.standing)) {
-            (_, Some(Standing::Fenced { .. })) => GuestState::Fenced,
+            (Role::None, Some(Standing::Fenced { .. })) => GuestState::Fenced,
             (Role::Active, _) => self.active_state(),
             (Role::Standby, _) => match &self.copy {
                 Some(Ok(copy)) if copy.newest.is_none() => GuestState::InitialSync,

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::orders::{Handle, Order};
 use super::standbys::{Shared, lock};
 use super::status::{acked_status, point_status, sync_path};
-use super::supervisor::{Handle, Order};
 use crate::clock::Env;
 use crate::control::codes::Reason;
 use crate::control::runs::RunHandle;
@@ -145,7 +145,7 @@ pub(super) fn verify(
             Some(text) => {
                 metrics.verification(VerifyResult::Mismatch, now);
                 let error = ApiError::new(Reason::Difference, text).hint("choose an older point");
-                run.finish_with_difference(result, error);
+                run.fail_with(result, error);
             }
         }
     });
@@ -230,7 +230,7 @@ pub(super) fn journal_check(run: RunHandle, env: Env, copy: Shared) -> Run {
                 });
                 match error {
                     None => run.finish(Ok(result)),
-                    Some(error) => run.finish_with_difference(result, error),
+                    Some(error) => run.fail_with(result, error),
                 }
             }
         }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::frame::PageImage;
 use crate::ids::DiskId;
-use crate::page::{Layout, PAGE_SIZE, PageAddr, RegionKind};
+use crate::page::{Layout, PAGE_SIZE, PageAddr, RegionId, RegionKind};
 
 /// Why disk images could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -144,6 +144,12 @@ impl DiskFiles {
 }
 
 impl PageImage for DiskFiles {
+    fn wants(&self, region: RegionId) -> bool {
+        self.disks
+            .get(usize::from(region.0))
+            .is_some_and(Option::is_some)
+    }
+
     fn page_mut(&mut self, addr: PageAddr) -> io::Result<&mut [u8; PAGE_SIZE]> {
         if !self.layout.contains(addr) {
             let text = format!("{addr:?} is outside the guest");

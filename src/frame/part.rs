@@ -11,7 +11,7 @@ use super::format::{
     pack_trailer,
 };
 use super::manifest::Manifest;
-use crate::page::{Layout, PAGE_SIZE, PageAddr, REGION_PAGES_MAX, RegionId};
+use crate::page::{Layout, PAGE_SIZE, PageAddr, REGION_PAGES_MAX, REGIONS_MAX, RegionId};
 
 pub(super) const KIND_ZERO: u8 = 0;
 pub(super) const KIND_RAW: u8 = 1;
@@ -69,6 +69,12 @@ pub trait PageImage {
             self.touched(addr);
         }
         Ok(())
+    }
+
+    /// False if pages of this region need not be written at all: they are skipped where that saves
+    /// work.
+    fn wants(&self, _region: RegionId) -> bool {
+        true
     }
 
     /// The page has its new content. A page can be touched several times by one frame.
@@ -244,11 +250,19 @@ impl<'a> PartView<'a> {
     /// once, into one of two buffers of 64 KiB.
     pub fn for_each<E: From<FrameError>>(
         &self,
+        each: impl FnMut(PageAddr, Content<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.for_each_of(|_| true, each)
+    }
+
+    fn for_each_of<E: From<FrameError>>(
+        &self,
+        wants: impl Fn(RegionId) -> bool,
         mut each: impl FnMut(PageAddr, Content<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut decoder = Decompressor::default();
         let mut open = [(None, Vec::new()), (None, Vec::new())];
-        for row in self.rows() {
+        for row in self.rows().filter(|row| wants(row.addr.region)) {
             let kind = match row.kind {
                 RowKind::Zero => {
                     each(row.addr, Content::Zero(row.count))?;
@@ -293,7 +307,14 @@ impl<'a> PartView<'a> {
     /// Applies the rows to an image, in order. The caller has checked the layout. On an error the
     /// image holds a part of the changes; applying the frame again, whole, makes it right.
     pub fn apply(&self, image: &mut dyn PageImage) -> Result<(), FrameError> {
-        self.for_each(|addr, content| apply_content(image, addr, content))
+        // Asked before, because the image is borrowed while rows are applied.
+        let regions: Vec<bool> = (0..REGIONS_MAX as u16)
+            .map(|region| image.wants(RegionId(region)))
+            .collect();
+        self.for_each_of(
+            |region| regions.get(usize::from(region.0)).copied().unwrap_or(true),
+            |addr, content| apply_content(image, addr, content),
+        )
     }
 }
 

@@ -90,7 +90,7 @@ impl<S: Store> Base<S> {
                 std::io::ErrorKind::NotFound => JournalError::corrupt(name, "the file is missing"),
                 _ => JournalError::io("open", name, e),
             })?;
-            let len = file.len().map_err(|e| JournalError::io("size", name, e))?;
+            let len = file.size().map_err(|e| JournalError::io("size", name, e))?;
             if len != bytes && writable {
                 created = true;
                 file.set_len(bytes)

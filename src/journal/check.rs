@@ -282,9 +282,11 @@ impl<S: Store> Journal<S> {
     pub fn rebuild_index(&mut self) -> Result<RecoveryReport, JournalError> {
         self.writable("rebuilding the catalogue")?;
         self.abort();
-        let mut hints = Hints::default();
-        // Times at which points became durable are known to the catalogue alone.
-        hints.frames = self.frames.iter().map(|f| (f.epoch, f.clone())).collect();
+        let hints = Hints {
+            // Times at which points became durable are known to the catalogue alone.
+            frames: self.frames.iter().map(|f| (f.epoch, f.clone())).collect(),
+            ..Hints::default()
+        };
         let recovered = Recovery {
             segments: &self.segments,
             super_: &self.super_,

@@ -258,7 +258,7 @@ impl DirFile {
 }
 
 fn check_blocks(offset: u64, len: usize) -> io::Result<()> {
-    if offset % ALIGN as u64 == 0 && len % ALIGN == 0 {
+    if offset.is_multiple_of(ALIGN as u64) && len.is_multiple_of(ALIGN) {
         return Ok(());
     }
     Err(io::Error::new(
@@ -273,7 +273,7 @@ impl StoreFile for DirFile {
             return self.file.read_exact_at(into, offset);
         };
         check_blocks(offset, into.len())?;
-        if into.as_ptr().addr() % ALIGN == 0 {
+        if into.as_ptr().addr().is_multiple_of(ALIGN) {
             return self.file.read_exact_at(into, offset);
         }
         Self::bounced(bounce, into.len(), |piece, at| {
@@ -288,7 +288,7 @@ impl StoreFile for DirFile {
             return self.file.write_all_at(bytes, offset);
         };
         check_blocks(offset, bytes.len())?;
-        if bytes.as_ptr().addr() % ALIGN == 0 {
+        if bytes.as_ptr().addr().is_multiple_of(ALIGN) {
             return self.file.write_all_at(bytes, offset);
         }
         Self::bounced(bounce, bytes.len(), |piece, at| {
@@ -301,7 +301,7 @@ impl StoreFile for DirFile {
         self.file.sync_data()
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn size(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len())
     }
 

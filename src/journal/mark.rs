@@ -90,8 +90,8 @@ impl<S: Store> Journal<S> {
         let frames = &self.frames;
         self.marks
             .prune(|epoch| frames.iter().any(|f| f.epoch == epoch));
-        let number = self.marks.number.max(self.super_.marks) + 1;
-        self.marks.number = number;
+        self.marks.number_after(self.super_.marks);
+        let number = self.marks.number;
         let bytes = self.marks.pack(self.super_.journal).map_err(|bytes| {
             JournalError::Mark(format!(
                 "all tags, pins and records would take {bytes} bytes; {MARKS_BYTES_MAX} are \

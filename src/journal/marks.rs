@@ -9,7 +9,9 @@
 //!
 //! A record holds *all* marks, so the one with the highest number is the truth and older ones are
 //! dead. Only the catalogue has a copy; a lost catalogue gets it back from the segments. The
-//! superblock knows the highest number, so that a damaged record is noticed.
+//! superblock knows the highest number, so that a damaged record is noticed. The number is a count
+//! followed by a checksum of the content, so that a record whose writing failed, and which a scan may
+//! find much later, is not taken for the one that got the same count afterwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -49,6 +51,20 @@ pub(super) struct Marks {
 impl Marks {
     pub fn pinned(&self, epoch: Epoch) -> bool {
         self.points.get(&epoch).is_some_and(|m| m.pinned)
+    }
+
+    /// Numbers these marks as the successor of record `stored`: a count, then a checksum of the content.
+    pub fn number_after(&mut self, stored: u64) {
+        let count = (stored.max(self.number) >> 32) + 1;
+        let content = postcard::to_stdvec(&(&self.points, &self.records))
+            .expect("marks have no failing encoder");
+        self.number = count << 32 | u64::from(crc32c::crc32c(&content));
+    }
+
+    /// Where the marks stand among others, the highest being the truth, when the superblock says that
+    /// `stored` was made durable. `None` if another record with the same count was: these were never.
+    pub fn rank(&self, stored: u64) -> Option<u64> {
+        (self.number == stored || self.number >> 32 != stored >> 32).then_some(self.number)
     }
 
     /// Drops marks of points that are gone; true if there were any.

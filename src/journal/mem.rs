@@ -399,7 +399,7 @@ impl MemFile {
     }
 
     fn check(&self, offset: u64, len: usize) -> io::Result<()> {
-        if self.blocks && (offset % 4096 != 0 || len % 4096 != 0) {
+        if self.blocks && (!offset.is_multiple_of(4096) || !len.is_multiple_of(4096)) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         Ok(())
@@ -429,7 +429,7 @@ impl StoreFile for MemFile {
         self.disk()?.sync(self.id)
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn size(&self) -> io::Result<u64> {
         Ok(self.disk()?.nodes[&self.id].data.len() as u64)
     }
 

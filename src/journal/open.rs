@@ -156,6 +156,14 @@ impl<S: Store> Journal<S> {
         })?;
         let listed = |e| JournalError::io("list the files of", &store.place(), e);
         let names = store.list().map_err(listed)?;
+        if !options.read_only {
+            // A name that an earlier owner made may not be durable: its directory sync failed, or it
+            // was killed before.
+            store
+                .sync_dir()
+                .map_err(|e| JournalError::io("sync", "the directory", e))
+                .map_err(read_only_disk)?;
+        }
         let (super_, mut notices, created) = open_super(&store, &names, guest, &options)?;
         let (segments, unusable) = Segments::open(
             &store,
@@ -176,7 +184,11 @@ impl<S: Store> Journal<S> {
             Ok(rows) => Hints::read(rows),
             Err(error) => {
                 notices.push(error.to_string());
-                Hints::default()
+                // What the rows say from where to scan is unknown, and may be readable next time.
+                Hints {
+                    scan_from: Some(u64::MAX),
+                    ..Hints::default()
+                }
             }
         };
         let recovered = Recovery {
@@ -211,7 +223,11 @@ impl<S: Store> Journal<S> {
             options,
             _lock: lock,
         };
+        let lost = !recovered.report.lost.is_empty();
         let mut report = journal.take(recovered, &hints)?;
+        if !lost && !journal.options.read_only {
+            journal.resume_lane(hints.scan_from.unwrap_or(0));
+        }
         report.created = created;
         notices.append(&mut report.notices);
         report.notices = notices;
@@ -249,9 +265,6 @@ impl<S: Store> Journal<S> {
         for number in recovered.unsynced {
             self.segments.sync_segment(number)?;
         }
-        if report.lost.is_empty() {
-            self.resume_lane();
-        }
         let generation = self.frames.last().map_or(Generation(0), |f| f.generation);
         if generation > self.super_.generation {
             report.notices.push(format!(
@@ -269,9 +282,7 @@ impl<S: Store> Journal<S> {
                 self.rows.put_frame(info);
             }
         }
-        if self.marks_at.is_none() && self.marks.number > 0 {
-            self.store_marks()?;
-        }
+        self.settle_marks(hints)?;
         Ok(report)
     }
 
@@ -285,6 +296,7 @@ impl<S: Store> Journal<S> {
         let best = [found.as_ref(), hinted]
             .into_iter()
             .flatten()
+            .filter(|(marks, _)| marks.rank(self.super_.marks).is_some())
             .max_by_key(|(marks, _)| marks.number);
         if best.map_or(0, |(marks, _)| marks.number) < self.super_.marks {
             report.notices.push(
@@ -304,11 +316,35 @@ impl<S: Store> Journal<S> {
         }
     }
 
-    /// Appends go on behind the newest frame, over what was torn or given up.
-    fn resume_lane(&mut self) {
+    /// Makes the marks that were found those that count: a record whose superblock was not written any
+    /// more must neither vanish again nor share its number with the next one.
+    fn settle_marks(&mut self, hints: &Hints) -> Result<(), JournalError> {
+        let Some(at) = self.marks_at else {
+            return match self.marks.number {
+                0 => Ok(()),
+                _ => self.store_marks(),
+            };
+        };
+        if hints.marks.as_ref() != Some(&(self.marks.clone(), at)) {
+            self.rows.put_marks(&self.marks, at);
+        }
+        let number = self.marks.number;
+        if number > self.super_.marks {
+            self.segments.sync_segment(at.segment)?;
+            self.write_super(|s| s.marks = number)?;
+        }
+        Ok(())
+    }
+
+    /// Appends go on behind the newest frame, over what was torn or given up; but not in a segment that
+    /// the catalogue says need not be scanned: what is appended there would not be found.
+    fn resume_lane(&mut self, scan_from: u64) {
         let Some(last) = self.frames.last().and_then(|f| f.parts.last()) else {
             return;
         };
+        if last.sequence < scan_from {
+            return;
+        }
         let all = self
             .frames
             .iter()
@@ -505,7 +541,7 @@ impl<S: Store> Journal<S> {
 
 fn check_options(options: &JournalOptions) -> Result<(), JournalError> {
     let bytes = options.segment_bytes;
-    if bytes % 4096 != 0
+    if !bytes.is_multiple_of(4096)
         || !(segment::SEGMENT_BYTES_MIN..=segment::SEGMENT_BYTES_MAX).contains(&bytes)
     {
         return Err(JournalError::Options(

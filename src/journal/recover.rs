@@ -223,12 +223,14 @@ impl<S: Store> Recovery<'_, S> {
             }
         }
         let mut slow = self.attempt(0, true);
-        slow.report.full_scan = true;
+        slow.report.full_scan = self.segments.iter().next().is_some();
         slow
     }
 
     fn explains_all_rows(&self, recovered: &Recovered) -> bool {
-        let marks = recovered.marks.as_ref().map_or(0, |(m, _)| m.number);
+        let marks = [recovered.marks.as_ref(), self.hints.marks.as_ref()];
+        let marks = marks.into_iter().flatten();
+        let marks = marks.filter_map(|(m, _)| m.rank(self.super_.marks)).max();
         let in_chain = |row: &FrameInfo| {
             row.epoch <= self.super_.base_epoch
                 || recovered
@@ -238,11 +240,7 @@ impl<S: Store> Recovery<'_, S> {
         };
         recovered.report.lost.is_empty()
             && self.hints.frames.values().all(in_chain)
-            && marks.max(self.hint_marks()) >= self.super_.marks
-    }
-
-    fn hint_marks(&self) -> u64 {
-        self.hints.marks.as_ref().map_or(0, |(m, _)| m.number)
+            && marks.unwrap_or(0) >= self.super_.marks
     }
 
     fn attempt(&self, scan_from: u64, thorough: bool) -> Recovered {
@@ -252,7 +250,7 @@ impl<S: Store> Recovery<'_, S> {
                 let guest = &self.super_.guest;
                 let journal = self.super_.journal;
                 let segment = (number, sequence);
-                scan::scan(self.segments, segment, guest, journal, thorough, &mut found);
+                scan::scan(self.segments, segment, guest, journal, &mut found);
             }
         }
         let mut report = RecoveryReport::default();
@@ -272,15 +270,16 @@ impl<S: Store> Recovery<'_, S> {
         let (chain, unsynced) = self.chain(&mut pool, thorough, &mut report);
         let end = chain.last().map_or(self.super_.base_epoch, |f| f.epoch);
         self.sort_leftovers(&pool, &chain, end, &mut report);
-        let points = chain.iter().filter(|f| f.epoch > self.super_.floor);
+        let mut points = chain.iter().filter(|f| f.epoch > self.super_.floor);
         report.points = points.clone().count();
-        report.newest = points.last().map_or(Epoch(0), |f| f.epoch);
+        report.newest = points.next_back().map_or(Epoch(0), |f| f.epoch);
         Recovered {
             chain,
             highest,
             marks: found
                 .marks
                 .into_iter()
+                .filter(|(m, _)| m.rank(self.super_.marks).is_some())
                 .max_by_key(|(m, loc)| (m.number, *loc)),
             report,
             unsynced,
@@ -402,13 +401,14 @@ impl<S: Store> Recovery<'_, S> {
             chain.push(info);
         }
         // The newest frame of a quick attempt may rest on its row alone.
-        if !thorough && let Some(newest) = chain.last() {
-            if let Err(error) = verify_frame(self.segments, &newest.parts, &mut |_| Ok(())) {
-                report
-                    .notices
-                    .push(format!("epoch {}: {error}", newest.epoch));
-                chain.pop();
-            }
+        if !thorough
+            && let Some(newest) = chain.last()
+            && let Err(error) = verify_frame(self.segments, &newest.parts, &mut |_| Ok(()))
+        {
+            report
+                .notices
+                .push(format!("epoch {}: {error}", newest.epoch));
+            chain.pop();
         }
         unsynced.sort_unstable();
         unsynced.dedup();

@@ -89,6 +89,9 @@ impl<S: Store> Journal<S> {
         let layout = self.layout.as_ref().expect("a point has a layout");
         let base = Base::open(&self.store, layout, false)?;
         for (region, pages) in base.regions() {
+            if !image.wants(region) {
+                continue;
+            }
             let mut start = 0;
             while start < pages {
                 let end = (start + CHUNK_PAGES).min(pages);

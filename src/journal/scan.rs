@@ -14,8 +14,8 @@ use super::store::Store;
 use crate::frame::{BLOCK, HEADER_BYTES, PartHeader};
 use crate::ids::{GuestId, JournalId};
 
-/// Bytes read at once.
-const WINDOW: u64 = 256 << 10;
+/// Bytes read at once where no part was found; behind a part only the next block is read.
+const WINDOW: u64 = 1 << 20;
 
 /// What a segment seems to hold.
 #[derive(Default)]
@@ -35,31 +35,36 @@ struct Window<'a, S: Store> {
 }
 
 impl<S: Store> Window<'_, S> {
-    /// The block at `offset`; `None` if it cannot be read.
-    fn block(&mut self, offset: u64) -> Option<&[u8]> {
+    /// The block at `offset`; `None` if it cannot be read. `far` says that more will be wanted.
+    fn block(&mut self, offset: u64, far: bool) -> Option<&[u8]> {
         if offset < self.start || offset + BLOCK as u64 > self.start + self.valid {
             self.start = offset;
             let whole = WINDOW.min(self.segments.segment_bytes() - offset);
             // A bad sector, or the end of a file that was cut, must not hide what is before it.
-            self.valid = [whole, BLOCK as u64].into_iter().find(|len| {
-                self.segments
-                    .read_raw(self.number, offset, &mut self.bytes[..*len as usize])
-                    .is_ok()
-            })?;
+            self.valid = [whole, BLOCK as u64]
+                .into_iter()
+                .filter(|len| far || *len == BLOCK as u64)
+                .find(|len| {
+                    self.segments
+                        .read_raw(self.number, offset, &mut self.bytes[..*len as usize])
+                        .is_ok()
+                })
+                .unwrap_or(0);
+            if self.valid == 0 {
+                return None;
+            }
         }
         let at = (offset - self.start) as usize;
         Some(&self.bytes[at..at + BLOCK])
     }
 }
 
-/// Scans one segment. Unless `thorough`, a block of zeros is taken for the end: nothing was appended
-/// after it in the segment's first life.
+/// Scans one segment to its end: a failed sync may have left a hole of zeros before what counts.
 pub(super) fn scan<S: Store>(
     segments: &Segments<S>,
     (number, sequence): (u32, Option<u64>),
     guest: &GuestId,
     journal: JournalId,
-    thorough: bool,
     found: &mut Found,
 ) {
     let mut window = Window {
@@ -71,6 +76,7 @@ pub(super) fn scan<S: Store>(
     };
     let end = segments.segment_bytes();
     let mut offset = DATA_AT;
+    let mut far = false;
     let loc = |offset: u64, len: usize| Loc {
         sequence: sequence.unwrap_or(0),
         segment: number,
@@ -78,7 +84,7 @@ pub(super) fn scan<S: Store>(
         len: u32::try_from(len).expect("below the largest segment"),
     };
     while offset < end {
-        let Some(block) = window.block(offset) else {
+        let Some(block) = window.block(offset, far) else {
             found.unreadable.push(loc(offset, BLOCK).to_string());
             // The rest of a file that was cut would fail block by block; a bad sector is rare.
             if segments
@@ -107,9 +113,8 @@ pub(super) fn scan<S: Store>(
                 step = bytes;
                 found.marks.push((marks, loc(offset, bytes)));
             }
-        } else if !thorough && block.iter().all(|b| *b == 0) {
-            return;
         }
+        far = step == BLOCK;
         offset += step as u64;
     }
 }

@@ -193,7 +193,7 @@ impl<S: Store> Segments<S> {
             let file = store
                 .open(name, Access::Blocks, writable)
                 .map_err(|e| JournalError::io("open", name, e))?;
-            let len = file.len().map_err(|e| JournalError::io("size", name, e))?;
+            let len = file.size().map_err(|e| JournalError::io("size", name, e))?;
             let mut block = vec![0; BLOCK];
             let read = file.read_at(0, &mut block);
             if len < segment_bytes && block.iter().all(|b| *b == 0) {
@@ -306,7 +306,7 @@ impl<S: Store> Segments<S> {
     /// retained on behalf of the caller.
     pub fn append(&mut self, store: &S, lane: Lane, bytes: &[u8]) -> Result<Loc, JournalError> {
         assert!(
-            bytes.len() % BLOCK == 0 && !bytes.is_empty(),
+            bytes.len().is_multiple_of(BLOCK) && !bytes.is_empty(),
             "parts and marks are whole blocks"
         );
         if bytes.len() as u64 > self.capacity() {

@@ -68,7 +68,24 @@ fn is_locked(error: &sled::Error) -> bool {
         || e.to_string().contains("WouldBlock"))
 }
 
-fn open_db(dir: &Path) -> Result<sled::Db, String> {
+/// Why a database does not open.
+enum OpenError {
+    /// Somebody has it open. It must be left alone.
+    Locked,
+    /// It is damaged, or the disk fails.
+    Failed(String),
+}
+
+impl std::fmt::Display for OpenError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Locked => write!(f, "another process has it open: stop that process"),
+            Self::Failed(why) => f.write_str(why),
+        }
+    }
+}
+
+fn open_db(dir: &Path) -> Result<sled::Db, OpenError> {
     let deadline = Instant::now() + LOCK_WAIT;
     loop {
         let mut locked = false;
@@ -89,7 +106,8 @@ fn open_db(dir: &Path) -> Result<sled::Db, String> {
             Err(_) if locked && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            result => return result,
+            Err(_) if locked => return Err(OpenError::Locked),
+            result => return result.map_err(OpenError::Failed),
         }
     }
 }
@@ -113,7 +131,7 @@ impl SledCatalogue {
         let mut notice = None;
         let db = match open_db(dir) {
             Ok(db) => db,
-            Err(why) if dir.exists() => {
+            Err(why @ OpenError::Failed(_)) if dir.exists() => {
                 let aside = move_aside(dir).map_err(|e| {
                     open_failed(format!("{why}; and it cannot be moved aside: {e}"))
                 })?;
@@ -122,9 +140,9 @@ impl SledCatalogue {
                      segments",
                     aside.display()
                 ));
-                open_db(dir).map_err(&open_failed)?
+                open_db(dir).map_err(|e| open_failed(e.to_string()))?
             }
-            Err(why) => return Err(open_failed(why)),
+            Err(why) => return Err(open_failed(why.to_string())),
         };
         let file = File::open(dir.join("db")).map_err(|e| open_failed(e.to_string()))?;
         Ok(Self { db, file, notice })
@@ -188,6 +206,9 @@ mod tests {
         let mut catalogue = SledCatalogue::open(&dir).unwrap();
         catalogue.apply(&changes).unwrap();
         catalogue.flush().unwrap();
+        // A second opener gets an error and leaves the database where it is.
+        let error = SledCatalogue::open(&dir).unwrap_err();
+        assert!(error.why.contains("another process"), "{error}");
         drop(catalogue);
         let mut catalogue = SledCatalogue::open(&dir).unwrap();
         assert_eq!(catalogue.rows().unwrap().len(), 199);

@@ -65,7 +65,7 @@ pub trait StoreFile: Send + Sync {
     /// Makes all writes so far durable: content and size.
     fn sync_data(&self) -> io::Result<()>;
     /// Length of the file.
-    fn len(&self) -> io::Result<u64>;
+    fn size(&self) -> io::Result<u64>;
     /// Cuts the file or extends it with zeros that take no space.
     fn set_len(&self, bytes: u64) -> io::Result<()>;
     /// Bytes that the file takes on the disk.

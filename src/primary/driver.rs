@@ -26,7 +26,7 @@ pub async fn run<G: Guest, D: Dialer>(
     commands: mpsc::Receiver<Command>,
 ) -> (Outcome, G) {
     let mut backoff = Backoff::new();
-    let mut engine = Engine::new(env, guest, options, meters.guest, status);
+    let mut engine = Engine::new(env, guest, options, meters, status);
     let mut orders = Orders {
         commands,
         drain_until: None,
@@ -40,22 +40,22 @@ pub async fn run<G: Guest, D: Dialer>(
             Ok(Ok((tx, rx))) => {
                 let started = Instant::now();
                 let end = session::run(&mut engine, tx, rx, &mut orders).await;
-                meters
-                    .peer
-                    .connect(match (&end, engine.status.borrow().link_up) {
-                        (_, true) => ConnectResult::Ok,
-                        (SessionEnd::Refused(_) | SessionEnd::Fenced { .. }, _) => {
+                // A session that came up was counted then.
+                if !engine.status.borrow().link_up {
+                    engine.meters.peer.connect(match &end {
+                        SessionEnd::Refused(_) | SessionEnd::Fenced { .. } => {
                             ConnectResult::Refused
                         }
                         _ => ConnectResult::Unreachable,
                     });
+                }
                 if started.elapsed() > engine.options.handshake_max {
                     backoff.reset();
                 }
                 end
             }
             Ok(Err(error)) => {
-                meters.peer.connect(match error.failure() {
+                engine.meters.peer.connect(match error.failure() {
                     HandshakeFailure::Other | HandshakeFailure::Timeout => {
                         ConnectResult::Unreachable
                     }
@@ -65,7 +65,7 @@ pub async fn run<G: Guest, D: Dialer>(
                 error.into()
             }
             Err(_) => {
-                meters.peer.connect(ConnectResult::Unreachable);
+                engine.meters.peer.connect(ConnectResult::Unreachable);
                 SessionEnd::lost("dialing the standby timed out")
             }
         };
@@ -74,7 +74,7 @@ pub async fn run<G: Guest, D: Dialer>(
             SessionEnd::Fenced { generation, site } => break Outcome::Fenced { generation, site },
             SessionEnd::Drained => break Outcome::Drained,
             SessionEnd::GuestEnded(state) => break Outcome::GuestEnded(state),
-            SessionEnd::Lost(why) => why,
+            SessionEnd::Lost(why) | SessionEnd::Abandoned(why) => why,
             SessionEnd::Refused(why) => {
                 backoff.slow();
                 why
@@ -83,7 +83,10 @@ pub async fn run<G: Guest, D: Dialer>(
         if let Err(error) = given_back {
             break Outcome::GuestEnded(RunState::Failed(error.to_string()));
         }
-        tracing::warn!(guest = %engine.options.guest, why, "no session with the standby");
+        // A link that stays down says the same again and again: one line is enough.
+        if engine.status.borrow().last_error.as_ref() != Some(&why) {
+            tracing::warn!(guest = %engine.options.guest, why, "no session with the standby");
+        }
         engine.publish(|s| {
             s.phase = Phase::Connecting;
             s.link_up = false;
@@ -130,7 +133,9 @@ pub async fn ask_owner(
     match session::inquire(env, dialer, options, layout, machine).await {
         Ok(_) => Ownership::Ours,
         Err(SessionEnd::Fenced { generation, site }) => Ownership::Fenced { generation, site },
-        Err(SessionEnd::Lost(why) | SessionEnd::Refused(why)) => Ownership::Unknown(why),
+        Err(SessionEnd::Lost(why) | SessionEnd::Refused(why) | SessionEnd::Abandoned(why)) => {
+            Ownership::Unknown(why)
+        }
         Err(SessionEnd::Drained | SessionEnd::GuestEnded(_)) => {
             Ownership::Unknown("the inquiry ended early".into())
         }

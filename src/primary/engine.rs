@@ -8,13 +8,12 @@ use tokio::time::Instant;
 
 use super::pacing::Pacing;
 use super::plan::{Memory, Plan, plan};
-use super::{Acked, PrimaryOptions, PrimaryStatus};
+use super::{Acked, Meters, PrimaryOptions, PrimaryStatus};
 use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
 use crate::frame::{EncodeOptions, Encoder};
 use crate::guest::{Base, CutId, Guest, GuestError};
 use crate::ids::{Epoch, ImageRoot, JournalId};
-use crate::metrics::GuestMetrics;
 use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase};
 use crate::wire::message::Opened;
 
@@ -35,7 +34,7 @@ pub(super) struct Engine<G> {
     pub env: Env,
     pub guest: G,
     pub options: PrimaryOptions,
-    pub metrics: GuestMetrics,
+    pub meters: Meters,
     pub status: watch::Sender<PrimaryStatus>,
     /// Behind a lock because encoding runs on blocking threads, which finish what they began even
     /// when the session that started it is gone.
@@ -61,7 +60,7 @@ impl<G: Guest> Engine<G> {
         env: Env,
         guest: G,
         options: PrimaryOptions,
-        metrics: GuestMetrics,
+        meters: Meters,
         status: watch::Sender<PrimaryStatus>,
     ) -> Self {
         let encode = EncodeOptions {
@@ -84,7 +83,7 @@ impl<G: Guest> Engine<G> {
         Self {
             env,
             guest,
-            metrics,
+            meters,
             status,
             encoder: Arc::new(Mutex::new(encoder)),
             image_known: false,
@@ -162,10 +161,10 @@ impl<G: Guest> Engine<G> {
             self.known = Some((done.epoch, done.root));
             let latency = done.cut_at.elapsed();
             self.pacing.durable_after(latency);
-            self.metrics.acked(done.captured_at);
-            self.metrics.phase(MetricPhase::Ack, latency);
-            self.metrics.checkpoint(CheckpointResult::Acked);
-            self.metrics.set_inflight(self.inflight.len());
+            self.meters.guest.acked(done.captured_at);
+            self.meters.guest.phase(MetricPhase::Ack, latency);
+            self.meters.guest.checkpoint(CheckpointResult::Acked);
+            self.meters.guest.set_inflight(self.inflight.len());
             let acked = Acked {
                 epoch: done.epoch,
                 captured_at: done.captured_at,
@@ -203,8 +202,8 @@ impl<G: Guest> Engine<G> {
                 })
                 .await;
             self.round_first = true;
-            self.metrics.checkpoint(CheckpointResult::Aborted);
-            self.metrics.set_inflight(0);
+            self.meters.guest.checkpoint(CheckpointResult::Aborted);
+            self.meters.guest.set_inflight(0);
             self.publish(|s| s.inflight = 0);
         }
         self.guest.give_back().await

@@ -81,19 +81,20 @@ impl<G: Guest> Builder<'_, G> {
 
         let started = Instant::now();
         let cut = self.engine.guest.cut(self.engine.options.strategy).await?;
-        self.engine.metrics.pause(cut.pause);
+        self.engine.meters.guest.pause(cut.pause);
         let dirty = cut.dirty.count();
-        self.engine.metrics.dirty(dirty * PAGE_SIZE as u64);
+        self.engine.meters.guest.dirty(dirty * PAGE_SIZE as u64);
         self.engine.round_first = dirty > self.engine.options.round_pages;
         if dirty as usize * PAGE_SIZE > self.queue.free() {
-            self.give_back_cut(epoch, dirty).await?;
+            self.give_back_cut(dirty).await?;
             return Ok(false);
         }
         pages.union(&cut.dirty);
         let reading = Instant::now();
         self.take(Taking::Cut, None, 0).await?;
         self.engine
-            .metrics
+            .meters
+            .guest
             .phase(MetricPhase::Encode, reading.elapsed());
 
         let info = self.engine.guest.info();
@@ -114,7 +115,7 @@ impl<G: Guest> Builder<'_, G> {
         self.engine.image_known = true;
         self.engine.repair = None;
         self.first = None;
-        count(&self.engine.metrics, &finished.stats);
+        count(&self.engine.meters.guest, &finished.stats);
         finished
             .parts
             .into_iter()
@@ -133,8 +134,8 @@ impl<G: Guest> Builder<'_, G> {
             cut_at: started,
         });
         let (inflight, backlog) = (self.engine.inflight.len(), self.queue.bytes() as u64);
-        self.engine.metrics.set_inflight(inflight);
-        self.engine.metrics.set_backlog(backlog);
+        self.engine.meters.guest.set_inflight(inflight);
+        self.engine.meters.guest.set_backlog(backlog);
         self.engine.publish(|s| {
             s.inflight = inflight;
             s.backlog_bytes = backlog;
@@ -271,21 +272,9 @@ impl<G: Guest> Builder<'_, G> {
     }
 
     /// The cut does not fit into the memory that is free: the guest keeps its bits and runs on.
-    async fn give_back_cut(&mut self, epoch: Epoch, dirty: u64) -> Result<(), SessionEnd> {
+    async fn give_back_cut(&mut self, dirty: u64) -> Result<(), SessionEnd> {
         let (need, free) = (dirty as usize * PAGE_SIZE, self.queue.free());
         let max = self.engine.options.max_backlog;
-        self.queue.push(ToStandby::Abandon { epoch });
-        // Frames in flight are complete in the queue and stay; only the open one ends. Their bits
-        // come back with the others, which is harmless: they are sent again.
-        let encoder = self.engine.encoder();
-        self.engine.frame_open = false;
-        self.engine
-            .env
-            .offload(move || lock(&encoder).abandon())
-            .await;
-        self.engine.guest.give_back().await?;
-        self.engine.round_first = true;
-        self.engine.metrics.checkpoint(CheckpointResult::Aborted);
         let text = if need > max {
             format!(
                 "{} MiB change between two cuts, more than max_backlog ({} MiB): raise it, or give the link more",
@@ -299,7 +288,28 @@ impl<G: Guest> Builder<'_, G> {
                 free >> 20
             )
         };
-        self.engine.publish(|s| s.blocked_on = Some(text));
+        self.void(text).await
+    }
+
+    /// The open frame is void. Frames in flight are complete in the queue and stay; all bits come
+    /// back, also theirs, which is harmless: those pages are sent once more.
+    pub async fn void(&mut self, why: String) -> Result<(), SessionEnd> {
+        self.queue.push(ToStandby::Abandon {
+            epoch: self.engine.last_epoch,
+        });
+        let encoder = self.engine.encoder();
+        self.engine.frame_open = false;
+        self.engine
+            .env
+            .offload(move || lock(&encoder).abandon())
+            .await;
+        self.engine.guest.give_back().await?;
+        self.engine.round_first = true;
+        self.engine
+            .meters
+            .guest
+            .checkpoint(CheckpointResult::Aborted);
+        self.engine.publish(|s| s.blocked_on = Some(why));
         Ok(())
     }
 
@@ -324,7 +334,8 @@ impl<G: Guest> Builder<'_, G> {
             Event::Mismatch { epoch } => {
                 let now = self.engine.env.now();
                 self.engine
-                    .metrics
+                    .meters
+                    .guest
                     .verification(VerifyResult::Mismatch, now);
                 self.engine.repair = Some(format!(
                     "the standby's image root of #{epoch} differed from ours"
@@ -348,7 +359,7 @@ fn count(metrics: &GuestMetrics, stats: &EncodeStats) {
 impl From<GuestError> for SessionEnd {
     fn from(error: GuestError) -> Self {
         match error {
-            GuestError::Abandoned(why) => SessionEnd::Lost(format!("a cut was abandoned: {why}")),
+            GuestError::Abandoned(why) => SessionEnd::Abandoned(why),
             GuestError::State(state) => SessionEnd::GuestEnded(state),
             GuestError::Gone(why) | GuestError::Failed(why) => {
                 SessionEnd::GuestEnded(crate::guest::RunState::Failed(why))

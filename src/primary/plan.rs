@@ -187,7 +187,7 @@ mod tests {
                 &opened,
                 Memory {
                     base,
-                    newest_sent,
+                    newest_sent: newest_sent.map(Epoch),
                     image_known,
                     repair,
                 },

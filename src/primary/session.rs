@@ -13,6 +13,7 @@ use super::{Command, Phase, PrimaryOptions};
 use crate::clock::Env;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, Generation, ImageRoot, SiteId};
+use crate::metrics::labels::ConnectResult;
 use crate::page::Layout;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
@@ -25,6 +26,8 @@ pub(super) enum SessionEnd {
     Lost(String),
     /// The standby refused us for a reason that an operator has to remove; dial again, slowly.
     Refused(String),
+    /// The guest's monitor gave a round or cut up; the session goes on with another.
+    Abandoned(String),
     /// A higher generation exists.
     Fenced {
         generation: Generation,
@@ -230,8 +233,9 @@ async fn build_inner<G: Guest>(
         guest = %engine.options.guest, path = plan.path.as_str(), reason = plan.reason,
         "session with the standby is up"
     );
+    engine.meters.peer.connect(ConnectResult::Ok);
     if let Some(reason) = plan.resync {
-        engine.metrics.resync(reason);
+        engine.meters.guest.resync(reason);
     }
     let phase = match (plan.path, &opened.newest) {
         (SyncPath::Resume, _) => Phase::Protected,
@@ -268,7 +272,14 @@ async fn build_inner<G: Guest>(
     loop {
         wait(&mut builder, orders, &mut waiting, next_cut).await?;
         let started = Instant::now();
-        if builder.build().await? {
+        let built = match builder.build().await {
+            Err(SessionEnd::Abandoned(why)) => {
+                builder.void(format!("the guest's monitor: {why}")).await?;
+                false
+            }
+            built => built?,
+        };
+        if built {
             let epoch = builder.head.epoch;
             waiting.extend(orders.wanted.drain(..).map(|reply| (epoch, reply)));
             next_cut = started + builder.engine.pacing.interval();

@@ -1,6 +1,6 @@
 //! One guest's copy at this site: its journal and its image. Blocking; one owner at a time.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -12,6 +12,7 @@ use crate::journal::{
     Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention,
     Store,
 };
+use crate::metrics::GuestMetrics;
 use crate::page::Layout;
 use crate::wire::message::{Newest, Open, Opened, RefuseReason};
 
@@ -145,6 +146,7 @@ pub struct Replica<S: Store> {
     incoming: Option<Incoming>,
     session: u64,
     status: watch::Sender<ReplicaStatus>,
+    metrics: Option<GuestMetrics>,
 }
 
 impl<S: Store> Replica<S> {
@@ -177,10 +179,16 @@ impl<S: Store> Replica<S> {
             incoming: None,
             session: 0,
             status: watch::Sender::new(status),
+            metrics: None,
         };
         replica.rebuild_image()?;
         replica.publish();
         Ok((replica, report))
+    }
+
+    /// From now on commits and the journal's size are measured here.
+    pub fn measure(&mut self, metrics: GuestMetrics) {
+        self.metrics = Some(metrics);
     }
 
     /// Follows the copy's state.
@@ -402,7 +410,11 @@ impl<S: Store> Replica<S> {
         let found = image.root();
         let receipt = match applied {
             Ok(()) if found == expected => {
+                let started = Instant::now();
                 let point = self.journal.commit(bytes, now)?;
+                if let Some(metrics) = &self.metrics {
+                    metrics.journal_sync(started.elapsed());
+                }
                 self.image = Some(image);
                 self.status.send_modify(|s| s.problem = None);
                 self.publish();
@@ -455,11 +467,16 @@ impl<S: Store> Replica<S> {
 
     /// One bounded step of retention. True if more is to do.
     pub fn maintain(&mut self, now: Timestamp) -> Result<bool, ReplicaError> {
+        self.journal.tick(now)?;
         if self.incoming.is_some() {
             return Ok(false);
         }
-        let retention = self.options.retention.clone();
+        let retention = self.options.retention;
         let more = self.journal.maintain(now, &retention)?.more;
+        if let Some(metrics) = &self.metrics {
+            let stat = self.journal.stat();
+            metrics.set_journal_size(stat.segment_bytes + stat.base_bytes);
+        }
         self.publish();
         Ok(more)
     }

@@ -141,12 +141,10 @@ async fn open<S: Store>(
     handshake::as_standby(tx, rx, &me, peer, env.now())
         .await
         .map_err(|error| SessionEnd::Link(error.to_string()))?;
-    let open = loop {
-        match rx.recv().await? {
-            ToStandby::Open(open) => break open,
-            ToStandby::Close => return Err(SessionEnd::Link("the primary closed it".into())),
-            _ => return Err(SessionEnd::Link("the primary spoke out of turn".into())),
-        }
+    let open = match rx.recv().await? {
+        ToStandby::Open(open) => open,
+        ToStandby::Close => return Err(SessionEnd::Link("the primary closed it".into())),
+        _ => return Err(SessionEnd::Link("the primary spoke out of turn".into())),
     };
     let replica = lookup
         .lookup(peer, &open)

@@ -15,6 +15,7 @@
 //! Invariants:
 //! - `want` is written before a vCPU is kicked, and a vCPU clears its `immediate_exit` before it reads
 //!   `want`: a kick is never lost.
+//! - The gate opens only when every vCPU is captured, so no opening falls between the two steps.
 //! - The first cause of an end stays.
 //! - No wait here is endless: a vCPU that does not leave KVM in [`STOP_TIME_MAX`] is a failure.
 
@@ -78,6 +79,9 @@ struct Inner {
     state: RunState,
     want: Want,
     slots: Vec<Slot>,
+    /// Number of times the gate was opened. A vCPU that sleeps through a short opening sees by it that
+    /// it has to stop, and be captured, again.
+    openings: u64,
     vm: Option<Result<VmState, String>>,
 }
 
@@ -112,6 +116,7 @@ impl Gate {
                 state: RunState::Paused,
                 want: Want::Pause,
                 slots: (0..vcpus).map(|_| slot()).collect(),
+                openings: 0,
                 vm: None,
             }),
             changed: Condvar::new(),
@@ -179,6 +184,7 @@ impl Gate {
             return;
         }
         inner.state = RunState::Running;
+        inner.openings += 1;
         inner.vm = None;
         for slot in &mut inner.slots {
             slot.captured = None;
@@ -199,7 +205,9 @@ impl Gate {
                 "vCPU {vcpu} did not leave KVM within {} s: the host kernel does not stop it",
                 STOP_TIME_MAX.as_secs()
             );
-            inner.state = RunState::Failed(cause);
+            if !inner.ended() {
+                inner.state = RunState::Failed(cause);
+            }
         }
         if inner.state == RunState::Running {
             inner.state = RunState::Paused;
@@ -302,26 +310,26 @@ impl Gate {
             return;
         }
         inner.slots[vcpu].phase = Phase::Stopped;
-        let wait = |mut inner: MutexGuard<'_, Inner>, until: &dyn Fn(&Inner) -> bool| {
-            while inner.want == Want::Pause && !until(&inner) {
-                inner = self
-                    .changed
-                    .wait(inner)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            drop(inner);
+        let openings = inner.openings;
+        let wait = |inner: MutexGuard<'_, Inner>, until: &dyn Fn(&Inner) -> bool| {
+            let closed = |i: &mut Inner| i.want == Want::Pause && i.openings == openings;
+            let waited = self.changed.wait_while(inner, |i| closed(i) && !until(i));
+            let inner = waited.unwrap_or_else(PoisonError::into_inner);
+            // Nobody asks for the state of a guest that has ended, and its vCPUs do not stop together.
+            inner.want == Want::Pause && !inner.ended()
         };
-        if inner.slots.iter().all(|s| s.phase >= Phase::Stopped) {
+        let all_stopped = if inner.slots.iter().all(|s| s.phase >= Phase::Stopped) {
             drop(inner);
             let vm = (self.capture_vm)().map_err(|e| e.to_string());
             self.lock().vm = Some(vm);
             self.changed.notify_all();
+            true
         } else {
-            wait(inner, &|i| i.vm.is_some() || i.ended());
-        }
-        let captured = capture().map_err(|e| e.to_string());
+            wait(inner, &|i| i.vm.is_some() || i.ended())
+        };
+        let captured = all_stopped.then(|| capture().map_err(|e| e.to_string()));
         let mut inner = self.lock();
-        inner.slots[vcpu].captured = Some(captured);
+        inner.slots[vcpu].captured = captured;
         inner.slots[vcpu].phase = Phase::Parked;
         self.changed.notify_all();
         wait(inner, &|_| false);
@@ -347,5 +355,129 @@ fn kick_all(inner: &Inner) {
             // A thread that is just ending gives ESRCH, which is as good.
             libc::syscall(libc::SYS_tgkill, libc::getpid(), kick.tid, libc::SIGRTMIN());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
+    use std::thread::JoinHandle;
+
+    use super::*;
+
+    /// A gate with threads that play vCPUs: they count while they are "in the guest".
+    struct Rig {
+        gate: Arc<Gate>,
+        running: Arc<AtomicUsize>,
+        turns: Arc<AtomicUsize>,
+        threads: Vec<JoinHandle<()>>,
+    }
+
+    fn rig(vcpus: usize) -> Rig {
+        let running = Arc::new(AtomicUsize::new(0));
+        let turns = Arc::new(AtomicUsize::new(0));
+        let watch = running.clone();
+        let capture_vm = move || {
+            assert_eq!(watch.load(Ordering::SeqCst), 0, "no vCPU runs");
+            Ok(VmState::empty())
+        };
+        let gate = Arc::new(Gate::new(vcpus, Box::new(capture_vm)));
+        let thread = |vcpu: usize| {
+            let (gate, running, turns) = (gate.clone(), running.clone(), turns.clone());
+            std::thread::spawn(move || {
+                loop {
+                    match gate.want() {
+                        Want::Run => {
+                            running.fetch_add(1, Ordering::SeqCst);
+                            std::thread::yield_now();
+                            turns.fetch_add(1, Ordering::SeqCst);
+                            running.fetch_sub(1, Ordering::SeqCst);
+                        }
+                        Want::Pause => gate.park(vcpu, || {
+                            assert_eq!(running.load(Ordering::SeqCst), 0, "no vCPU runs");
+                            Ok(VcpuState::empty())
+                        }),
+                        Want::Exit => return gate.unregister(vcpu),
+                    }
+                }
+            })
+        };
+        let threads = (0..vcpus).map(thread).collect();
+        Rig {
+            gate,
+            running,
+            turns,
+            threads,
+        }
+    }
+
+    impl Rig {
+        fn end(self) {
+            assert!(self.gate.stop(RunState::Stopped("test".into())));
+            for thread in self.threads {
+                thread.join().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_captured_while_a_vcpu_runs() {
+        let rig = rig(3);
+        for round in 0..200 {
+            rig.gate.resume();
+            let before = rig.turns.load(Ordering::SeqCst);
+            while round % 2 == 0 && rig.turns.load(Ordering::SeqCst) == before {
+                std::thread::yield_now();
+            }
+            rig.gate.pause().unwrap();
+            assert_eq!(rig.gate.captured(|_, vcpus| vcpus.len()).unwrap(), 3);
+            assert_eq!(rig.running.load(Ordering::SeqCst), 0);
+        }
+        rig.end();
+    }
+
+    #[test]
+    fn the_first_cause_of_an_end_stays() {
+        let rig = rig(2);
+        rig.gate.resume();
+        let seen = rig.gate.clone();
+        let waiter = std::thread::spawn(move || {
+            seen.wait_change(&RunState::Running, Duration::from_secs(60))
+        });
+        rig.gate.fail("first");
+        rig.gate.fail("second");
+        let failed = RunState::Failed("first".into());
+        assert_eq!(waiter.join().unwrap(), failed);
+        assert!(matches!(rig.gate.pause(), Err(VmmError::State { state, .. }) if state == failed));
+        assert_eq!(rig.running.load(Ordering::SeqCst), 0, "all stand still");
+        rig.gate.resume();
+        assert_eq!(rig.gate.want(), Want::Pause);
+        assert!(rig.gate.captured(|_, _| ()).is_err());
+        let gate = rig.gate.clone();
+        rig.end();
+        assert_eq!(gate.state(), failed);
+    }
+
+    #[test]
+    fn a_capture_that_fails_is_an_error_of_the_save_only() {
+        let gate = Arc::new(Gate::new(
+            1,
+            Box::new(|| Err(VmmError::Capture("no PIT".into()))),
+        ));
+        let vcpu = gate.clone();
+        let thread = std::thread::spawn(move || {
+            while vcpu.want() != Want::Exit {
+                vcpu.park(0, || Ok(VcpuState::empty()));
+            }
+            vcpu.unregister(0);
+        });
+        gate.pause().unwrap();
+        let error = gate.captured(|_, _| ()).unwrap_err().to_string();
+        assert!(error.contains("no PIT"), "{error}");
+        gate.resume();
+        assert_eq!(gate.state(), RunState::Running);
+        assert!(gate.stop(RunState::Stopped("test".into())));
+        thread.join().unwrap();
     }
 }

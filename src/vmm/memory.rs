@@ -214,3 +214,92 @@ fn map(bytes: usize, image: Option<(&OwnedFd, u64)>) -> io::Result<(Mapping, usi
     }
     Ok((mapping, hva))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::page::PageAddr;
+    use crate::vmm::Boot;
+
+    fn spec(memory_bytes: u64) -> MachineSpec {
+        MachineSpec {
+            guest: "g".parse().unwrap(),
+            memory_bytes,
+            vcpus: 1,
+            boot: Boot::Demo {
+                working_set_pages: 1,
+            },
+            disks: vec![],
+        }
+    }
+
+    /// A sparse image with a byte at some offsets.
+    fn image(bytes: u64, content: &[(u64, u8)]) -> (File, OwnedFd) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(bytes).unwrap();
+        for (offset, byte) in content {
+            file.write_all_at(&[*byte], *offset).unwrap();
+        }
+        let copy = file.try_clone().unwrap();
+        (file, copy.into())
+    }
+
+    #[test]
+    fn an_image_holds_the_regions_without_their_gap_and_is_never_changed() {
+        let spec = spec((3 << 30) + (2 << 20));
+        let (file, fd) = image(spec.memory_bytes, &[(5000, 7), ((3 << 30) + 1, 9)]);
+        let ram = GuestRam::from_image(&spec, &fd).unwrap();
+        let read = |gpa| ram.memory().read_obj::<u8>(GuestAddress(gpa)).unwrap();
+        assert_eq!((read(5000), read((4 << 30) + 1), read(0)), (7, 9, 0));
+        assert!(ram.memory().read_obj::<u8>(GuestAddress(3 << 30)).is_err());
+        ram.memory().write_obj(1u8, GuestAddress(5000)).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 5000).unwrap();
+        assert_eq!((read(5000), byte), (1, [7]));
+        let places: Vec<_> = ram.ranges().iter().map(|r| (r.gpa, r.pages)).collect();
+        assert_eq!(places, [(0, 3 << 18), (4 << 30, 512)]);
+        assert!(ram.ranges().iter().all(|r| r.hva % (2 << 20) == 0));
+    }
+
+    #[test]
+    fn an_image_that_is_too_small_is_refused() {
+        let spec = spec(32 << 20);
+        let (_, fd) = image(spec.memory_bytes - 1, &[]);
+        let error = GuestRam::from_image(&spec, &fd).err().unwrap().to_string();
+        assert!(error.contains("33554431 bytes"), "{error}");
+        let pipe: OwnedFd = std::io::pipe().unwrap().0.into();
+        assert!(GuestRam::from_image(&spec, &pipe).is_err());
+    }
+
+    #[test]
+    fn writes_of_the_host_are_harvested_once() {
+        let spec = spec((3 << 30) + (2 << 20));
+        let ram = GuestRam::anonymous(&spec).unwrap();
+        let memory = ram.memory();
+        // Across a page border, and in the second region.
+        memory.write_obj(1u64, GuestAddress(8190)).unwrap();
+        memory
+            .write_obj(1u8, GuestAddress((4 << 30) + 4096))
+            .unwrap();
+        memory.read_obj::<u8>(GuestAddress(0x5000)).unwrap();
+        let mut set = PageSet::new(&spec.layout().unwrap());
+        ram.harvest(&mut set);
+        let pages: Vec<PageAddr> = set.iter().collect();
+        assert_eq!(
+            pages,
+            [
+                PageAddr::new(0, 1),
+                PageAddr::new(0, 2),
+                PageAddr::new(1, 1)
+            ]
+        );
+        set.clear_all();
+        ram.harvest(&mut set);
+        assert!(set.is_empty());
+    }
+}

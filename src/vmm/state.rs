@@ -314,3 +314,40 @@ impl VcpuState {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl VmState {
+        /// A state without content, for tests of what handles states.
+        pub(crate) fn empty() -> Self {
+            Self {
+                irqchips: vec![],
+                pit: Default::default(),
+                clock: Default::default(),
+            }
+        }
+    }
+
+    impl VcpuState {
+        /// A state without content, for tests of what handles states.
+        pub(crate) fn empty() -> Self {
+            let none = || CpuId::new(0).expect("no entry");
+            Self {
+                cpuid: none(),
+                seen: none(),
+                tsc_khz: 0,
+                regs: Default::default(),
+                sregs: Default::default(),
+                xcrs: Default::default(),
+                xsave: Default::default(),
+                debug_regs: Default::default(),
+                lapic: Default::default(),
+                msrs: vec![],
+                mp_state: Default::default(),
+                events: Default::default(),
+            }
+        }
+    }
+}

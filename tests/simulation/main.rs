@@ -14,6 +14,7 @@
 
 mod checker;
 mod dice;
+mod endings;
 mod guest;
 mod net;
 mod site_a;
@@ -145,6 +146,7 @@ fn faults_lose_nothing_and_replication_converges() {
             "disk-full",
             "power-op",
             "catalogue",
+            "new-disk",
             "pace",
             "reopen",
             "resume",
@@ -169,7 +171,8 @@ fn a_seed_replays_the_same_run() {
     }
 }
 
-/// Runs a few seeds with a fault that the product must not have; what the checks found.
+/// Negative controls: what the product must never do is done to it on purpose, and has to be found by
+/// the check that is there for it. Runs a few seeds with a fault that the product must not have; what the checks found.
 fn sabotaged(sabotage: Sabotage, audit: bool) -> (Vec<String>, u64) {
     let (mut violations, mut mismatches) = (Vec::new(), 0);
     for seed in 0..10 {

@@ -52,6 +52,9 @@ pub enum Seen<'a> {
     ToPrimary(&'a ToPrimary),
 }
 
+/// The pipes of one link.
+type BothWays = (Weak<Pipe<ToStandby>>, Weak<Pipe<ToPrimary>>);
+
 struct State {
     dice: Dice,
     weather: Weather,
@@ -60,7 +63,7 @@ struct State {
     refused: bool,
     /// To B, to A.
     blocked: [bool; 2],
-    links: Vec<(Weak<Pipe<ToStandby>>, Weak<Pipe<ToPrimary>>)>,
+    links: Vec<BothWays>,
 }
 
 /// How the path is, when it is up.

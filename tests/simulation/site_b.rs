@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lifeboat::clock::{Clock, Env};
 use lifeboat::ids::{GuestId, SiteId};
-use lifeboat::journal::{MemCatalogue, MemStore};
+use lifeboat::journal::{JournalOptions, MemCatalogue, MemStore, Retention};
 use lifeboat::standby::{Lookup, Refusal, Replica, ReplicaOptions, SessionEnd, serve};
 use lifeboat::wire::message::Open;
 use tokio::task::{JoinHandle, JoinSet};
@@ -83,7 +83,7 @@ impl Daemon {
         assert_eq!(left, 0, "a killed daemon's tasks are gone");
     }
 
-    /// Passes a panic of the daemon on.
+    /// True if the daemon ended, which only a panic makes it do.
     pub fn panicked(&self) -> bool {
         self.task.is_finished()
     }
@@ -170,4 +170,27 @@ async fn listen(site: &SiteB, mut dice: Dice, replica: Shared) -> String {
     };
     sessions.shutdown().await;
     broken
+}
+
+/// How the copy is kept.
+pub fn replica_options(site: &SiteId) -> ReplicaOptions {
+    ReplicaOptions {
+        site: site.clone(),
+        journal: JournalOptions {
+            segment_bytes: 2 << 20,
+            min_free_bytes: 0,
+            batch: 3,
+            flush_commits: 4,
+            ..JournalOptions::default()
+        },
+        // Short, so that folding and merging happen in the few seconds that a run lasts.
+        ram_pages_max: 1 << 20,
+        retention: Retention {
+            continuous: Duration::from_secs(2),
+            minutely: 1,
+            hourly: 1,
+            daily: 1,
+            min_points: 2,
+        },
+    }
 }

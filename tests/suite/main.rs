@@ -1,2 +1,25 @@
-#[test]
-fn t() {}
+//! End to end: the real program as two sites on loopback, with real guests.
+//!
+//! ```text
+//!   harness/      two sites in a temporary directory, their processes, a link that can be cut
+//!   failover      kill -9 in mid-epoch, refusals, an old owner that returns
+//!   restart       daemons that end or are killed under a running guest
+//!   link          a link that is cut, or stalls
+//!   kills         random kills; LIFEBOAT_KILLS=200 for a long run, LIFEBOAT_SEED=N to replay one
+//!   rot           flipped bits in a journal
+//!   bad_input     what an operator or a stranger can get wrong
+//!   flush         one flush per commit, counted by strace
+//!   readme        README and command line say the same
+//! ```
+//!
+//! Tests with guests print `skipped: NAME: WHY` and pass where there is no usable /dev/kvm.
+
+mod bad_input;
+mod failover;
+mod flush;
+mod harness;
+mod kills;
+mod link;
+mod readme;
+mod restart;
+mod rot;

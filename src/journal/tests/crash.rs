@@ -139,7 +139,7 @@ fn random_histories_lose_nothing_and_serve_nothing_else() {
 /// A world whose next maintenance steps fold and merge.
 fn ripe(seed: u64) -> World {
     let mut world = World::new(seed);
-    for i in 0..24 {
+    for i in 0..42 {
         let pages = world.random.below(30) as usize + 1;
         world.commit(pages, i == 0).unwrap();
     }
@@ -152,7 +152,6 @@ fn folds_and_merges_can_be_interrupted_at_every_operation() {
     for seed in 0..2 {
         let changes = |w: &World| w.store.counts().changes;
         let mut calm = ripe(seed);
-        calm.retention.minutely = 1 + seed as u32;
         let before = changes(&calm);
         let (mut folds, mut merges) = (0, 0);
         for _ in 0..12 {
@@ -228,6 +227,8 @@ fn a_failed_sync_poisons_and_the_reopened_journal_has_everything_acked() {
 #[test]
 fn a_full_disk_stops_growth_and_maintenance_frees_space_again() {
     let mut world = World::new(5);
+    world.options.min_free_bytes = 1 << 20;
+    world.open().unwrap();
     world.commit(20, true).unwrap();
     world.store.set_faults(Faults {
         capacity: Some(5 << 20),

@@ -72,8 +72,8 @@ impl StoreFile for CountingFile {
         self.syncs.fetch_add(1, Ordering::Relaxed);
         self.file.sync_data()
     }
-    fn len(&self) -> std::io::Result<u64> {
-        self.file.len()
+    fn size(&self) -> std::io::Result<u64> {
+        self.file.size()
     }
     fn set_len(&self, bytes: u64) -> std::io::Result<()> {
         self.file.set_len(bytes)
@@ -111,7 +111,7 @@ fn a_journal_in_a_directory_survives_restarts_and_the_loss_of_its_catalogue() {
     let dir = root.path().join("db1");
     let retention = Retention {
         continuous: std::time::Duration::from_secs(8),
-        minutely: 2,
+        minutely: 1,
         hourly: 0,
         daily: 0,
         min_points: 1,
@@ -159,7 +159,10 @@ fn a_journal_in_a_directory_survives_restarts_and_the_loss_of_its_catalogue() {
         replay_all(&journal, &images);
         assert_eq!(journal.check(&mut |_| ()).unwrap().findings, vec![]);
         let stat = journal.stat();
-        assert!(stat.base_bytes > 0 && stat.syncs > 25, "{stat:?}");
+        assert!(
+            stat.syncs > 25 && (stat.base_bytes > 0 || round < 3),
+            "{stat:?}"
+        );
         drop(journal);
         if round == 1 {
             // sled lets go of its files a moment after the drop.

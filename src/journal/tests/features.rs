@@ -68,7 +68,7 @@ fn frames_that_do_not_belong_are_refused_and_change_nothing() {
     world.resync();
 
     // Parts out of order, parts of two frames, a part twice.
-    let parts = world.next_frame(300, true);
+    let parts = world.next_frame(1000, true);
     assert!(parts.len() > 2);
     let error = world.journal().write_part(&parts[1]).unwrap_err();
     assert!(matches!(error, JournalError::PartOrder { .. }), "{error}");
@@ -198,8 +198,9 @@ fn pins_and_tags_outlive_the_catalogue_and_hold_their_point() {
     world.crash(false);
     world.verify();
     let points = world.journal().points();
-    assert_eq!(points[0].epoch, Epoch(3));
-    assert_eq!(points[0].tags, vec!["before-upgrade".to_owned()]);
+    // Those before the pinned one are fewer than a batch, which is not worth a fold.
+    let pinned = points.iter().find(|p| p.epoch == Epoch(3)).unwrap();
+    assert_eq!(pinned.tags, vec!["before-upgrade".to_owned()]);
     assert!(points.iter().all(|p| p.epoch != Epoch(4)));
     assert_eq!(world.journal().record("failover"), Some(&b"step 2"[..]));
     assert!(points.len() <= 14, "{}", points.len());
@@ -223,6 +224,7 @@ fn a_long_history_stays_bounded_and_its_grid_is_kept() {
         daily: 0,
         min_points: 1,
     };
+    world.step = Duration::from_secs(1);
     for i in 0..900 {
         world.commit(6, i == 0).unwrap();
         while world.maintain().unwrap() {}
@@ -273,6 +275,7 @@ fn a_catalogue_that_fails_is_reported_and_does_no_harm() {
 fn the_catalogue_is_flushed_every_few_commits_or_after_a_while() {
     let mut world = World::new(9);
     let flushes = |w: &World| w.catalogue.flushes();
+    world.step = Duration::from_millis(10);
     let before = flushes(&world);
     for i in 0..8 {
         world.commit(5, i == 0).unwrap();

@@ -225,8 +225,8 @@ pub fn options() -> JournalOptions {
 
 pub fn retention() -> Retention {
     Retention {
-        continuous: Duration::from_secs(6),
-        minutely: 3,
+        continuous: Duration::from_secs(30),
+        minutely: 2,
         hourly: 0,
         daily: 0,
         min_points: 2,
@@ -250,6 +250,9 @@ pub struct World {
     pub epoch: Epoch,
     pub now: Timestamp,
     pub retention: Retention,
+    /// Time between two commits.
+    pub step: Duration,
+    pub options: JournalOptions,
 }
 
 impl World {
@@ -268,6 +271,8 @@ impl World {
             epoch: Epoch(0),
             now: Timestamp(1_700_000_000_000_000_000),
             retention: retention(),
+            step: Duration::from_secs(5),
+            options: options(),
         };
         let report = world.open().unwrap();
         assert!(report.created);
@@ -282,7 +287,12 @@ impl World {
     pub fn open(&mut self) -> Result<RecoveryReport, JournalError> {
         self.journal = None;
         let catalogue = Box::new(self.catalogue.clone());
-        let (journal, report) = Journal::open(self.store.clone(), catalogue, &guest(), options())?;
+        let (journal, report) = Journal::open(
+            self.store.clone(),
+            catalogue,
+            &guest(),
+            self.options.clone(),
+        )?;
         self.journal = Some(journal);
         Ok(report)
     }
@@ -292,7 +302,7 @@ impl World {
         let old = self.image.clone();
         let changed = mutate(&mut self.image, &mut self.random, pages);
         self.epoch = self.epoch.next();
-        self.now = Timestamp(self.now.0 + 1_000_000_000);
+        self.now = Timestamp(self.now.0 + self.step.as_nanos() as u64);
         let journal = self.journal.as_ref().unwrap();
         let start = Start {
             journal: journal.id(),

@@ -250,3 +250,159 @@ pub(super) fn init_lapic(fd: &VcpuFd) -> Result<(), VmmError> {
     fd.set_lapic(&lapic)
         .map_err(|e| VmmError::kvm("setting a local APIC", e))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::vmm::Boot;
+    use crate::vmm::DiskSpec;
+
+    struct Case {
+        dir: tempfile::TempDir,
+        spec: MachineSpec,
+    }
+
+    impl Case {
+        fn new() -> Self {
+            let spec = MachineSpec {
+                guest: "g".parse().unwrap(),
+                memory_bytes: 32 << 20,
+                vcpus: 2,
+                boot: Boot::Demo {
+                    working_set_pages: 1,
+                },
+                disks: vec![],
+            };
+            let dir = tempfile::tempdir().unwrap();
+            Self { dir, spec }
+        }
+
+        fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+            let path = self.dir.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            path
+        }
+
+        fn load(
+            &self,
+            kernel: &Path,
+            initrd: Option<&Path>,
+            cmdline: &str,
+        ) -> Result<(LinuxEntry, std::sync::Arc<GuestRam>), VmmError> {
+            let ram = GuestRam::anonymous(&self.spec)?;
+            let entry = load(&self.spec, kernel, initrd, cmdline, &ram)?;
+            Ok((entry, ram))
+        }
+    }
+
+    /// A bzImage of one setup sector and `code`, which wants `init_bytes` of memory.
+    fn bzimage(code: &[u8], init_bytes: u32) -> Vec<u8> {
+        let mut image = vec![0; 1024];
+        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x1f1, &[1]);
+        put(0x202, b"HdrS");
+        put(0x206, &0x020fu16.to_le_bytes());
+        put(0x211, &[1]);
+        put(0x214, &0x10_0000u32.to_le_bytes());
+        put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+        put(0x260, &init_bytes.to_le_bytes());
+        image.extend_from_slice(code);
+        image
+    }
+
+    fn params(ram: &GuestRam) -> boot_params {
+        ram.memory().read_obj(GuestAddress(ZERO_PAGE)).unwrap()
+    }
+
+    #[test]
+    fn a_bzimage_gets_memory_map_command_line_and_initrd() {
+        let mut case = Case::new();
+        let disk = |id: &str| DiskSpec {
+            id: id.parse().unwrap(),
+            path: format!("/{id}").into(),
+            read_only: false,
+        };
+        case.spec.disks = vec![disk("a"), disk("b")];
+        let kernel = case.file("kernel", &bzimage(&[0x90; 3000], 0x10_0000));
+        let initrd = case.file("initrd", &[7; 5000]);
+        let (entry, ram) = case.load(&kernel, Some(&initrd), " quiet ").unwrap();
+        assert_eq!(entry.rip, 0x100_0200);
+        assert_eq!(
+            ram.memory()
+                .read_obj::<u8>(GuestAddress(0x100_0bb7))
+                .unwrap(),
+            0x90
+        );
+        let params = params(&ram);
+        let (start, size) = (params.hdr.ramdisk_image, params.hdr.ramdisk_size);
+        assert_eq!((start, size), ((32 << 20) - 0x2000, 5000));
+        let mut content = vec![0; 5001];
+        let memory = ram.memory();
+        memory
+            .read_slice(&mut content, GuestAddress(start.into()))
+            .unwrap();
+        assert_eq!(content, [vec![7; 5000], vec![0]].concat());
+        let map: Vec<(u64, u64)> = params.e820_table[..params.e820_entries.into()]
+            .iter()
+            .map(|e| (e.addr, e.size))
+            .collect();
+        assert_eq!(map, [(0, 0x9_fc00), (0x10_0000, (32 << 20) - 0x10_0000)]);
+        let mut line = vec![0; params.hdr.cmdline_size as usize];
+        memory.read_slice(&mut line, GuestAddress(CMDLINE)).unwrap();
+        let expected =
+            "quiet virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
+        assert_eq!(String::from_utf8(line).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_cannot_be_booted_is_one_clear_error() {
+        let case = Case::new();
+        let good = case.file("good", &bzimage(&[0x90; 3000], 0x10_0000));
+        let hungry = case.file("hungry", &bzimage(&[0x90; 3000], 0x100_0000));
+        let initrd = case.file("initrd", &[7; 5000]);
+        let mut elf32 = vec![0; 200];
+        elf32[..5].copy_from_slice(b"\x7fELF\x01");
+        let large = case.file("large", &vec![7; 33 << 20]);
+        let cases: [(&str, PathBuf, Option<PathBuf>, String); 10] = [
+            ("No such file", "/absent/kernel".into(), None, "".into()),
+            ("cannot be read", case.file("empty", &[]), None, "".into()),
+            (
+                "no vmlinux",
+                case.file("text", &[b'x'; 5000]),
+                None,
+                "".into(),
+            ),
+            (
+                "no vmlinux",
+                case.file("short", b"abcdefgh"),
+                None,
+                "".into(),
+            ),
+            ("no vmlinux", case.file("elf", &elf32), None, "".into()),
+            (
+                "no vmlinux",
+                case.file("huge", &bzimage(&vec![0; 33 << 20], 0)),
+                None,
+                "".into(),
+            ),
+            ("command line", good.clone(), None, "x".repeat(5000)),
+            (
+                "No such file",
+                good.clone(),
+                Some("/absent/initrd".into()),
+                "".into(),
+            ),
+            ("does not fit", good.clone(), Some(large), "".into()),
+            ("does not fit", hungry, Some(initrd), "".into()),
+        ];
+        for (i, (word, kernel, initrd, cmdline)) in cases.into_iter().enumerate() {
+            let result = case.load(&kernel, initrd.as_deref(), &cmdline);
+            let error = result.map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(word), "case {i}: {error}");
+            assert!(error.contains("cannot be booted"), "case {i}: {error}");
+        }
+        case.load(&good, None, "").unwrap();
+    }
+}

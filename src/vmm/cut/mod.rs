@@ -17,9 +17,9 @@
 //!
 //! Invariants:
 //! - A harvested bit is debt until settled, or in the carry set that the next harvest includes
-//!   ([`debts`]); a page that was not handed out is never forgotten.
+//!   (`debts`); a page that was not handed out is never forgotten.
 //! - A page of a cut is copied exactly once, by whoever claims it, before its content may change
-//!   ([`states`]).
+//!   (`states`).
 //! - Nobody holds a claim while waiting for a slot, so that claims are always short.
 //! - The guest waits for a slot a bounded time; then the job is cancelled and every write passes.
 //! - One job at a time; only the copier ends it, and only when nothing of it is armed any more.

@@ -8,7 +8,7 @@
 //! progress) reads it there. Marks are set *after* the write, so that a page that is harvested and then
 //! read is either read with the change or marked again.
 //!
-//! The file is locked (flock) from opening to [`Disk::unlock`] or drop: exclusively if the guest may
+//! The file is locked (flock) from opening to `Disk::unlock` or drop: exclusively if the guest may
 //! write it, shared otherwise.
 
 use std::fs::{File, OpenOptions};

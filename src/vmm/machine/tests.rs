@@ -386,16 +386,23 @@ fn a_supplied_kernel_gets_to_its_first_lines() {
     spec.boot = Boot::Linux {
         kernel: kernel.into(),
         initrd: None,
-        cmdline: "console=ttyS0 earlyprintk=ttyS0 noapic noxsave mitigations=off".into(),
+        cmdline: "console=ttyS0 earlyprintk=ttyS0 noapic noxsave mitigations=off clearcpuid=rdrand,rdseed,smap,fsgsbase,invpcid,pcid,umip,serialize,rdpid,cx16,popcnt,movbe,clflushopt,clwb,waitpkg,smep,pku,ospke,la57".into(),
     };
-    let machine = Machine::boot(&spec).unwrap();
-    let mut output = machine.console().output();
-    machine.resume();
-    let mut text = Vec::new();
-    until("first line of the kernel", || {
-        let more = output.next(Duration::from_millis(100));
-        text.extend(more.map_or(vec![], |c| c.bytes));
-        String::from_utf8_lossy(&text).contains("Linux version")
-    });
-    machine.pause().unwrap();
+    let mut machine = Machine::boot(&spec).unwrap();
+    for lines in [1, 10, 20] {
+        // The kernel goes on in another machine after every stage.
+        let mut output = machine.console().output();
+        let mut text = Vec::new();
+        machine.resume();
+        until("output of the kernel", || {
+            let more = output.next(Duration::from_millis(100));
+            text.extend(more.map_or(vec![], |c| c.bytes));
+            assert_eq!(machine.run_state(), RunState::Running);
+            text.iter().filter(|b| **b == b'\n').count() >= lines
+        });
+        let text = String::from_utf8_lossy(&text);
+        assert!(lines > 1 || text.contains("Linux version"), "{text}");
+        machine.pause().unwrap();
+        machine = reincarnate(machine);
+    }
 }

@@ -1,5 +1,7 @@
 //! The step logic over plain arrays, stopped between any two stores; the checker against it.
 
+mod on_kvm;
+
 use proptest::prelude::*;
 
 use super::abi::{self, Plan};

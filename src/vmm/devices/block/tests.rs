@@ -419,7 +419,10 @@ impl WriteHook for Slow {
         let mut state = self.state.lock().unwrap();
         state.0 += 1;
         self.changed.notify_all();
-        drop(self.changed.wait_while(state, |s| !s.1).unwrap());
+        // Bounded, so that a test that fails ends.
+        let limit = std::time::Duration::from_secs(10);
+        let wait = self.changed.wait_timeout_while(state, limit, |s| !s.1);
+        drop(wait.unwrap());
     }
 }
 
@@ -448,6 +451,11 @@ fn hold_and_reset_wait_for_the_request_in_flight() {
             page[0]
         });
         drop(came);
+        // It does not end before the request does, however long it is given.
+        for _ in 0..5000 {
+            std::thread::yield_now();
+            assert!(!waiter.is_finished(), "reset: {reset}");
+        }
         slow.state.lock().unwrap().1 = true;
         slow.changed.notify_all();
         assert_eq!(waiter.join().unwrap(), 0, "reset: {reset}");

@@ -8,106 +8,34 @@
 //!     └────────── fenced: record first, then the guest is stopped ─────┘
 //! ```
 
-use std::os::fd::OwnedFd;
+mod owning;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
 use super::context::{SiteContext, machine_spec, primary_options};
+use super::orders::{Handle, Order, Resume, View};
 use super::record::{self, GuestRecord, Standing};
 use crate::config::resolved::GuestConfig;
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
-use crate::device_state::DeviceState;
 use crate::guest::builtin::BuiltinGuest;
 use crate::guest::{Guest, GuestError, RunState};
-use crate::ids::{Epoch, Generation, GuestId, SiteId};
-use crate::primary::{self, Command, Outcome, Ownership, PrimaryStatus};
-use crate::vmm::spec::MachineSpec;
+use crate::ids::{Generation, GuestId, SiteId};
+use crate::primary::{self, Command, Outcome, PrimaryStatus};
 
 /// How long checkpoints on their way are waited for when replication ends on purpose.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How often a guest without a role is asked how it is.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
-type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
-
-/// What a supervisor is asked to do.
-pub(super) enum Order {
-    /// Start the guest; `force`: without the other site's word.
-    Start { force: bool, reply: Reply<Did> },
-    /// Stop the guest.
-    Stop { reply: Reply<Did> },
-    /// Replicate it. Answered as soon as the role runs; true if it ran before.
-    Protect {
-        peer: Option<SiteId>,
-        rpo_target: Option<Duration>,
-        reply: Reply<bool>,
-    },
-    /// Do not replicate it any more; true if it was.
-    Unprotect { reply: Reply<bool> },
-    /// A failover to this site begins; answered with the generation to promote.
-    Promote {
-        point: Epoch,
-        above: Generation,
-        reply: Reply<Generation>,
-    },
-    /// Run the guest from a materialised point.
-    Resume(Box<Resume>),
-    /// The configuration changed.
-    Configure(Option<Box<GuestConfig>>),
-    /// The daemon ends; guests live on.
-    Shutdown { reply: oneshot::Sender<()> },
-}
-
-/// What a guest is resumed from.
-pub(super) struct Resume {
-    pub generation: Generation,
-    pub spec: MachineSpec,
-    pub state: DeviceState,
-    pub ram: OwnedFd,
-    pub reply: Reply<()>,
-}
-
-/// What others may know of a guest.
-#[derive(Debug, Clone, Default)]
-pub(super) struct View {
-    pub record: Option<GuestRecord>,
-    pub run_state: Option<RunState>,
-    pub pid: Option<u32>,
-    pub machine: Option<MachineSpec>,
-    /// Where replication goes now.
-    pub peer: Option<SiteId>,
-    pub rpo_target: Option<Duration>,
-    pub protecting: bool,
-    /// Why it is not as it should be.
-    pub problem: Option<String>,
-}
-
-/// To talk to a supervisor.
-#[derive(Clone)]
-pub(super) struct Handle {
-    pub orders: mpsc::Sender<Order>,
-    pub view: watch::Receiver<View>,
-    pub primary: watch::Receiver<PrimaryStatus>,
-}
-
-impl Handle {
-    /// Sends an order and waits for its answer.
-    pub async fn ask<T>(&self, order: impl FnOnce(Reply<T>) -> Order) -> Result<T, ApiError> {
-        let (reply, answer) = oneshot::channel();
-        let gone = || ApiError::new(Reason::NotReady, "the daemon is ending");
-        self.orders.send(order(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
-    }
-}
-
 enum Process {
     Absent,
-    Held(BuiltinGuest),
+    Held(Box<BuiltinGuest>),
     Protecting {
         role: JoinHandle<(Outcome, BuiltinGuest)>,
         commands: mpsc::Sender<Command>,
@@ -228,7 +156,7 @@ impl Supervisor {
     fn hold(&mut self, guest: BuiltinGuest) {
         let machine = serde_json::from_slice(&guest.info().machine).ok();
         let (state, pid) = (guest.info().state.clone(), guest.pid());
-        self.process = Process::Held(guest);
+        self.process = Process::Held(Box::new(guest));
         self.view.send_modify(|v| {
             v.run_state = Some(state);
             v.pid = Some(pid);
@@ -329,113 +257,11 @@ impl Supervisor {
         }
     }
 
-    async fn start(&mut self, force: bool) -> Result<Did, ApiError> {
-        if !matches!(self.process, Process::Absent) {
-            return match &self.view.borrow().run_state {
-                Some(RunState::Failed(why) | RunState::Stopped(why)) => Err(ApiError::new(
-                    Reason::WrongState,
-                    format!(
-                        "the guest ended ({why}) and its process is kept so that this can be seen"
-                    ),
-                )
-                .hint(format!("lifeboat guest stop {}", self.guest))),
-                _ => Ok(Did::AlreadyRunning),
-            };
-        }
-        let record = self.record.clone().unwrap_or_else(GuestRecord::first);
-        match &record.standing {
-            Standing::Active => {}
-            Standing::Fenced { by, generation } => {
-                return Err(ApiError::new(
-                    Reason::Fenced,
-                    format!(
-                        "site {by} owns the guest with generation {generation}; this site has {}",
-                        record.generation
-                    ),
-                ));
-            }
-            Standing::Promoting { point } => {
-                return Err(ApiError::new(
-                    Reason::WrongState,
-                    format!("a failover from point #{point} was begun here and not finished"),
-                )
-                .hint(format!("lifeboat failover {} --point {point}", self.guest)));
-            }
-        }
-        let spec = match (&record.machine, &self.config) {
-            (Some(machine), _) => machine.clone(),
-            (None, Some(config)) => machine_spec(config),
-            (None, None) => return Err(ApiError::no_such_guest(&self.guest)),
-        };
-        if let Some(peer) = record.protected_to.clone()
-            && !force
-        {
-            self.ask_peer(&peer, &record, &spec).await?;
-        }
-        self.save(record)?;
-        let unbooted =
-            BuiltinGuest::spawn(&self.site.exe, &self.site.run_dir(&self.guest), &self.guest)
-                .await
-                .map_err(failed)?;
-        let guest = unbooted.boot(&spec).await.map_err(failed)?;
-        self.hold(guest);
-        self.problem(None);
-        self.protect_if_wanted()?;
-        Ok(Did::Started)
-    }
-
-    /// Before a protected guest is booted, the other site has to say that it was not failed over.
-    async fn ask_peer(
-        &mut self,
-        peer: &SiteId,
-        record: &GuestRecord,
-        spec: &MachineSpec,
-    ) -> Result<(), ApiError> {
-        let options = self.options(peer, record.generation)?;
-        let dialer = self.site.dialer(peer)?;
-        let layout = spec.layout().map_err(failed)?;
-        let machine =
-            serde_json::to_vec(spec).expect("a machine description has only plain fields");
-        match primary::ask_owner(&self.site.env, &*dialer, &options, &layout, &machine).await {
-            Ownership::Ours => Ok(()),
-            Ownership::Fenced { generation, site } => {
-                let text = format!(
-                    "the guest was failed over: site {site} owns it with generation {generation}"
-                );
-                self.fence(record.clone(), generation, site)?;
-                Err(ApiError::new(Reason::Fenced, text))
-            }
-            Ownership::Unknown(why) => {
-                let text = format!(
-                    "site {peer} cannot be asked whether the guest was failed over while this site was away: {why}"
-                );
-                self.problem(text.clone());
-                Err(ApiError::new(Reason::PeerUnreachable, text).hint(format!(
-                    "if you are sure that it was not: lifeboat guest start {} --force",
-                    self.guest
-                )))
-            }
-        }
-    }
-
-    fn fence(
-        &mut self,
-        record: GuestRecord,
-        generation: Generation,
-        by: SiteId,
-    ) -> Result<(), ApiError> {
-        tracing::error!(guest = %self.guest, %generation, site = %by, "fenced: another site owns the guest");
-        self.save(GuestRecord {
-            standing: Standing::Fenced { by, generation },
-            ..record
-        })
-    }
-
     /// Takes the guest back from its role, if it has one.
     async fn take(&mut self) -> Option<BuiltinGuest> {
         match std::mem::replace(&mut self.process, Process::Absent) {
             Process::Absent => None,
-            Process::Held(guest) => Some(guest),
+            Process::Held(guest) => Some(*guest),
             Process::Protecting { role, commands } => {
                 // A role that ends by itself has closed the channel; its end is what is wanted.
                 let _ = commands.send(Command::Drain(DRAIN)).await;
@@ -559,7 +385,7 @@ impl Supervisor {
             peer: self.site.metrics.peer(&peer),
         };
         let role = tokio::spawn(async move {
-            primary::run(env, guest, &*dialer, options, meters, status, inbox).await
+            primary::run(env, *guest, &*dialer, options, meters, status, inbox).await
         });
         self.process = Process::Protecting { role, commands };
         self.publish();
@@ -578,72 +404,6 @@ impl Supervisor {
         }
         self.primary.send_replace(PrimaryStatus::default());
         Ok(was)
-    }
-
-    fn promote(&mut self, point: Epoch, above: Generation) -> Result<Generation, ApiError> {
-        if !matches!(self.process, Process::Absent) {
-            let text = "the guest runs at this site already";
-            return Err(ApiError::new(Reason::WrongState, text));
-        }
-        let generation = match &self.record {
-            Some(r) if matches!(r.standing, Standing::Promoting { .. }) && r.generation > above => {
-                r.generation
-            }
-            // The number this promotion already raised, and was interrupted after.
-            Some(r)
-                if matches!(r.standing, Standing::Promoting { .. }) && r.generation == above =>
-            {
-                above
-            }
-            Some(r) if r.standing == Standing::Active => {
-                let text = "this site owns the guest already";
-                return Err(ApiError::new(Reason::WrongState, text)
-                    .hint(format!("lifeboat guest start {}", self.guest)));
-            }
-            _ => above.next(),
-        };
-        let mut record = self.record.clone().unwrap_or_else(GuestRecord::first);
-        record.standing = Standing::Promoting { point };
-        record.generation = generation;
-        record.protected_to = None;
-        self.save(record)?;
-        Ok(generation)
-    }
-
-    async fn resume(
-        &mut self,
-        generation: Generation,
-        spec: MachineSpec,
-        state: DeviceState,
-        ram: OwnedFd,
-    ) -> Result<(), ApiError> {
-        let mut record = self.record.clone().unwrap_or_else(GuestRecord::first);
-        record.standing = Standing::Active;
-        record.generation = generation;
-        record.machine = Some(spec.clone());
-        let before = self.record.clone();
-        self.save(record)?;
-        let resumed = async {
-            let unbooted =
-                BuiltinGuest::spawn(&self.site.exe, &self.site.run_dir(&self.guest), &self.guest)
-                    .await?;
-            unbooted.restore(&spec, state, ram).await
-        }
-        .await;
-        match resumed {
-            Ok(guest) => {
-                self.hold(guest);
-                self.problem(None);
-                Ok(())
-            }
-            Err(error) => {
-                // It never ran here, so the promotion is unfinished and can be repeated.
-                if let Some(before) = before {
-                    self.save(before)?;
-                }
-                Err(failed(error))
-            }
-        }
     }
 
     async fn role_ended(&mut self, ended: Result<(Outcome, BuiltinGuest), tokio::task::JoinError>) {

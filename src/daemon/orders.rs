@@ -1,0 +1,89 @@
+//! What a supervisor is asked, and what it shows.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::record::GuestRecord;
+use crate::config::resolved::GuestConfig;
+use crate::control::codes::Reason;
+use crate::control::types::{ApiError, Outcome as Did};
+use crate::device_state::DeviceState;
+use crate::guest::RunState;
+use crate::ids::{Epoch, Generation, SiteId};
+use crate::primary::PrimaryStatus;
+use crate::vmm::spec::MachineSpec;
+
+/// Where an answer goes.
+pub(super) type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
+
+/// What a supervisor is asked to do.
+pub(super) enum Order {
+    /// Start the guest; `force`: without the other site's word.
+    Start { force: bool, reply: Reply<Did> },
+    /// Stop the guest.
+    Stop { reply: Reply<Did> },
+    /// Replicate it. Answered as soon as the role runs; true if it ran before.
+    Protect {
+        peer: Option<SiteId>,
+        rpo_target: Option<Duration>,
+        reply: Reply<bool>,
+    },
+    /// Do not replicate it any more; true if it was.
+    Unprotect { reply: Reply<bool> },
+    /// A failover to this site begins; answered with the generation to promote.
+    Promote {
+        point: Epoch,
+        above: Generation,
+        reply: Reply<Generation>,
+    },
+    /// Run the guest from a materialised point.
+    Resume(Box<Resume>),
+    /// The configuration changed.
+    Configure(Option<Box<GuestConfig>>),
+    /// The daemon ends; guests live on.
+    Shutdown { reply: oneshot::Sender<()> },
+}
+
+/// What a guest is resumed from.
+pub(super) struct Resume {
+    pub generation: Generation,
+    pub spec: MachineSpec,
+    pub state: DeviceState,
+    pub ram: OwnedFd,
+    pub reply: Reply<()>,
+}
+
+/// What others may know of a guest.
+#[derive(Debug, Clone, Default)]
+pub(super) struct View {
+    pub record: Option<GuestRecord>,
+    pub run_state: Option<RunState>,
+    pub pid: Option<u32>,
+    pub machine: Option<MachineSpec>,
+    /// Where replication goes now.
+    pub peer: Option<SiteId>,
+    pub rpo_target: Option<Duration>,
+    pub protecting: bool,
+    /// Why it is not as it should be.
+    pub problem: Option<String>,
+}
+
+/// To talk to a supervisor.
+#[derive(Clone)]
+pub(super) struct Handle {
+    pub orders: mpsc::Sender<Order>,
+    pub view: watch::Receiver<View>,
+    pub primary: watch::Receiver<PrimaryStatus>,
+}
+
+impl Handle {
+    /// Sends an order and waits for its answer.
+    pub async fn ask<T>(&self, order: impl FnOnce(Reply<T>) -> Order) -> Result<T, ApiError> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || ApiError::new(Reason::NotReady, "the daemon is ending");
+        self.orders.send(order(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}

@@ -1,0 +1,176 @@
+//! The disaster itself, what is refused, and what becomes of the old owner.
+
+use lifeboat::control::codes::Reason;
+use lifeboat::guest::RunState;
+use lifeboat::ids::{Epoch, Generation};
+use lifeboat::metrics::labels::{GuestState, Role};
+use lifeboat::vmm::payload::abi::GENERATION_STEPS;
+
+use crate::harness::{GUEST, Options, Pair, epochs, kill_now, kvm, wait};
+
+/// Kills site-a's daemon and monitor at once.
+fn disaster(pair: &mut Pair) {
+    let victims = [pair.a.pid(), pair.a.vmm()];
+    pair.mid_epoch();
+    kill_now(&victims);
+    pair.a.reap();
+    pair.a.gone(victims[1]);
+}
+
+#[test]
+fn a_guest_killed_in_mid_epoch_goes_on_at_the_other_site() {
+    if !kvm("a_guest_killed_in_mid_epoch_goes_on_at_the_other_site") {
+        return;
+    }
+    let mut pair = Pair::protected(Options::default());
+    let before = pair.a.console();
+    before.advances();
+    pair.more_points(5);
+    let acked = pair.acked().unwrap();
+    disaster(&mut pair);
+    let step_before = before.heard().step.unwrap();
+
+    let report = pair.failover(&[]).failover();
+    assert!(report.point.epoch >= acked, "{report:?} lost {acked}");
+    assert_eq!(
+        (report.generation_before, report.generation_after),
+        (Generation(1), Generation(2))
+    );
+    let after = pair.b.console();
+    let resumed = pair.runs_on_clean(&after);
+    after.wait("more than before", |h| {
+        h.step.filter(|step| *step >= step_before)
+    });
+    let status = pair.at_b();
+    assert_eq!(status.run_state, Some(RunState::Running));
+    assert_eq!(status.role, Role::Active);
+    pair.b.verify(&["--point", &report.point.epoch.to_string()]);
+
+    // Offline, to the bit; and the guest went on from exactly there.
+    pair.b.ok(&["guest", "stop", GUEST]);
+    pair.b.terminate();
+    let found = pair.check_image(report.point.epoch);
+    let next = (found.counter + 1).next_multiple_of(GENERATION_STEPS);
+    assert!(
+        [found.counter, next].contains(&resumed) && resumed.is_multiple_of(GENERATION_STEPS),
+        "the point holds step {}, the guest went on at {resumed}",
+        found.counter
+    );
+}
+
+#[test]
+fn a_failover_is_refused_without_a_fence_and_happens_once() {
+    if !kvm("a_failover_is_refused_without_a_fence_and_happens_once") {
+        return;
+    }
+    let mut pair = Pair::protected(Options::default());
+    pair.a.console().advances();
+    pair.more_points(10);
+    disaster(&mut pair);
+    let before = epochs(&pair.b.points());
+    let unchanged = |pair: &Pair, what: &str| {
+        let status = pair.at_b();
+        assert_eq!(status.generation, Generation(1), "{what}");
+        assert_eq!((status.role, status.pid), (Role::Standby, None), "{what}");
+        assert_eq!(epochs(&pair.b.points()), before, "{what}");
+    };
+
+    let refused = pair.b.cli(&["failover", GUEST, "--yes"]).error(4);
+    assert_eq!(refused.reason, Reason::NotFenced);
+    assert!(refused.message.contains("loses"), "{refused:?}");
+    assert!(refused.hint.is_some(), "{refused:?}");
+    unchanged(&pair, "no fence");
+
+    // Nobody can be asked without a terminal.
+    let args = ["failover", GUEST, "--fenced-by-operator"];
+    let unconfirmed = pair.b.cli(&args).error(4);
+    assert_eq!(unconfirmed.reason, Reason::NotConfirmed);
+    unchanged(&pair, "not confirmed");
+
+    let plan = pair.failover(&["--dry-run"]).failover();
+    assert!(plan.dry_run && plan.rto_seconds.is_none(), "{plan:?}");
+    assert_eq!(plan.point.epoch, before[0]);
+    unchanged(&pair, "dry run");
+
+    let unknown = pair.failover(&["--point", "999999"]).error(6);
+    assert_eq!(unknown.reason, Reason::NoSuchPoint);
+    unchanged(&pair, "no such point");
+
+    // From a point that is not the newest.
+    let older = before[before.len().min(4) - 1];
+    let report = pair.failover(&["--point", &older.to_string()]).failover();
+    assert_eq!(report.point.epoch, older);
+    assert_eq!(report.newest.map(|point| point.epoch), Some(before[0]));
+    pair.runs_on_clean(&pair.b.console());
+    let pid = pair.b.vmm();
+
+    let again = pair.failover(&[]).error(4);
+    assert_eq!(again.reason, Reason::WrongState, "{again:?}");
+    let status = pair.at_b();
+    assert_eq!((status.generation, status.pid), (Generation(2), Some(pid)));
+}
+
+#[test]
+fn an_old_owner_that_returns_stops_its_guest_and_stays_fenced() {
+    if !kvm("an_old_owner_that_returns_stops_its_guest_and_stays_fenced") {
+        return;
+    }
+    let mut pair = Pair::protected(Options::default());
+    pair.a.console().advances();
+    pair.more_points(3);
+    let left_running = pair.a.vmm();
+    // Only the daemon dies: its guest runs on, unseen.
+    pair.a.kill();
+    assert!(pair.a.owns(left_running));
+    pair.failover(&[]).failover();
+    pair.runs_on_clean(&pair.b.console());
+    let pid_at_b = pair.b.vmm();
+
+    pair.a.start();
+    wait("the old owner knows it", || {
+        (pair.at_a().state == GuestState::Fenced).then_some(())
+    });
+    pair.a.gone(left_running);
+    wait("no process is shown", || {
+        pair.at_a().pid.is_none().then_some(())
+    });
+    let fenced = pair.at_a();
+    assert_eq!(fenced.generation, Generation(2));
+    assert_ne!(fenced.role, Role::Active);
+    assert!(pair.a.dir().join("root.img").exists(), "its disk is gone");
+    for args in [
+        &["guest", "start", GUEST][..],
+        &["guest", "start", GUEST, "--force"],
+    ] {
+        assert_eq!(pair.a.cli(args).error(4).reason, Reason::Fenced);
+    }
+    // It stays so over a restart, and the new owner was not disturbed.
+    pair.a.terminate();
+    pair.a.start();
+    assert_eq!(pair.at_a().state, GuestState::Fenced);
+    assert_eq!(pair.at_a().pid, None);
+    assert_eq!(pair.b.vmm(), pid_at_b);
+    pair.b.console().advances();
+}
+
+#[test]
+fn a_guest_of_1_gib_is_back_within_seconds() {
+    if !kvm("a_guest_of_1_gib_is_back_within_seconds") {
+        return;
+    }
+    let mut pair = Pair::protected(Options {
+        memory_mib: 1024,
+        working_set_mib: 64,
+        ..Options::default()
+    });
+    pair.more_points(3);
+    disaster(&mut pair);
+    let report = pair.failover(&[]).failover();
+    let rto = report.rto_seconds.unwrap();
+    println!("1 GiB guest, resumed in {rto:.3} s");
+    assert!(rto < 5.0, "{report:?}");
+    let console = pair.b.console();
+    console.wait("the guest says that it was resumed", |h| h.resumed);
+    console.advances();
+    assert_ne!(report.point.epoch, Epoch(0));
+}
