@@ -1,1 +1,61 @@
-//! x
+//! A link that is cut, or over which nothing passes any more.
+
+use lifeboat::control::types::SyncPath;
+use lifeboat::metrics::labels::GuestState;
+
+use crate::harness::{Options, Pair, kvm, wait};
+
+/// Memory that the daemon may take more while the link is away. The guest has 64 MiB.
+const GROWTH_MAX: u64 = 128 << 20;
+
+/// Resident memory of a process.
+fn resident_bytes(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB"));
+    kib.expect("a line of VmRSS").parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn the_guest_runs_on_without_the_link_and_nothing_is_copied_anew_after_it() {
+    if !kvm("the_guest_runs_on_without_the_link_and_nothing_is_copied_anew_after_it") {
+        return;
+    }
+    let pair = Pair::protected(Options {
+        proxy: true,
+        ..Options::default()
+    });
+    let proxy = pair.proxy.as_ref().expect("asked for");
+    let (console, guest) = (pair.a.console(), pair.a.vmm());
+    for stalled in [false, true] {
+        pair.more_points(5);
+        let before = resident_bytes(pair.a.pid());
+        if stalled {
+            proxy.stall();
+        } else {
+            proxy.cut();
+        }
+        let blocked_on = wait("the guest is shown as degraded, and why", || {
+            let now = pair.at_a();
+            let degraded = matches!(now.state, GuestState::Degraded | GuestState::Resync);
+            now.blocked_on.filter(|_| degraded)
+        });
+        println!("stalled: {stalled}: blocked on {blocked_on}");
+        for _ in 0..3 {
+            console.advances();
+            let grown = resident_bytes(pair.a.pid()).saturating_sub(before);
+            assert!(grown < GROWTH_MAX, "the daemon grew by {grown} bytes");
+        }
+        let acked = pair.acked().unwrap();
+        proxy.mend();
+        pair.point_after(acked);
+        let status = pair.at_a();
+        let sync = status.sync.expect("the session has a base");
+        assert_ne!(sync.path, SyncPath::Full, "stalled: {stalled}: {sync:?}");
+        assert_eq!(status.pid, Some(guest));
+        wait("the guest is protected again", || {
+            (pair.at_a().state == GuestState::Protected).then_some(())
+        });
+        pair.b.verify(&[]);
+    }
+}

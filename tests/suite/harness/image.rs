@@ -26,6 +26,16 @@ impl Capture {
         }
     }
 
+    /// All regions, in order.
+    pub fn bytes(&self) -> &[Vec<u8>] {
+        &self.regions
+    }
+
+    /// All of RAM, as roots are computed.
+    pub fn ram(&self) -> Vec<u8> {
+        self.regions[..self.ram_regions].concat()
+    }
+
     /// What the payload's checker says of it.
     pub fn check(&self) -> Result<CheckReport, CheckError> {
         let (ram, disks) = self.regions.split_at(self.ram_regions);
@@ -59,7 +69,11 @@ pub fn open(directory: &Path) -> Result<Journal<DirStore>, JournalError> {
 
 /// Replays a point.
 pub fn replay(directory: &Path, epoch: Epoch) -> Result<Capture, JournalError> {
-    let journal = open(directory)?;
+    replay_from(&open(directory)?, epoch)
+}
+
+/// Replays a point of an open journal.
+pub fn replay_from(journal: &Journal<DirStore>, epoch: Epoch) -> Result<Capture, JournalError> {
     let mut capture = Capture::new(journal.layout().expect("the journal has points"));
     journal.replay(epoch, &mut capture)?;
     Ok(capture)
