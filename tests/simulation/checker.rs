@@ -90,6 +90,7 @@ struct State {
     acks: u64,
     /// Epochs that retention dropped, or a replaced disk took along.
     gone: BTreeSet<Epoch>,
+    mismatches: u64,
     /// Epochs that a step of retention was about to drop when the disk failed it: recovery may find
     /// the step done.
     doubtful: BTreeSet<Epoch>,
@@ -109,6 +110,11 @@ impl Checker {
             book: Arc::default(),
             shared: Arc::new(Mutex::new(state)),
         }
+    }
+
+    /// Image roots that differed.
+    pub fn mismatches(&self) -> u64 {
+        self.shared.lock().unwrap().mismatches
     }
 
     /// Something that may not be. Noted, because it is often found inside a role's task.
@@ -204,6 +210,7 @@ impl Checker {
                 }
             }
             Seen::ToPrimary(ToPrimary::Mismatch { epoch, .. }) => {
+                shared.mismatches += 1;
                 if !shared.sabotaged {
                     let text = format!("#{epoch} gave another image at the standby");
                     shared.violations.push(text);

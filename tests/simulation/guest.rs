@@ -9,7 +9,6 @@ use lifeboat::guest::fake::{FakeGuest, FakeMachine};
 use lifeboat::guest::{
     Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round, RunState,
 };
-use lifeboat::ids::Epoch;
 use lifeboat::page::PageAddr;
 use tokio::time::sleep;
 
@@ -37,8 +36,8 @@ pub struct Book {
     pub began: BTreeMap<([u8; 16], CutId), u64>,
     /// What was settled and when the checker has not looked yet: the counter at the cut, the base.
     pub settled: Vec<(u64, Base)>,
-    /// Highest epoch of a base.
-    pub base: Option<Epoch>,
+    /// Monitors abandon no hand-out any more.
+    pub calm: bool,
 }
 
 /// How often and long guest calls take their time or fail.
@@ -174,7 +173,8 @@ impl Guest for SimGuest {
 
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
         self.delay().await;
-        if self.dice.one_in(self.manners.abandon_one_in) {
+        let calm = self.book.lock().unwrap().calm;
+        if self.dice.one_in(self.manners.abandon_one_in) && !calm {
             self.machine.abandon_handout();
         }
         let chunk = self.inner.next_chunk().await?;
@@ -192,7 +192,6 @@ impl Guest for SimGuest {
             let run = self.inner.info().run;
             let counter = book.began[&(run, id)];
             book.settled.push((counter, base));
-            book.base = Some(base.epoch);
         }
         self.inner.settle(id, base).await?;
         self.delay().await;

@@ -83,7 +83,7 @@ impl Daemon {
         assert_eq!(left, 0, "a killed daemon's tasks are gone");
     }
 
-    /// Passes a panic of the daemon on.
+    /// True if the daemon ended, which only a panic makes it do.
     pub fn panicked(&self) -> bool {
         self.task.is_finished()
     }

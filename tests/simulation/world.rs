@@ -10,13 +10,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use lifeboat::clock::Env;
-use lifeboat::guest::RunState;
 use lifeboat::guest::fake::{FakeMachine, FakeSpec};
 use lifeboat::ids::{Generation, GuestId, SiteId};
 use lifeboat::journal::{Faults, Journal, MemCatalogue, MemStore};
 use lifeboat::metrics::Metrics;
-use lifeboat::primary::{Command, Meters, Outcome, PrimaryOptions};
-use tokio::time::{Instant, sleep, timeout};
+use lifeboat::primary::{Meters, PrimaryOptions};
+use tokio::time::{Instant, sleep};
 
 use crate::checker::Checker;
 use crate::dice::{Dice, SimClock, Trace};
@@ -27,10 +26,6 @@ use crate::site_b::{self, SiteB};
 
 /// Fastest pace of the guest's writer that a fault sets.
 const PACE_MAX: u64 = 60;
-
-/// After the last fault there must be a new point within this (virtual) time. The sum of what the
-/// roles may wait: dead-peer detection twice, the longest backoff, a full copy.
-const CONVERGE_WITHIN: Duration = Duration::from_secs(40);
 
 /// How a run is shaped.
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +39,7 @@ pub struct Script {
 
 /// Something that ends by itself at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Undo {
+pub enum Undo {
     Unblock,
     Accept,
     StartA,
@@ -55,25 +50,25 @@ enum Undo {
 }
 
 pub struct World {
-    dice: Dice,
-    trace: Trace,
-    net: Net,
+    pub dice: Dice,
+    pub trace: Trace,
+    pub net: Net,
     pub checker: Checker,
-    spec: FakeSpec,
-    manners: Manners,
-    options: PrimaryOptions,
-    meters: Meters,
-    clock_a: Arc<SimClock>,
-    runs: u8,
-    machine: FakeMachine,
-    writer: Writer,
-    a: Option<site_a::Daemon>,
-    site_b: SiteB,
-    b: Option<site_b::Daemon>,
-    undo: Vec<(Instant, Undo)>,
-    weather: Weather,
+    pub spec: FakeSpec,
+    pub manners: Manners,
+    pub options: PrimaryOptions,
+    pub meters: Meters,
+    pub clock_a: Arc<SimClock>,
+    pub runs: u8,
+    pub machine: FakeMachine,
+    pub writer: Writer,
+    pub a: Option<site_a::Daemon>,
+    pub site_b: SiteB,
+    pub b: Option<site_b::Daemon>,
+    pub undo: Vec<(Instant, Undo)>,
+    pub weather: Weather,
     /// Site B's disk as it was some time ago.
-    backup: Option<(MemStore, MemCatalogue)>,
+    pub backup: Option<(MemStore, MemCatalogue)>,
 }
 
 fn name<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
@@ -86,9 +81,9 @@ impl World {
         let mut dice = Dice::new(seed);
         let spec = FakeSpec {
             seed: dice.next(),
-            ram_pages: dice.pick(40..120) as u32,
-            high_ram_pages: dice.pick(0..40) as u32,
-            disk_pages: vec![dice.pick(1..40) as u32, dice.pick(1..10) as u32],
+            ram_pages: dice.pick(30..80) as u32,
+            high_ram_pages: dice.pick(0..24) as u32,
+            disk_pages: vec![dice.pick(1..24) as u32, dice.pick(1..8) as u32],
             chunk_pages: dice.pick(1..17) as u32,
             staging_pages: 32,
             steps_in_copy: dice.pick(0..4),
@@ -155,7 +150,7 @@ impl World {
         }
     }
 
-    fn start_a(&mut self) {
+    pub fn start_a(&mut self) {
         if self.a.is_some() {
             return;
         }
@@ -173,7 +168,7 @@ impl World {
         assert!(self.a.is_some(), "the guest lives, so an adapter connects");
     }
 
-    fn start_b(&mut self) {
+    pub fn start_b(&mut self) {
         if self.b.is_none() {
             self.trace.note("start-b", "");
             self.b = Some(site_b::Daemon::start(self.site_b.clone(), self.dice.fork()));
@@ -185,7 +180,7 @@ impl World {
         self.undo.push((at, undo));
     }
 
-    fn undo(&mut self, undo: Undo) {
+    pub fn undo(&mut self, undo: Undo) {
         match undo {
             Undo::Unblock => self.net.block(false, false),
             Undo::Accept => self.net.refuse(false),
@@ -202,14 +197,14 @@ impl World {
         }
     }
 
-    async fn kill_a(&mut self) {
+    pub async fn kill_a(&mut self) {
         if let Some(daemon) = self.a.take() {
             daemon.kill().await;
         }
         self.later(Undo::StartA, 1_000..800_000);
     }
 
-    async fn kill_b(&mut self, power: bool) {
+    pub async fn kill_b(&mut self, power: bool) {
         if let Some(daemon) = self.b.take() {
             if power {
                 // A host without power says nothing to anybody.
@@ -354,7 +349,7 @@ impl World {
     }
 
     /// Lets time pass, ends what is over, and looks whether all still holds.
-    async fn step(&mut self, wait: Duration) {
+    pub async fn step(&mut self, wait: Duration) {
         sleep(wait).await;
         let now = Instant::now();
         let (due, rest) = std::mem::take(&mut self.undo)
@@ -373,7 +368,7 @@ impl World {
     }
 
     /// The invariants.
-    fn check(&mut self) {
+    pub fn check(&mut self) {
         if self.b.as_ref().is_some_and(site_b::Daemon::panicked) {
             panic!("the standby's daemon panicked");
         }
@@ -410,7 +405,7 @@ impl World {
         self.recover(store, catalogue, false);
     }
 
-    fn recover(&self, store: MemStore, catalogue: MemCatalogue, deep: bool) {
+    pub fn recover(&self, store: MemStore, catalogue: MemCatalogue, deep: bool) {
         let options = self.site_b.options.journal.clone();
         match Journal::open(store, Box::new(catalogue), &self.site_b.guest, options) {
             Ok((journal, _)) => self.checker.recovered(&journal, deep),
@@ -446,150 +441,5 @@ impl World {
         self.check();
         self.trace
             .note("end", format_args!("{} acks", self.checker.acks()));
-    }
-
-    /// Everything works again.
-    async fn heal(&mut self) {
-        if self.site_b.store.is_off() {
-            self.kill_b(true).await;
-        }
-        self.undo.clear();
-        for undo in [
-            Undo::Unblock,
-            Undo::Accept,
-            Undo::HealDisk,
-            Undo::Calm,
-            Undo::Pace,
-            Undo::StartB,
-            Undo::StartA,
-        ] {
-            self.undo(undo);
-        }
-        self.trace.note("healed", "");
-    }
-
-    /// A new point within bounded time; then, with the guest at rest, a point equal to the guest.
-    async fn converge(&mut self) {
-        let epoch = self.checker.newest_acked();
-        let acks = self.checker.acks();
-        let limit = Instant::now() + CONVERGE_WITHIN;
-        while self.checker.acks() < acks + 2 || self.checker.newest_acked() <= epoch {
-            assert!(
-                Instant::now() < limit,
-                "no new point after all faults ended: {}",
-                self.why()
-            );
-            self.step(Duration::from_millis(100)).await;
-        }
-        self.trace.note("converged", self.checker.newest_acked());
-        self.writer.pace.store(0, Ordering::Relaxed);
-        let limit = Instant::now() + CONVERGE_WITHIN;
-        while !self.settled_and_equal() {
-            assert!(
-                Instant::now() < limit,
-                "a guest at rest is not settled: {}",
-                self.why()
-            );
-            self.step(Duration::from_millis(200)).await;
-        }
-        let daemon = self.a.take().expect("it was started");
-        let drain = daemon.commands.send(Command::Drain(Duration::from_secs(5)));
-        drain.await.expect("the role takes commands");
-        let outcome = timeout(Duration::from_secs(10), daemon.outcome()).await;
-        assert_eq!(outcome.ok(), Some(Outcome::Drained));
-    }
-
-    /// The newest point is the guest as it is, byte for byte.
-    fn settled_and_equal(&self) -> bool {
-        let Some(replica) = self.b.as_ref().and_then(site_b::Daemon::replica) else {
-            return false;
-        };
-        let replica = replica.lock().unwrap();
-        let journal = replica.journal();
-        let Some(newest) = journal.newest() else {
-            return false;
-        };
-        let Some((state, image)) = self.checker.point(journal, newest) else {
-            return false;
-        };
-        if state != self.machine.device_state() {
-            return false;
-        }
-        let same = image.into_regions() == self.machine.image();
-        assert!(
-            same,
-            "#{} has the guest's state and not its content",
-            newest.epoch
-        );
-        self.machine.base().is_some_and(|b| b.epoch == newest.epoch)
-            && self.machine.unsettled().is_empty()
-    }
-
-    fn why(&self) -> String {
-        let status = self.a.as_ref().map(|a| a.status.borrow().clone());
-        format!("{status:?}")
-    }
-
-    /// Site B becomes the owner while A runs and knows nothing of it.
-    async fn promote(&mut self) {
-        if self.site_b.store.is_off() {
-            self.kill_b(true).await;
-        }
-        self.undo(Undo::HealDisk);
-        self.start_b();
-        let replica = loop {
-            if let Some(replica) = self.b.as_ref().and_then(site_b::Daemon::replica) {
-                break replica;
-            }
-            sleep(Duration::from_millis(10)).await;
-        };
-        let generation = Generation(2);
-        let (state, image, newest) = {
-            let mut replica = replica.lock().unwrap();
-            let newest = replica
-                .journal()
-                .newest()
-                .cloned()
-                .expect("there are acknowledged points");
-            let promoted = replica.promote(generation, None);
-            let promotion = promoted.unwrap_or_else(|e| panic!("promotion fails: {e}"));
-            assert_eq!(promotion.point.epoch, newest.epoch);
-            let (state, image) = self
-                .checker
-                .point(replica.journal(), &newest)
-                .expect("a good point");
-            (state, image, newest)
-        };
-        drop(replica);
-        self.checker.promoted(generation, newest.epoch);
-        self.trace
-            .note("promoted", format_args!("at #{}", newest.epoch));
-        let run = [200; 16];
-        let clock = self.site_b.clock.clone();
-        let resumed =
-            FakeMachine::restore(self.spec.clone(), run, clock, state, image.into_regions());
-        let resumed = resumed.expect("the point restores");
-        assert_eq!(resumed.state(), RunState::Paused);
-        // The old side goes on for a while, whatever its link is like, and is fenced in the end.
-        for _ in 0..5 {
-            let wait = self.dice.micros(1_000..900_000);
-            self.step(wait).await;
-        }
-        self.heal().await;
-        let daemon = self.a.take().expect("it was started");
-        let outcome = timeout(CONVERGE_WITHIN, daemon.outcome()).await;
-        let fenced = Outcome::Fenced {
-            generation,
-            site: self.site_b.site.clone(),
-        };
-        assert_eq!(outcome.ok(), Some(fenced), "the old owner was not fenced");
-        // A restart of either daemon changes nothing.
-        self.kill_b(true).await;
-        self.undo.clear();
-        self.start_b();
-        self.start_a();
-        let daemon = self.a.take().expect("it was started");
-        let again = timeout(CONVERGE_WITHIN, daemon.outcome()).await;
-        assert!(matches!(again, Ok(Outcome::Fenced { .. })), "{again:?}");
     }
 }
