@@ -8,6 +8,7 @@
 //!   kills         random kills; LIFEBOAT_KILLS=200 for a long run, LIFEBOAT_SEED=N to replay one
 //!   rot           flipped bits in a journal
 //!   bad_input     what an operator or a stranger can get wrong
+//!   cli           every verb: its JSON, its exit codes
 //!   flush         one flush per commit, counted by strace
 //!   readme        README and command line say the same
 //! ```
@@ -15,6 +16,7 @@
 //! Tests with guests print `skipped: NAME: WHY` and pass where there is no usable /dev/kvm.
 
 mod bad_input;
+mod cli;
 mod failover;
 mod flush;
 mod harness;
