@@ -89,6 +89,9 @@ pub enum Verb {
         /// Keep everything in this directory, which must be empty or new.
         #[arg(long, value_name = "DIR")]
         keep: Option<PathBuf>,
+        /// Simulate the guest: the same engine, without /dev/kvm.
+        #[arg(long)]
+        no_kvm: bool,
     },
     /// Run one guest's monitor; started by the daemon.
     #[command(hide = true)]

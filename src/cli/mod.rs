@@ -105,9 +105,10 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
     }
     match verb {
         Verb::Site | Verb::Vmm { .. } => unreachable!("they were run above"),
-        Verb::Demo { keep } => {
+        Verb::Demo { keep, no_kvm } => {
             let options = demo::DemoOptions {
                 keep,
+                no_kvm,
                 json: global.json,
             };
             Ok(match workers()?.block_on(demo::run(&options)) {

@@ -264,8 +264,16 @@ impl Standbys {
             for (guest, replica) in open {
                 let now = self.inner.env.now();
                 let worked = self.inner.env.offload(move || steps(&replica, now)).await;
-                if let Err(error) = worked {
-                    self.reopen(&guest, &error).await;
+                match worked {
+                    Ok(()) => {}
+                    Err(error) if error.needs_reopen() => self.reopen(&guest, &error).await,
+                    // Nothing is damaged and commits go on; the status and the metric tell.
+                    Err(error) => {
+                        self.inner
+                            .metrics
+                            .guest(&guest)
+                            .journal_error(error.operation());
+                    }
                 }
             }
         }

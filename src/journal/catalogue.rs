@@ -49,7 +49,7 @@ pub type Row = (Vec<u8>, Vec<u8>);
 pub trait Catalogue: Send {
     /// All rows.
     fn rows(&mut self) -> Result<Vec<Row>, CatalogueError>;
-    /// Changes rows, all or none. Durable only after [`flush`](Self::flush).
+    /// Changes rows, in order. Durable only after [`flush`](Self::flush); a crash may keep the first few.
     fn apply(&mut self, changes: &[Change]) -> Result<(), CatalogueError>;
     /// Makes all changes so far durable.
     fn flush(&mut self) -> Result<(), CatalogueError>;

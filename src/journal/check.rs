@@ -282,8 +282,8 @@ impl<S: Store> Journal<S> {
     pub fn rebuild_index(&mut self) -> Result<RecoveryReport, JournalError> {
         self.writable("rebuilding the catalogue")?;
         self.abort();
+        // Times at which points became durable are known to the catalogue alone.
         let hints = Hints {
-            // Times at which points became durable are known to the catalogue alone.
             frames: self.frames.iter().map(|f| (f.epoch, f.clone())).collect(),
             ..Hints::default()
         };

@@ -5,9 +5,10 @@
 //! copy; all others go through a bounce buffer of [`BOUNCE_BYTES`], piece by piece.
 
 use std::alloc::{self, Layout};
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::ops::{Deref, DerefMut};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
@@ -150,19 +151,20 @@ impl Store for DirStore {
                 }
             });
         let mut file = open.map_err(LockError::Io)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                // The text is a courtesy; without it the lock still holds.
-                let _ = file.take(512).read_to_string(&mut holder);
-                let holder = match holder.trim() {
-                    "" => "another process".to_owned(),
-                    text => text.to_owned(),
-                };
-                return Err(LockError::Held(holder));
+        // SAFETY: flock takes any descriptor; `file` keeps this one open.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::WouldBlock {
+                return Err(LockError::Io(error));
             }
-            Err(TryLockError::Error(error)) => return Err(LockError::Io(error)),
+            let mut holder = String::new();
+            // The text is a courtesy; without it the lock still holds.
+            let _ = file.take(512).read_to_string(&mut holder);
+            let holder = match holder.trim() {
+                "" => "another process".to_owned(),
+                text => text.to_owned(),
+            };
+            return Err(LockError::Held(holder));
         }
         // The text only helps the operator: on a read-only disk it stays as it was.
         if file.set_len(0).is_ok() {

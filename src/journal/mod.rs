@@ -51,6 +51,7 @@ mod open;
 mod recover;
 mod replay;
 mod retention;
+mod rows;
 mod scan;
 mod segment;
 mod sled;

@@ -1,13 +1,12 @@
 //! Opening a journal, and its state.
 
-use super::catalogue::{
-    Catalogue, Change, FrameInfo, Hints, MARKS_KEY, SCAN_FROM_KEY, encode, frame_key,
-};
+use super::catalogue::{Catalogue, FrameInfo, Hints};
 use super::commit::Pending;
 use super::error::JournalError;
 use super::fold::Fold;
 use super::marks::Marks;
 use super::recover::{Recovered, Recovery, RecoveryReport, read_part};
+use super::rows::Rows;
 use super::segment::{self, Lane, Loc, Segments};
 use super::store::{LockError, Store};
 use super::superblock::{self, Super, Verdict};
@@ -16,9 +15,6 @@ use crate::clock::Timestamp;
 use crate::frame::{FrameError, Manifest, PartView};
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId};
 use crate::page::Layout;
-
-/// Rows that wait in memory before a commit writes them itself because nobody calls `tick`.
-const ROWS_WAITING_MAX: usize = 1024;
 
 /// The durable history of one guest. See the module's documentation.
 pub struct Journal<S: Store> {
@@ -52,86 +48,6 @@ pub(super) struct Counters {
     pub base_bytes: u64,
     pub super_writes: u64,
     pub base_syncs: u64,
-}
-
-/// Rows on their way into the catalogue.
-pub(super) struct Rows {
-    catalogue: Box<dyn Catalogue>,
-    waiting: Vec<Change>,
-    commits: usize,
-    since: Option<Timestamp>,
-    /// Why the catalogue does not work, if it does not.
-    pub failed: Option<String>,
-}
-
-impl Rows {
-    pub fn put_frame(&mut self, info: &FrameInfo) {
-        let key = frame_key(info.epoch);
-        let value = encode(&key, info);
-        self.waiting.push(Change::Put(key, value));
-    }
-
-    pub fn remove_frame(&mut self, epoch: Epoch) {
-        self.waiting.push(Change::Remove(frame_key(epoch)));
-    }
-
-    pub fn put_marks(&mut self, marks: &Marks, at: Loc) {
-        let value = encode(MARKS_KEY, &(marks, at));
-        self.waiting.push(Change::Put(MARKS_KEY.to_vec(), value));
-    }
-
-    /// Removes all rows; returns how many there were.
-    pub fn forget(&mut self) -> Result<usize, JournalError> {
-        let rows = self.catalogue.rows()?;
-        self.waiting = rows
-            .iter()
-            .map(|(key, _)| Change::Remove(key.clone()))
-            .collect();
-        Ok(rows.len())
-    }
-
-    pub fn waiting(&self) -> usize {
-        self.waiting.len()
-    }
-
-    fn count_commit(&mut self, now: Timestamp) {
-        self.commits += 1;
-        self.since.get_or_insert(now);
-    }
-
-    /// Makes all waiting rows durable. A catalogue that fails is reported and no reason to stop.
-    fn flush(&mut self, scan_from: u64) {
-        if self.waiting.is_empty() && self.commits == 0 {
-            return;
-        }
-        let value = encode(SCAN_FROM_KEY, &scan_from);
-        self.waiting
-            .push(Change::Put(SCAN_FROM_KEY.to_vec(), value));
-        let stored = self
-            .catalogue
-            .apply(&self.waiting)
-            .and_then(|()| self.catalogue.flush());
-        match stored {
-            Ok(()) => {
-                self.waiting.clear();
-                self.failed = None;
-            }
-            Err(error) => {
-                // The rows are hints: what is not stored is found again by a scan. They are kept for
-                // the next attempt as long as they are few.
-                if self.failed.is_none() {
-                    tracing::warn!(%error, "the journal's catalogue failed; it goes on without");
-                }
-                self.failed = Some(error.to_string());
-                self.waiting.pop();
-                if self.waiting.len() > ROWS_WAITING_MAX {
-                    self.waiting.clear();
-                }
-            }
-        }
-        self.commits = 0;
-        self.since = None;
-    }
 }
 
 impl<S: Store> Journal<S> {
@@ -204,13 +120,7 @@ impl<S: Store> Journal<S> {
             highest: Epoch(0),
             super_,
             segments,
-            rows: Rows {
-                catalogue,
-                waiting: Vec::new(),
-                commits: 0,
-                since: None,
-                failed: None,
-            },
+            rows: Rows::new(catalogue),
             frames: Vec::new(),
             points: Vec::new(),
             marks: Marks::default(),
@@ -415,11 +325,8 @@ impl<S: Store> Journal<S> {
     /// next segment a step further. Call it after commits and at least a few times a second.
     pub fn tick(&mut self, now: Timestamp) -> Result<(), JournalError> {
         self.writable("housekeeping")?;
-        let due = self.rows.commits >= self.options.flush_commits
-            || self
-                .rows
-                .since
-                .is_some_and(|since| now.since(since) >= self.options.flush_after);
+        let (commits, after) = (self.options.flush_commits, self.options.flush_after);
+        let due = self.rows.due(now, commits, after);
         if due {
             self.flush_catalogue();
         }
@@ -440,8 +347,7 @@ impl<S: Store> Journal<S> {
     }
 
     pub(super) fn committed_row(&mut self, now: Timestamp) {
-        self.rows.count_commit(now);
-        if self.rows.waiting.len() > ROWS_WAITING_MAX {
+        if self.rows.count_commit(now) {
             self.flush_catalogue();
         }
     }

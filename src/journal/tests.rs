@@ -4,4 +4,5 @@ mod crash;
 mod dir;
 mod features;
 mod rot;
+mod segments;
 mod world;

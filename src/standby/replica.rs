@@ -13,6 +13,7 @@ use crate::journal::{
     Store,
 };
 use crate::metrics::GuestMetrics;
+use crate::metrics::labels::JournalOp;
 use crate::page::Layout;
 use crate::wire::message::{Newest, Open, Opened, RefuseReason};
 
@@ -66,6 +67,24 @@ pub enum ReplicaError {
         /// The copy's generation now.
         generation: Generation,
     },
+}
+
+impl ReplicaError {
+    /// True if the copy is of no use until it is opened anew.
+    pub fn needs_reopen(&self) -> bool {
+        matches!(
+            self,
+            Self::Journal(JournalError::Poisoned { .. } | JournalError::Io { .. })
+        )
+    }
+
+    /// What to count a failure of maintenance as.
+    pub fn operation(&self) -> JournalOp {
+        match self {
+            Self::Journal(JournalError::NoSpace { .. }) => JournalOp::Space,
+            _ => JournalOp::Maintain,
+        }
+    }
 }
 
 /// What becomes of a part.
@@ -467,6 +486,19 @@ impl<S: Store> Replica<S> {
 
     /// One bounded step of retention. True if more is to do.
     pub fn maintain(&mut self, now: Timestamp) -> Result<bool, ReplicaError> {
+        let worked = self.maintain_step(now);
+        if let Err(error) = &worked {
+            let text = error.to_string();
+            // Said once: it is tried again and again.
+            if self.status.borrow().problem.as_ref() != Some(&text) {
+                tracing::warn!(guest = %self.guest, %error, "retention cannot go on");
+                self.status.send_modify(|s| s.problem = Some(text));
+            }
+        }
+        worked
+    }
+
+    fn maintain_step(&mut self, now: Timestamp) -> Result<bool, ReplicaError> {
         self.journal.tick(now)?;
         if self.incoming.is_some() {
             return Ok(false);

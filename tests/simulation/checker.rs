@@ -90,6 +90,9 @@ struct State {
     acks: u64,
     /// Epochs that retention dropped, or a replaced disk took along.
     gone: BTreeSet<Epoch>,
+    /// Epochs that a step of retention was about to drop when the disk failed it: recovery may find
+    /// the step done.
+    doubtful: BTreeSet<Epoch>,
     sabotaged: bool,
 }
 
@@ -154,6 +157,27 @@ impl Checker {
         }
     }
 
+    /// A step of retention failed: what it may have dropped is all but the newest.
+    pub fn thinning_failed(&self, points: &[RecoveryPoint]) {
+        let older = &points[..points.len().saturating_sub(1)];
+        let mut shared = self.shared.lock().unwrap();
+        shared.doubtful.extend(older.iter().map(|p| p.epoch));
+    }
+
+    /// An acknowledged epoch that is no point: a step of retention that had failed turned out done,
+    /// which shows in a merged point over it, or in a history that begins after it.
+    fn thinned_after_all(&self, epoch: Epoch, points: &[RecoveryPoint]) -> bool {
+        let merged = |p: &RecoveryPoint| p.merged && p.prev_epoch < epoch && epoch < p.epoch;
+        let dropped = points.iter().any(merged) || points.first().is_some_and(|p| epoch < p.epoch);
+        let mut shared = self.shared.lock().unwrap();
+        let excused = dropped && shared.doubtful.contains(&epoch);
+        if excused {
+            shared.acked.remove(&epoch);
+            shared.gone.insert(epoch);
+        }
+        excused
+    }
+
     /// Site B promoted; `newest` is what it had.
     pub fn promoted(&self, generation: Generation, newest: Epoch) {
         self.shared.lock().unwrap().promoted = Some((generation, newest));
@@ -202,6 +226,7 @@ impl Checker {
                     "#{epoch} was acknowledged with root {root}, its point has {}",
                     point.root
                 )),
+                None if self.thinned_after_all(*epoch, &points) => {}
                 None => self.violated(format!(
                     "#{epoch} was acknowledged and is lost; the newest point is #{newest}"
                 )),

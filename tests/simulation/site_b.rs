@@ -132,6 +132,9 @@ fn maintain(site: &SiteB, replica: &Shared) -> Result<(), String> {
     let before = replica.journal().points();
     let result = replica.maintain(site.clock.now());
     site.checker.thinned(&before, &replica.journal().points());
+    if result.is_err() {
+        site.checker.thinning_failed(&before);
+    }
     result.map(|_| ()).map_err(|e| e.to_string())
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   certificates, two configurations ─▶ site-a, site-b (real daemons on loopback)
 //!   payload guest at site-a ─▶ protect ─▶ live lines for some seconds
-//!   SIGKILL of site-a's daemon and of the guest's monitor, with a checkpoint on its way
+//!   SIGKILL of site-a's daemon and of the guest's monitor, at a random instant of an epoch
 //!   failover at site-b ─▶ the guest goes on ─▶ it checks its own memory once around
 //!   site-b ends ─▶ its journal is opened and the recovery point checked, to the bit
 //! ```
@@ -13,12 +13,15 @@
 //! working set without an error. The demo uses nothing that an operator has not: child processes,
 //! the admin API, signals, files.
 //!
+//! `--no-kvm` tells the same story of a fake guest: see [`simulated`].
+//!
 //! Nothing is left: processes are ended and files deleted whatever happened, unless `--keep`.
 
 mod console;
 mod process;
 mod proof;
 mod report;
+mod simulated;
 mod workspace;
 
 use std::path::PathBuf;
@@ -36,16 +39,16 @@ use crate::ids::GuestId;
 use console::Console;
 use process::{Leftovers, Site};
 use report::{Outcome, Verdict, Voice, mebibytes};
-use workspace::{GUEST, WORKING_SET_PAGES, Workspace};
+use workspace::{CHECKPOINT_MAX, GUEST, WORKING_SET_PAGES, Workspace};
 
 /// The demo takes less than a minute or has failed.
 const DEMO_WITHIN: Duration = Duration::from_secs(58);
 /// How long the guest is shown protected before the disaster.
 const SHOW_FOR: Duration = Duration::from_secs(8);
+/// The same of a simulated guest.
+const SHOW_SIMULATED_FOR: Duration = Duration::from_secs(5);
 /// Time between two live lines.
 const SHOW_EVERY: Duration = Duration::from_millis(500);
-/// How long a moment with a checkpoint on its way is looked for.
-const MOMENT_WITHIN: Duration = Duration::from_secs(3);
 /// Time between two looks at something that is about to change.
 const POLL: Duration = Duration::from_millis(10);
 
@@ -56,6 +59,8 @@ pub struct DemoOptions {
     pub keep: Option<PathBuf>,
     /// End with one line of JSON on standard output.
     pub json: bool,
+    /// Simulate the guest; `/dev/kvm` is not needed then.
+    pub no_kvm: bool,
 }
 
 /// How the demo ended, as an exit code.
@@ -76,18 +81,27 @@ pub enum DemoExit {
 pub async fn run(options: &DemoOptions) -> DemoExit {
     let voice = Voice {
         json: options.json,
-        simulated: false,
+        simulated: options.no_kvm,
     };
-    if let Err(error) = kvm_ioctls::Kvm::new() {
+    if !options.no_kvm
+        && let Err(error) = kvm_ioctls::Kvm::new()
+    {
         voice.say(format_args!(
             "there is no usable /dev/kvm here ({error}): load the kvm module, or get access to the \
              device (group kvm); `lifeboat demo --no-kvm` shows the same with a simulated guest"
         ));
         return DemoExit::NoKvm;
     }
-    let mut verdict = Verdict::new(false);
+    let mut verdict = Verdict::new(options.no_kvm);
+    let story = async {
+        if options.no_kvm {
+            simulated::tell(options, SHOW_SIMULATED_FOR, voice, &mut verdict).await
+        } else {
+            tell(options, voice, &mut verdict).await
+        }
+    };
     let told = tokio::select! {
-        told = timeout(DEMO_WITHIN, tell(options, voice, &mut verdict)) => told,
+        told = timeout(DEMO_WITHIN, story) => told,
         _ = tokio::signal::ctrl_c() => {
             voice.say("interrupted: everything is ended and removed");
             return DemoExit::Interrupted;
@@ -144,6 +158,7 @@ async fn tell(options: &DemoOptions, voice: Voice, verdict: &mut Verdict) -> any
 
     // The disaster.
     let victims = victims(&a, &guest, &leftovers).await?;
+    sleep(somewhere_in_an_epoch()).await;
     let step_before = before.heard().step.unwrap_or(0);
     let killed_at = SystemClock.now();
     process::kill(&victims);
@@ -286,7 +301,7 @@ async fn show(
     }
 }
 
-/// Waits for a moment with a checkpoint on its way, and says who is to be killed in it.
+/// Who is to be killed.
 async fn victims(site: &Site, guest: &GuestId, leftovers: &Leftovers) -> anyhow::Result<Vec<u32>> {
     let daemon = site.pid().context("site-a's daemon has ended by itself")?;
     let pid = status(site, guest).await?.pid;
@@ -294,11 +309,14 @@ async fn victims(site: &Site, guest: &GuestId, leftovers: &Leftovers) -> anyhow:
     if !leftovers.owns(monitor) {
         bail!("process {monitor} is not the monitor of this demo's guest");
     }
-    let until = Instant::now() + MOMENT_WITHIN;
-    while status(site, guest).await?.inflight == 0 && Instant::now() < until {
-        sleep(POLL).await;
-    }
     Ok(vec![daemon, monitor])
+}
+
+/// A delay up to the longest interval between two checkpoints, any of it as likely as any other. A
+/// chosen moment would not do: just after a checkpoint arrived the loss looks smaller than it is.
+fn somewhere_in_an_epoch() -> Duration {
+    let chance = SystemClock.now().0 % CHECKPOINT_MAX.as_nanos() as u64;
+    Duration::from_nanos(chance)
 }
 
 /// Both sites have the same clock here, so the loss can be measured up to the kill itself.

@@ -12,13 +12,15 @@ pub(super) struct Voice {
 }
 
 impl Voice {
-    /// One line for people.
-    pub(super) fn say(self, line: impl std::fmt::Display) {
+    /// One line for people, or several: each with its label.
+    pub(super) fn say(self, text: impl std::fmt::Display) {
         let label = if self.simulated { "simulated  " } else { "" };
-        if self.json {
-            eprintln!("{label}{line}");
-        } else {
-            println!("{label}{line}");
+        for line in text.to_string().lines() {
+            if self.json {
+                eprintln!("{label}{line}");
+            } else {
+                println!("{label}{line}");
+            }
         }
     }
 

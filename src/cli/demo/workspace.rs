@@ -10,6 +10,7 @@
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -26,8 +27,10 @@ const WORKING_SET_MIB: u32 = 16;
 pub(super) const WORKING_SET_PAGES: u64 = (WORKING_SET_MIB as u64) << 8;
 /// Its disk.
 const DISK_BYTES: u64 = 16 << 20;
+/// Longest interval between two checkpoints.
+pub(super) const CHECKPOINT_MAX: Duration = Duration::from_millis(500);
 /// The address of both sites.
-const LOOPBACK: &str = "127.0.0.1";
+pub(super) const LOOPBACK: &str = "127.0.0.1";
 
 /// The files of one site.
 #[derive(Debug, Clone)]
@@ -45,20 +48,16 @@ pub(super) struct SiteFiles {
 }
 
 /// The directory of one demo. Dropping it deletes it, unless it is to be kept.
-pub(super) struct Workspace {
-    root: PathBuf,
+pub(super) struct Home {
+    path: PathBuf,
     /// Deletes the directory.
     temporary: Option<tempfile::TempDir>,
-    /// Where the guest runs first.
-    pub a: SiteFiles,
-    /// Where it is failed over to.
-    pub b: SiteFiles,
 }
 
-impl Workspace {
-    /// Makes certificates, configurations and the disk; in `keep` if given, which must be empty.
-    pub(super) fn new(keep: Option<&Path>) -> anyhow::Result<Workspace> {
-        let (root, temporary) = match keep {
+impl Home {
+    /// An empty directory: `keep` if given, which must be empty or new.
+    pub(super) fn new(keep: Option<&Path>) -> anyhow::Result<Home> {
+        let (path, temporary) = match keep {
             Some(dir) => (empty_directory(dir)?, None),
             None => {
                 let dir = tempfile::Builder::new()
@@ -68,11 +67,55 @@ impl Workspace {
                 (dir.path().to_owned(), Some(dir))
             }
         };
+        Ok(Home { path, temporary })
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// True if it outlives the demo.
+    pub(super) fn is_kept(&self) -> bool {
+        self.temporary.is_none()
+    }
+}
+
+/// Makes a CA below `root`, and a certificate of it for each of both sites; the CA's directory.
+pub(super) fn certificates(root: &Path, a: &SiteId, b: &SiteId) -> anyhow::Result<PathBuf> {
+    let ca = root.join("pki");
+    let names = [LOOPBACK.to_owned()];
+    pki::init(&ca, a, &names)?;
+    pki::issue(
+        &ca,
+        &pki::Issue {
+            site: b,
+            names: &names,
+            out: &ca.join(b.as_str()),
+            days: 1,
+            overwrite: false,
+        },
+    )?;
+    Ok(ca)
+}
+
+/// Two sites in a [`Home`].
+pub(super) struct Workspace {
+    home: Home,
+    /// Where the guest runs first.
+    pub a: SiteFiles,
+    /// Where it is failed over to.
+    pub b: SiteFiles,
+}
+
+impl Workspace {
+    /// Makes certificates, configurations and the disk; in `keep` if given, which must be empty.
+    pub(super) fn new(keep: Option<&Path>) -> anyhow::Result<Workspace> {
+        let home = Home::new(keep)?;
         let workspace = Workspace {
-            a: SiteFiles::new(&root, "site-a"),
-            b: SiteFiles::new(&root, "site-b"),
-            root,
-            temporary,
+            a: SiteFiles::new(home.path(), "site-a"),
+            b: SiteFiles::new(home.path(), "site-b"),
+            home,
         };
         workspace.fill()?;
         Ok(workspace)
@@ -80,28 +123,16 @@ impl Workspace {
 
     /// The directory.
     pub(super) fn root(&self) -> &Path {
-        &self.root
+        self.home.path()
     }
 
     /// True if it outlives the demo.
     pub(super) fn is_kept(&self) -> bool {
-        self.temporary.is_none()
+        self.home.is_kept()
     }
 
     fn fill(&self) -> anyhow::Result<()> {
-        let ca = self.root.join("pki");
-        let names = [LOOPBACK.to_owned()];
-        pki::init(&ca, &self.a.name, &names)?;
-        pki::issue(
-            &ca,
-            &pki::Issue {
-                site: &self.b.name,
-                names: &names,
-                out: &ca.join(self.b.name.as_str()),
-                days: 1,
-                overwrite: false,
-            },
-        )?;
+        certificates(self.root(), &self.a.name, &self.b.name)?;
         // Held until both numbers are known, so that they differ.
         let listeners = [
             TcpListener::bind((LOOPBACK, 0)),
@@ -162,6 +193,7 @@ fn empty_directory(dir: &Path) -> anyhow::Result<PathBuf> {
 
 fn configuration(me: &SiteFiles, other: &SiteFiles, port: u16, peer_port: u16) -> String {
     let (name, peer) = (&me.name, &other.name);
+    let checkpoint_ms = CHECKPOINT_MAX.as_millis();
     format!(
         r#"# Made by `lifeboat demo`.
 
@@ -195,7 +227,7 @@ guests = ["{GUEST}"]
 
 [defaults.replication]
 rpo_target = "2s"
-checkpoint = {{ min = "20ms", max = "500ms" }}
+checkpoint = {{ min = "20ms", max = "{checkpoint_ms}ms" }}
 
 [journal]
 path = "state/journal"

@@ -40,6 +40,8 @@ use crate::vmm::staging::{SLOT_PAGES, StagingView};
 const START_WITHIN: Duration = Duration::from_secs(15);
 /// How long a stopped process may take until it is gone (it flushes disks).
 const STOP_WITHIN: Duration = Duration::from_secs(60);
+/// How long a process that got no guest may take until it is gone.
+const END_WITHIN: Duration = Duration::from_secs(5);
 /// Time between two attempts to reach a process that starts.
 const RETRY: Duration = Duration::from_millis(2);
 
@@ -229,21 +231,39 @@ impl Unbooted {
     }
 
     async fn started(
-        self,
+        mut self,
         command: Command,
         image: Option<OwnedFd>,
     ) -> Result<BuiltinGuest, GuestError> {
+        match self.info_of(command, image).await {
+            Ok(info) => Ok(BuiltinGuest::new(self.connection, info, Some(self.child))),
+            Err(error) => {
+                // A process without a guest ends with its connection. The next attempt needs its
+                // directory, so its end is waited for.
+                drop(self.connection);
+                if timeout(END_WITHIN, self.child.wait()).await.is_err() {
+                    tracing::warn!(guest = %self.guest, "the monitor that got no guest has not ended");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn info_of(
+        &mut self,
+        command: Command,
+        image: Option<OwnedFd>,
+    ) -> Result<Info, GuestError> {
         match self.connection.call(command, image).await? {
             Reply::Done => {}
             other => return Err(connection::odd(&other)),
         }
-        let info = self.connection.info().await?.ok_or_else(|| {
+        self.connection.info().await?.ok_or_else(|| {
             GuestError::Failed(format!(
                 "it has no guest \"{}\" after its start",
                 self.guest
             ))
-        })?;
-        Ok(BuiltinGuest::new(self.connection, info, Some(self.child)))
+        })
     }
 }
 

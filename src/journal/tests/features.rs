@@ -272,6 +272,33 @@ fn a_catalogue_that_fails_is_reported_and_does_no_harm() {
 }
 
 #[test]
+fn rows_that_were_given_up_are_found_by_a_scan() {
+    let mut world = World::new(12);
+    world.commit(10, true).unwrap();
+    world.journal().flush_catalogue();
+    world.catalogue.set_failing(true);
+    world.step = Duration::from_millis(10);
+    let mut waiting = 0;
+    loop {
+        world.commit(1, false).unwrap();
+        let now = world.journal().stat().rows_waiting;
+        if now < waiting {
+            break;
+        }
+        waiting = now;
+    }
+    world.catalogue.set_failing(false);
+    // Rows go on, but none of those before is there.
+    let newest = world.acked;
+    world.journal().pin(newest).unwrap();
+    world.pins.push(newest);
+    world.journal().flush_catalogue();
+    let report = world.crash(true);
+    assert!(report.found_by_scan > 1000, "{report:?}");
+    world.verify();
+}
+
+#[test]
 fn the_catalogue_is_flushed_every_few_commits_or_after_a_while() {
     let mut world = World::new(9);
     let flushes = |w: &World| w.catalogue.flushes();

@@ -41,7 +41,7 @@ fn judge(world: &World, store: MemStore, catalogue: MemCatalogue) -> Verdict {
         match journal.replay(point.epoch, &mut image) {
             Ok(manifest) => {
                 assert!(
-                    image == world.images[&point.epoch],
+                    image == *world.images[&point.epoch],
                     "a wrong image was served"
                 );
                 assert_eq!(manifest, super::world::manifest(point.epoch));
@@ -78,7 +78,7 @@ fn a_flipped_bit_anywhere_is_found_or_harmless() {
     let files = world.store.files();
     let mut random = Random(99);
     let (mut found, mut harmless) = (0, 0);
-    for round in 0..1200 {
+    for round in 0..400 {
         // Small files as often as large ones, so that each kind is hit.
         let (name, len) = &files[random.below(files.len() as u64) as usize];
         if *len == 0 {
@@ -110,7 +110,7 @@ fn a_flipped_bit_anywhere_is_found_or_harmless() {
         }
     }
     assert!(
-        found > 100 && harmless > 100,
+        found > 40 && harmless > 40,
         "{found} found, {harmless} harmless"
     );
 }
@@ -122,7 +122,7 @@ fn every_byte_of_a_live_frame_is_guarded() {
     let newest = journal.frames.last().unwrap().clone();
     let loc = newest.parts[0];
     let mut random = Random(3);
-    for _ in 0..150 {
+    for _ in 0..60 {
         let store = world.store.copy();
         let offset = u64::from(loc.offset) + random.below(u64::from(loc.len));
         let name = format!("seg.{:06}", loc.segment);
@@ -165,7 +165,7 @@ fn a_damaged_base_page_is_found_unless_a_later_frame_replaces_it() {
 #[test]
 fn a_flipped_bit_in_the_catalogue_is_harmless() {
     let world = grown(4);
-    for round in 0..300 {
+    for round in 0..100 {
         let catalogue = world.catalogue.copy();
         catalogue.flip(round, round * 131 % 4001);
         let verdict = judge(&world, world.store.copy(), catalogue);

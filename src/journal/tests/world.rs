@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::rc::Rc;
 use std::time::Duration;
 
 use crate::bitmap::PageSet;
@@ -241,7 +242,7 @@ pub struct World {
     pub primary: Primary,
     pub random: Random,
     /// Every image whose commit was tried.
-    pub images: BTreeMap<Epoch, Image>,
+    pub images: BTreeMap<Epoch, Rc<Image>>,
     /// The guest now, and the epoch and root it builds on.
     pub image: Image,
     pub newest: Option<(Epoch, ImageRoot)>,
@@ -280,6 +281,25 @@ impl World {
         world
     }
 
+    /// A world of its own with the same history, its journal just opened.
+    pub fn fork(&self, seed: u64) -> Self {
+        let mut world = Self {
+            store: self.store.copy(),
+            catalogue: self.catalogue.copy(),
+            journal: None,
+            primary: Primary::new(),
+            random: Random(seed),
+            images: self.images.clone(),
+            image: self.image.clone(),
+            pins: self.pins.clone(),
+            options: self.options.clone(),
+            ..*self
+        };
+        world.open().unwrap();
+        world.resync();
+        world
+    }
+
     pub fn journal(&mut self) -> &mut Journal<MemStore> {
         self.journal.as_mut().expect("the journal is open")
     }
@@ -314,7 +334,7 @@ impl World {
         let parts = self
             .primary
             .frame(start, &old, &self.image, &changed, full, self.now);
-        self.images.insert(self.epoch, self.image.clone());
+        self.images.insert(self.epoch, Rc::new(self.image.clone()));
         parts
     }
 
@@ -348,7 +368,7 @@ impl World {
         self.newest = journal.newest().map(|p| (p.epoch, p.root));
         self.epoch = self.epoch.max(journal.highest_epoch());
         self.image = match self.newest {
-            Some((epoch, _)) => self.images[&epoch].clone(),
+            Some((epoch, _)) => Image::clone(&self.images[&epoch]),
             None => Image::new(),
         };
     }
@@ -398,7 +418,7 @@ impl World {
             if i == 0 || i == middle || i + 1 == points.len() {
                 let image = self.replay(point.epoch).unwrap();
                 assert!(
-                    image == *expected,
+                    image == **expected,
                     "epoch {} has another image",
                     point.epoch
                 );
