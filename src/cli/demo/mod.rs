@@ -13,7 +13,7 @@
 //! working set without an error. The demo uses nothing that an operator has not: child processes,
 //! the admin API, signals, files.
 //!
-//! `--no-kvm` tells the same story of a fake guest: see [`simulated`].
+//! `--no-kvm` tells the same story of a fake guest: see `simulated`.
 //!
 //! Nothing is left: processes are ended and files deleted whatever happened, unless `--keep`.
 
