@@ -9,6 +9,7 @@
 //!   rot           flipped bits in a journal
 //!   bad_input     what an operator or a stranger can get wrong
 //!   monitor       one guest's process: cuts, kills of its daemon, restore, signals
+//!   cli           every verb: its JSON, its exit codes
 //!   flush         one flush per commit, counted by strace
 //!   readme        README and command line say the same
 //! ```
@@ -16,6 +17,7 @@
 //! Tests with guests print `skipped: NAME: WHY` and pass where there is no usable /dev/kvm.
 
 mod bad_input;
+mod cli;
 mod failover;
 mod flush;
 mod harness;
