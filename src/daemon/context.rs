@@ -34,6 +34,8 @@ pub(super) struct SiteContext {
     pub site: SiteId,
     pub metrics: Metrics,
     pub state_dir: PathBuf,
+    /// Where copies for others are kept, a directory per guest.
+    pub journal_dir: PathBuf,
     /// This program, to start monitors with.
     pub exe: PathBuf,
     /// For guests that are not configured here.

@@ -11,19 +11,20 @@
 //! that changed after its bit was harvested is not what the standby has; it is dirty again and comes
 //! once more in a later round or the cut, where the encoder ships it whole (see `frame::encode`).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::engine::{Engine, InFlight, lock};
+use super::engine::{Engine, InFlight};
 use super::plan::{Plan, SyncPath};
 use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
 use super::{Phase, Progress};
 use crate::bitmap::PageSet;
 use crate::frame::{EncodeStats, FrameStart, Manifest};
-use crate::guest::{Chunk, Contents, Guest, GuestError};
+use crate::guest::{Contents, Guest, GuestError, RunState};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
 use crate::metrics::labels::{
@@ -73,10 +74,9 @@ impl<G: Guest> Builder<'_, G> {
         let audit = plan.as_ref().is_some_and(|p| p.audit);
         let epoch = self.begin(full).await;
 
-        let mut pages = PageSet::new(&self.engine.guest.info().layout);
         let everything = full || audit;
         if everything || self.engine.round_first {
-            self.rounds(everything, full, &mut pages).await?;
+            self.rounds(everything, full).await?;
         }
 
         let started = Instant::now();
@@ -89,7 +89,7 @@ impl<G: Guest> Builder<'_, G> {
             self.give_back_cut(dirty).await?;
             return Ok(false);
         }
-        pages.union(&cut.dirty);
+        self.engine.coder.add(&cut.dirty);
         let reading = Instant::now();
         self.take(Taking::Cut, None, 0).await?;
         self.engine
@@ -103,15 +103,12 @@ impl<G: Guest> Builder<'_, G> {
             machine: info.machine.clone(),
             device_state: cut.device_state.to_bytes(),
         };
-        let encoder = self.engine.encoder();
-        let (captured_at, pause) = (cut.captured_at, cut.pause);
-        let finished = self
+        let (finished, pages) = self
             .engine
-            .env
-            .offload(move || lock(&encoder).finish(&manifest, captured_at, pause))
+            .coder
+            .finish(manifest, cut.captured_at, cut.pause)
             .await
             .map_err(|error| SessionEnd::Lost(error.to_string()))?;
-        self.engine.frame_open = false;
         self.engine.image_known = true;
         self.engine.repair = None;
         self.first = None;
@@ -125,6 +122,7 @@ impl<G: Guest> Builder<'_, G> {
             root: finished.root,
             ..self.head
         };
+        self.engine.sent = Some((epoch, finished.root));
         self.engine.inflight.push_back(InFlight {
             epoch,
             cut: cut.id,
@@ -158,22 +156,12 @@ impl<G: Guest> Builder<'_, G> {
             parent_root: self.head.root,
             full,
         };
-        let encoder = self.engine.encoder();
-        self.engine.frame_open = true;
-        self.engine
-            .env
-            .offload(move || lock(&encoder).begin(start))
-            .await;
+        self.engine.coder.begin(start).await;
         epoch
     }
 
     /// Fuzzy rounds until little is dirty or it stops shrinking.
-    async fn rounds(
-        &mut self,
-        everything: bool,
-        full: bool,
-        pages: &mut PageSet,
-    ) -> Result<(), SessionEnd> {
+    async fn rounds(&mut self, everything: bool, full: bool) -> Result<(), SessionEnd> {
         let mut contents = if everything {
             Contents::All
         } else {
@@ -185,9 +173,10 @@ impl<G: Guest> Builder<'_, G> {
             let dirty = round.dirty.count();
             let all = contents == Contents::All;
             if full && all {
-                pages.union(&PageSet::full(&self.engine.guest.info().layout));
+                let all = PageSet::full(&self.engine.guest.info().layout);
+                self.engine.coder.add(&all);
             } else {
-                pages.union(&round.dirty);
+                self.engine.coder.add(&round.dirty);
             }
             let total = if all {
                 self.engine.guest.info().layout.pages()
@@ -218,7 +207,7 @@ impl<G: Guest> Builder<'_, G> {
         ship: Option<PageSet>,
         total: u64,
     ) -> Result<(), SessionEnd> {
-        let ship = ship.map(std::sync::Arc::new);
+        let ship = ship.map(Arc::new);
         let mut done = 0u64;
         loop {
             if taking == Taking::Round {
@@ -228,7 +217,7 @@ impl<G: Guest> Builder<'_, G> {
                 return Ok(());
             };
             done += chunk.pages.len() as u64;
-            let parts = self.push(chunk, ship.clone()).await;
+            let parts = self.engine.coder.push(chunk, ship.clone()).await;
             parts
                 .into_iter()
                 .for_each(|part| self.queue.push(ToStandby::Part(part)));
@@ -247,14 +236,6 @@ impl<G: Guest> Builder<'_, G> {
                 self.apply(event).await?;
             }
         }
-    }
-
-    async fn push(&mut self, chunk: Chunk, ship: Option<std::sync::Arc<PageSet>>) -> Vec<Vec<u8>> {
-        let encoder = self.engine.encoder();
-        self.engine
-            .env
-            .offload(move || lock(&encoder).push(&chunk, ship.as_deref()))
-            .await
     }
 
     /// Waits until the link took enough, applying what the standby says meanwhile.
@@ -297,12 +278,7 @@ impl<G: Guest> Builder<'_, G> {
         self.queue.push(ToStandby::Abandon {
             epoch: self.engine.last_epoch,
         });
-        let encoder = self.engine.encoder();
-        self.engine.frame_open = false;
-        self.engine
-            .env
-            .offload(move || lock(&encoder).abandon())
-            .await;
+        self.engine.coder.reset(vec![]).await;
         self.engine.guest.give_back().await?;
         self.engine.round_first = true;
         self.engine
@@ -361,9 +337,9 @@ impl From<GuestError> for SessionEnd {
         match error {
             GuestError::Abandoned(why) => SessionEnd::Abandoned(why),
             GuestError::State(state) => SessionEnd::GuestEnded(state),
-            GuestError::Gone(why) | GuestError::Failed(why) => {
-                SessionEnd::GuestEnded(crate::guest::RunState::Failed(why))
-            }
+            GuestError::Gone(why) => SessionEnd::GuestEnded(RunState::Failed(why)),
+            // The guest may well run on; its state is asked before the next session.
+            GuestError::Failed(why) => SessionEnd::Lost(format!("the guest's process: {why}")),
         }
     }
 }

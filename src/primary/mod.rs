@@ -23,6 +23,7 @@
 //!
 //! Not here: who may own the guest and stopping it (daemon), TLS (transport), the journal (standby).
 
+mod coder;
 mod driver;
 mod engine;
 mod epoch;
@@ -32,8 +33,6 @@ mod queue;
 mod session;
 
 use std::time::Duration;
-
-use tokio::sync::oneshot;
 
 use crate::clock::Timestamp;
 use crate::frame::Codec;
@@ -92,9 +91,6 @@ pub struct Meters {
 pub enum Command {
     /// Make no more checkpoints, wait (at most this long) for those on their way, and end.
     Drain(Duration),
-    /// Make a checkpoint now; answered with its epoch once it is durable, or dropped when the link
-    /// is lost first.
-    Checkpoint(oneshot::Sender<Epoch>),
 }
 
 /// Why the role ended. The guest runs on unless it says otherwise.

@@ -92,10 +92,17 @@ impl Daemon {
         guest: (Dice, Manners, Arc<Mutex<Book>>),
         trace: Trace,
     ) -> Option<Self> {
-        let (dice, manners, book) = guest;
+        let (mut dice, manners, book) = guest;
+        let threads = Mutex::new(dice.fork());
         let guest = SimGuest::connect(machine, dice, manners, book).ok()?;
         let clock: Arc<dyn Clock> = clock.clone();
-        let env = Env::simulated(clock);
+        // Threads are quick, and now and then one is not.
+        let lag = move || {
+            let mut dice = threads.lock().unwrap();
+            let most = if dice.one_in(50) { 60_000 } else { 40 };
+            dice.micros(0..most)
+        };
+        let env = Env::simulated_late(clock, Arc::new(lag));
         let dialer = SimDialer(net.clone());
         let (commands, orders) = mpsc::channel(4);
         let (published, status) = watch::channel(PrimaryStatus::default());

@@ -269,7 +269,7 @@ impl SiteB {
     ) -> anyhow::Result<SiteB> {
         let env = Env::system();
         let site = material.site().clone();
-        let options = replica_options(&site, &env);
+        let options = replica_options(&env);
         let opened = env.offload(move || open(&journals, options)).await?;
         let copy = Arc::new(Mutex::new(opened));
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -325,12 +325,11 @@ fn open(journals: &Path, options: ReplicaOptions) -> anyhow::Result<Replica<DirS
     Ok(replica)
 }
 
-fn replica_options(site: &SiteId, env: &Env) -> ReplicaOptions {
+fn replica_options(env: &Env) -> ReplicaOptions {
     ReplicaOptions {
-        site: site.clone(),
         journal: JournalOptions {
             min_free_bytes: 1 << 20,
-            owner: format!("the demo's site {site}"),
+            owner: "the demo".to_owned(),
             opened_at: env.now(),
             ..JournalOptions::default()
         },
