@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
-use crate::frame::{EncodeError, Encoder, Finished, FrameStart, Manifest};
+use crate::frame::{Codec, EncodeError, Encoder, Finished, FrameStart, Manifest};
 use crate::guest::Chunk;
 use crate::page::Layout;
 
@@ -84,10 +84,20 @@ impl Coder {
         self.open.as_mut().expect("a frame is open").union(pages);
     }
 
-    /// Encodes content; see [`Encoder::push`].
-    pub(super) async fn push(&self, chunk: Chunk, ship: Option<Arc<PageSet>>) -> Vec<Vec<u8>> {
-        self.work(move |encoder| encoder.push(&chunk, ship.as_deref()))
-            .await
+    /// Encodes content; see [`Encoder::push`]. A codec is for this content and what follows.
+    pub(super) async fn push(
+        &self,
+        chunk: Chunk,
+        ship: Option<Arc<PageSet>>,
+        codec: Option<Codec>,
+    ) -> Vec<Vec<u8>> {
+        self.work(move |encoder| {
+            if let Some(codec) = codec {
+                encoder.set_codec(codec);
+            }
+            encoder.push(&chunk, ship.as_deref())
+        })
+        .await
     }
 
     /// Completes the frame; also returns its pages. On an error the frame is still open.
@@ -194,8 +204,8 @@ mod tests {
             let all = PageSet::full(&layout);
             coder.begin(start(1, true)).await;
             coder.add(&all);
-            coder.push(page(0, 1), None).await;
-            coder.push(page(1, 1), None).await;
+            coder.push(page(0, 1), None, None).await;
+            coder.push(page(1, 1), None, None).await;
             let manifest = || manifest(&layout);
             let now = Timestamp(1);
             let (first, pages) = coder.finish(manifest(), now, Duration::ZERO).await.unwrap();
@@ -206,7 +216,7 @@ mod tests {
             drop_midway(coder.begin(start(2, false)));
             if lag == 0 {
                 coder.add(&all);
-                coder.push(page(0, 2), None).await;
+                coder.push(page(0, 2), None, None).await;
                 drop_midway(coder.finish(manifest(), now, Duration::ZERO));
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
@@ -216,7 +226,7 @@ mod tests {
             coder.begin(start(3, false)).await;
             tokio::time::sleep(Duration::from_millis(20)).await;
             coder.add(&all);
-            coder.push(page(0, 2), None).await;
+            coder.push(page(0, 2), None, None).await;
             let (third, _) = coder.finish(manifest(), now, Duration::ZERO).await.unwrap();
             assert_eq!(third.stats.same, 0, "the standby does not have that page");
         }

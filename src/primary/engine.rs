@@ -8,10 +8,10 @@ use tokio::time::Instant;
 use super::coder::Coder;
 use super::pacing::Pacing;
 use super::plan::{Memory, Plan, plan};
-use super::{Acked, Meters, PrimaryOptions, PrimaryStatus};
+use super::{Acked, Compression, Meters, PrimaryOptions, PrimaryStatus};
 use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
-use crate::frame::{EncodeOptions, Encoder};
+use crate::frame::{Codec, EncodeOptions, Encoder};
 use crate::guest::{Base, CutId, Guest, GuestError};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase};
@@ -62,7 +62,10 @@ impl<G: Guest> Engine<G> {
         status: watch::Sender<PrimaryStatus>,
     ) -> Self {
         let encode = EncodeOptions {
-            codec: options.codec,
+            codec: match options.compression {
+                Compression::Fixed(codec) => codec,
+                Compression::Auto => Codec::Lz4,
+            },
             shadow: options.shadow,
             ..EncodeOptions::default()
         };

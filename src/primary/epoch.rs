@@ -21,9 +21,9 @@ use super::engine::{Engine, InFlight};
 use super::plan::{Plan, SyncPath};
 use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
-use super::{Phase, Progress};
+use super::{Compression, Phase, Progress};
 use crate::bitmap::PageSet;
-use crate::frame::{EncodeStats, FrameStart, Manifest};
+use crate::frame::{Codec, EncodeStats, FrameStart, Manifest};
 use crate::guest::{Contents, Guest, GuestError, RunState};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
@@ -55,6 +55,8 @@ pub(super) struct Builder<'a, G> {
     pub head: Head,
     /// What the first frame of the session has to do; `None` afterwards.
     pub first: Option<Plan>,
+    /// With automatic compression: whether the denser codec is in use; `None` at first.
+    pub dense: Option<bool>,
 }
 
 /// Whether content of the running guest or of a cut is taken.
@@ -217,7 +219,8 @@ impl<G: Guest> Builder<'_, G> {
                 return Ok(());
             };
             done += chunk.pages.len() as u64;
-            let parts = self.engine.coder.push(chunk, ship.clone()).await;
+            let codec = self.codec();
+            let parts = self.engine.coder.push(chunk, ship.clone(), codec).await;
             parts
                 .into_iter()
                 .for_each(|part| self.queue.push(ToStandby::Part(part)));
@@ -236,6 +239,17 @@ impl<G: Guest> Builder<'_, G> {
                 self.apply(event).await?;
             }
         }
+    }
+
+    /// The codec for what comes next; `None` leaves it as it is.
+    fn codec(&mut self) -> Option<Codec> {
+        if self.engine.options.compression != Compression::Auto {
+            return None;
+        }
+        let max = self.engine.options.max_backlog;
+        let wanted = dense(self.dense == Some(true), self.queue.bytes(), max);
+        let change = self.dense.replace(wanted) != Some(wanted);
+        change.then_some(if wanted { Codec::Zstd1 } else { Codec::Lz4 })
     }
 
     /// Waits until the link took enough, applying what the standby says meanwhile.
@@ -323,6 +337,14 @@ impl<G: Guest> Builder<'_, G> {
     }
 }
 
+/// Whether automatic compression takes the denser codec, given whether it does now and the bytes that
+/// wait for the link.
+fn dense(now: bool, waiting: usize, backlog_max: usize) -> bool {
+    // What a fast link holds for a moment is no pressure: a part or two.
+    let (low, high) = (4 << 20, (16 << 20).min(backlog_max / 2));
+    waiting >= if now { low.min(high) } else { high }
+}
+
 /// Counts what became of a checkpoint's pages.
 fn count(metrics: &GuestMetrics, stats: &EncodeStats) {
     metrics.pages(PageEncoding::Zero, stats.zero);
@@ -346,3 +368,31 @@ impl From<GuestError> for SessionEnd {
 
 /// Time that the next cut waits at least after one was given back.
 pub(super) const RETRY_AFTER: Duration = Duration::from_millis(200);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_denser_codec_is_taken_while_content_waits_for_the_link() {
+        const MIB: usize = 1 << 20;
+        // dense now, MiB waiting, MiB of backlog allowed -> dense
+        let cases = [
+            (false, 0, 256, false),
+            (false, 15, 256, false),
+            (false, 16, 256, true),
+            (true, 15, 256, true),
+            (true, 4, 256, true),
+            (true, 3, 256, false),
+            // A small backlog: half of it is pressure.
+            (false, 3, 8, false),
+            (false, 4, 8, true),
+            (true, 1, 2, true),
+            (true, 0, 2, false),
+        ];
+        for (now, waiting, max, wanted) in cases {
+            let got = dense(now, waiting * MIB, max * MIB);
+            assert_eq!(got, wanted, "{now} {waiting} {max}");
+        }
+    }
+}

@@ -43,6 +43,16 @@ use crate::metrics::{GuestMetrics, PeerMetrics};
 pub use driver::{Ownership, ask_owner, run};
 pub use plan::SyncPath;
 
+/// How batches are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Always like this.
+    Fixed(Codec),
+    /// lz4, and zstd while content waits for the link: the denser codec costs time that is there
+    /// then.
+    Auto,
+}
+
 /// How one guest is protected.
 #[derive(Debug, Clone)]
 pub struct PrimaryOptions {
@@ -61,7 +71,7 @@ pub struct PrimaryOptions {
     /// How to cut.
     pub strategy: CutStrategy,
     /// Compression of batches.
-    pub codec: Codec,
+    pub compression: Compression,
     /// Keep a copy of the guest's RAM to encode differences against.
     pub shadow: bool,
     /// Most encoded bytes that wait for the link, and most bytes of a cut (1 MiB or more).

@@ -268,6 +268,7 @@ async fn build_inner<G: Guest>(
         events,
         head,
         first: Some(plan),
+        dense: None,
     };
     let mut next_cut = Instant::now();
     loop {

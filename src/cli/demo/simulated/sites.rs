@@ -23,13 +23,12 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::super::workspace::{GUEST, LOOPBACK};
 use crate::clock::Env;
-use crate::frame::Codec;
 use crate::guest::CutStrategy;
 use crate::guest::fake::FakeMachine;
 use crate::ids::{Generation, GuestId, SiteId};
 use crate::journal::{DirStore, JournalOptions, Retention, SledCatalogue};
 use crate::metrics::{GuestMetrics, Metrics};
-use crate::primary::{self, Command, Meters, Outcome, PrimaryOptions, PrimaryStatus};
+use crate::primary::{self, Command, Compression, Meters, Outcome, PrimaryOptions, PrimaryStatus};
 use crate::standby::{Lookup, Refusal, Replica, ReplicaOptions, serve};
 use crate::transport::{
     DialTarget, LinkTimes, ListenOptions, TlsDialer, TlsListener, TlsMaterial, TlsPaths,
@@ -211,7 +210,7 @@ fn options(site: &SiteId, peer: &SiteId, generation: Generation) -> PrimaryOptio
         interval_min: Duration::from_millis(20),
         interval_max: Duration::from_millis(500),
         strategy: CutStrategy::Auto,
-        codec: Codec::Lz4,
+        compression: Compression::Auto,
         shadow: true,
         max_backlog: 64 << 20,
         max_inflight: 4,
