@@ -188,7 +188,9 @@ fn a_damaged_point_is_reported_healed_and_never_resumed() {
         pair.b.terminate();
         damage(&pair.b.journal(), points[2], dice);
         pair.b.start();
-        assert_eq!(epochs(&pair.b.points()), points);
+        // Those that need the damaged one may be gone from the list; the one before it is not.
+        let left = epochs(&pair.b.points());
+        assert!(left.contains(&points[3]) && left.iter().all(|e| points.contains(e)));
         points
     };
     let before = damage_third_newest(&mut pair, &mut dice);
