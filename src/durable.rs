@@ -16,6 +16,15 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
+/// Removes the file, durably, if it is there.
+pub fn remove(path: &Path) -> io::Result<()> {
+    let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => File::open(directory)?.sync_all(),
+    }
+}
+
 /// The file's bytes, at most `max` of them; `None` if there is no file.
 pub fn read(path: &Path, max: u64) -> io::Result<Option<Vec<u8>>> {
     let metadata = match fs::metadata(path) {
@@ -47,5 +56,8 @@ mod tests {
         assert_eq!(read(&path, 10).unwrap().unwrap(), b"two");
         assert!(read(&path, 2).is_err());
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        remove(&path).unwrap();
+        remove(&path).unwrap();
+        assert_eq!(read(&path, 10).unwrap(), None);
     }
 }

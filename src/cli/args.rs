@@ -167,6 +167,17 @@ pub enum Verb {
         #[arg(long)]
         yes: bool,
     },
+    /// Move a running guest to another site, live and without loss. Asked where it runs now.
+    Move {
+        /// The guest.
+        name: GuestId,
+        /// Where to (otherwise where it is replicated to).
+        #[arg(long, value_name = "SITE")]
+        to: Option<SiteId>,
+        /// Print the run and do not wait for it.
+        #[arg(long)]
+        no_wait: bool,
+    },
     /// Replay a recovery point and compare every checksum.
     Verify {
         /// The guest.

@@ -466,6 +466,23 @@ pub fn result(run: &Run, paint: Paint) -> String {
             }
             text
         }
+        Some(RunResult::Move(r)) => format!(
+            "{} {guest} {} -> {}  after #{}  downtime {}  in {}  sent {}  generation {}\n",
+            paint.good("MOVED"),
+            r.from,
+            r.to,
+            r.epoch,
+            or_unknown(r.downtime_seconds, units::seconds),
+            units::seconds(r.total_seconds),
+            units::bytes(r.sent_bytes),
+            r.generation
+        ),
+        Some(RunResult::Take(r)) => format!(
+            "{} {guest} here after #{}  generation {}\n",
+            paint.good("LIVE"),
+            r.epoch,
+            r.generation
+        ),
         Some(RunResult::Verify(r)) => {
             let mut text = format!(
                 "{guest} #{}: memory {} pages, disk {} pages: {} different\n",

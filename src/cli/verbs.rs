@@ -14,7 +14,8 @@ use super::text::Paint;
 use crate::control::client::Client;
 use crate::control::codes::{ExitCode, Reason};
 use crate::control::types::{
-    ApiError, Document, FailoverRequest, GuestStatus, ProtectRequest, Run, RunId, SiteStatus,
+    ApiError, Document, FailoverRequest, GuestStatus, MoveRequest, ProtectRequest, Run, RunId,
+    SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
 
@@ -105,6 +106,14 @@ pub async fn run(
                 dry_run,
             };
             failover(client, &name, request, yes, timeout, out).await?;
+        }
+        Verb::Move { name, to, no_wait } => {
+            let run = client.move_guest(&name, &MoveRequest { to }).await?;
+            if no_wait {
+                out.result(run, |run| format!("run {}\n", run.id));
+            } else {
+                follow(client, run, timeout, out).await?;
+            }
         }
         Verb::Verify { name, point } => {
             let run = client.verify(&name, point.map(Epoch)).await?;

@@ -3,8 +3,8 @@
 use std::future::Future;
 
 use super::types::{
-    ApiError, ConsoleInfo, Done, FailoverRequest, JournalStat, Points, ProtectRequest, Reloaded,
-    Run, RunId, Runs, SiteStatus,
+    ApiError, ConsoleInfo, Done, FailoverRequest, JournalStat, MoveRequest, Points, ProtectRequest,
+    Reloaded, Run, RunId, Runs, SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
 
@@ -58,6 +58,13 @@ pub trait Backend: Send + Sync + 'static {
         &self,
         guest: &GuestId,
         request: FailoverRequest,
+    ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Gives a running guest to another site, without loss.
+    fn move_guest(
+        &self,
+        guest: &GuestId,
+        request: MoveRequest,
     ) -> impl Future<Output = Result<Run, ApiError>> + Send;
 
     /// Replays a recovery point (the newest when `None`) and compares every checksum.

@@ -14,8 +14,8 @@ use tokio::net::UnixStream;
 use super::codes::Reason;
 use super::server::{StartRequest, UnprotectRequest, VerifyRequest};
 use super::types::{
-    ApiError, ConsoleInfo, Document, Done, Envelope, FailoverRequest, JournalStat, Points,
-    ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
+    ApiError, ConsoleInfo, Document, Done, Envelope, FailoverRequest, JournalStat, MoveRequest,
+    Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
 
@@ -95,6 +95,15 @@ impl Client {
         request: &FailoverRequest,
     ) -> Result<Run, ApiError> {
         self.post(&verb(guest, "failover"), request).await
+    }
+
+    /// Moves a guest to another site.
+    pub async fn move_guest(
+        &self,
+        guest: &GuestId,
+        request: &MoveRequest,
+    ) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "move"), request).await
     }
 
     /// Verifies a recovery point.

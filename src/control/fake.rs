@@ -317,6 +317,28 @@ impl Backend for Fake {
         })
     }
 
+    async fn move_guest(&self, guest: &GuestId, request: MoveRequest) -> Result<Run, ApiError> {
+        self.guest(guest)?;
+        let to = request.to.unwrap_or(site("site-b"));
+        self.begin(Operation::Move, guest, move |run| {
+            run.step("hand over");
+            if to == site("site-c") {
+                let error = ApiError::new(Reason::Failed, "site-c has too little memory");
+                return run.finish(Err(error));
+            }
+            let result = MoveReport {
+                from: site("site-a"),
+                to,
+                epoch: Epoch(4711),
+                generation: Generation(8),
+                downtime_seconds: Some(0.043),
+                total_seconds: 1.6,
+                sent_bytes: 71 << 20,
+            };
+            run.finish(Ok(RunResult::Move(result)));
+        })
+    }
+
     async fn failover(&self, guest: &GuestId, request: FailoverRequest) -> Result<Run, ApiError> {
         let point = self.point(guest, request.point)?;
         self.begin(Operation::Failover, guest, move |run| {

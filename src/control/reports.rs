@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::types::{PointStatus, SyncStatus};
-use crate::ids::{Generation, SiteId};
+use crate::ids::{Epoch, Generation, SiteId};
 
 /// What came of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -13,6 +13,10 @@ pub enum RunResult {
     Protect(ProtectReport),
     /// The guest was resumed, or would be.
     Failover(FailoverReport),
+    /// The guest was moved to another site.
+    Move(MoveReport),
+    /// The guest was moved here.
+    Take(TakeReport),
     /// A recovery point was verified.
     Verify(VerifyReport),
     /// A journal was checked.
@@ -60,6 +64,35 @@ pub struct FailoverReport {
     pub generation_after: Generation,
     /// From the command to the guest's first instruction; `null` for a dry run.
     pub rto_seconds: Option<f64>,
+}
+
+/// A guest was moved without loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MoveReport {
+    /// Where it ran.
+    pub from: SiteId,
+    /// Where it runs.
+    pub to: SiteId,
+    /// Its last checkpoint at the old site.
+    pub epoch: Epoch,
+    /// Number of the owner now.
+    pub generation: Generation,
+    /// How long it stood still: from the pause at the old site until the new one said that it runs
+    /// there. `null` if the answer was lost and had to be asked for.
+    pub downtime_seconds: Option<f64>,
+    /// From the command to that answer.
+    pub total_seconds: f64,
+    /// Bytes sent meanwhile.
+    pub sent_bytes: u64,
+}
+
+/// A guest was taken over from the site that gave it away.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TakeReport {
+    /// The checkpoint that it goes on from.
+    pub epoch: Epoch,
+    /// Number of the owner now.
+    pub generation: Generation,
 }
 
 /// A recovery point was replayed and compared.

@@ -10,6 +10,7 @@
 //! | POST | `/v1/guests/G/unprotect` | `{"purge": bool}` | `lifeboat.done/v1` |
 //! | GET | `/v1/guests/G/points` | | `lifeboat.points/v1` |
 //! | POST | `/v1/guests/G/failover` | `FailoverRequest` | `lifeboat.run/v1`, 202 |
+//! | POST | `/v1/guests/G/move` | `MoveRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/verify` | `{"point": N}` | `lifeboat.run/v1`, 202 |
 //! | GET | `/v1/guests/G/journal` | | `lifeboat.journal_stat/v1` |
 //! | POST | `/v1/guests/G/journal/check`, `.../rebuild` | | `lifeboat.run/v1`, 202 |
@@ -39,7 +40,9 @@ use tokio::net::{TcpListener, UnixListener};
 use super::backend::Backend;
 use super::codes::Reason;
 use super::socket::AdminSocket;
-use super::types::{ApiError, Document, Envelope, FailoverRequest, ProtectRequest, Run, RunId};
+use super::types::{
+    ApiError, Document, Envelope, FailoverRequest, MoveRequest, ProtectRequest, Run, RunId,
+};
 use crate::ids::{Epoch, GuestId};
 use crate::metrics::Metrics;
 
@@ -169,6 +172,7 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/guests/{guest}/unprotect", post(unprotect))
         .route("/v1/guests/{guest}/points", get(points))
         .route("/v1/guests/{guest}/failover", post(failover))
+        .route("/v1/guests/{guest}/move", post(move_guest))
         .route("/v1/guests/{guest}/verify", post(verify))
         .route("/v1/guests/{guest}/journal", get(journal_stat))
         .route("/v1/guests/{guest}/journal/check", post(journal_check))
@@ -351,6 +355,13 @@ verb!(
     ACCEPTED,
     FailoverRequest,
     |backend, guest, request| backend.failover(&guest, request)
+);
+verb!(
+    move_guest,
+    "/v1/guests/{guest}/move",
+    ACCEPTED,
+    MoveRequest,
+    |backend, guest, request| backend.move_guest(&guest, request)
 );
 verb!(
     verify,

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::codes::{ExitCode, Reason};
 pub use super::reports::{
-    FailoverReport, JournalCheckReport, JournalRebuildReport, ProtectReport, RunResult,
-    VerifyReport,
+    FailoverReport, JournalCheckReport, JournalRebuildReport, MoveReport, ProtectReport, RunResult,
+    TakeReport, VerifyReport,
 };
 use super::time;
 use crate::clock::Timestamp;
@@ -355,6 +355,15 @@ pub struct ProtectRequest {
     pub peer: Option<SiteId>,
     /// Work that may be lost at most.
     pub rpo_target_seconds: Option<f64>,
+}
+
+/// Body of `move`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoveRequest {
+    /// Where to; `None`: where the guest is replicated to.
+    #[serde(default)]
+    pub to: Option<SiteId>,
 }
 
 /// How to fail over.

@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::context::{SiteContext, run_dir, writer_of};
+use super::moving;
 use super::orders::{Handle, Order};
 use super::promotion::Failover;
 use super::record;
@@ -23,8 +24,8 @@ use crate::control::codes::Reason;
 use crate::control::runs::RunBook;
 use crate::control::types::{
     ApiError, CertificateStatus, ConsoleInfo, Done, FailoverRequest, GuestStatus, JournalStat,
-    Outcome, PeerStatus, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
-    StoreStatus,
+    MoveRequest, Outcome, PeerStatus, Points, ProtectRequest, Reloaded, Run, RunId, Runs,
+    SiteStatus, StoreStatus,
 };
 use crate::ids::{Epoch, GuestId, SiteId};
 use crate::metrics::labels::Operation;
@@ -37,7 +38,7 @@ pub(super) struct Site {
     /// Links that peers dialed.
     pub inbound: super::listener::Inbound,
     config: watch::Sender<Arc<SiteConfig>>,
-    runs: RunBook,
+    pub runs: RunBook,
     guests: Mutex<BTreeMap<GuestId, (Handle, JoinHandle<()>)>>,
     material: Option<Arc<TlsMaterial>>,
     ready: AtomicBool,
@@ -101,7 +102,7 @@ impl Site {
         names.iter().for_each(|name| drop(self.supervisor(name)));
     }
 
-    fn supervisor(&self, guest: &GuestId) -> Handle {
+    pub fn supervisor(&self, guest: &GuestId) -> Handle {
         let mut guests = self.guests();
         if let Some((handle, _)) = guests.get(guest) {
             return handle.clone();
@@ -424,6 +425,17 @@ impl Backend for Site {
         };
         let run = self.runs.begin(Operation::Failover, guest)?;
         Ok(failover.spawn(run))
+    }
+
+    async fn move_guest(&self, guest: &GuestId, request: MoveRequest) -> Result<Run, ApiError> {
+        let verb = moving::Move {
+            site: self.context.clone(),
+            guest: guest.clone(),
+            handle: self.active(guest)?,
+            to: request.to,
+        };
+        let run = self.runs.begin(Operation::Move, guest)?;
+        Ok(verb.spawn(run))
     }
 
     async fn verify(&self, guest: &GuestId, point: Option<Epoch>) -> Result<Run, ApiError> {

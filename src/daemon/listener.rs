@@ -125,7 +125,7 @@ pub(super) async fn accept(site: Arc<Site>, mut listener: TlsListener) {
                 tx,
                 rx,
                 HANDSHAKE_MAX,
-                &site.standbys,
+                site.as_ref(),
             )
             .await;
             ended(&site, &peer, guest, end).await;

@@ -13,6 +13,8 @@
 mod backend;
 mod context;
 mod listener;
+mod lookup;
+mod moving;
 mod orders;
 mod promotion;
 mod record;

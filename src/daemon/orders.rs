@@ -40,6 +40,11 @@ pub(super) enum Order {
     },
     /// Run the guest from a materialised point.
     Resume(Box<Resume>),
+    /// What was begun with `Promote` did not come to an end, and is not to be repeated: the guest was
+    /// to be moved here, and its last owner keeps it.
+    Withdraw { reply: Reply<()> },
+    /// Give the guest to the site that it is replicated to. Answered when that is done, or undone.
+    HandOver { reply: Reply<Moved> },
     /// The configuration changed.
     Configure(Option<Box<GuestConfig>>),
     /// The daemon ends; guests live on.
@@ -53,6 +58,17 @@ pub(super) struct Resume {
     pub state: DeviceState,
     pub ram: OwnedFd,
     pub reply: Reply<()>,
+}
+
+/// A guest was given to another site.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Moved {
+    /// Its last checkpoint here.
+    pub epoch: Epoch,
+    /// The new owner's number.
+    pub generation: Generation,
+    /// How long it stood still; `None` if the answer came too late to know.
+    pub downtime: Option<Duration>,
 }
 
 /// What others may know of a guest.

@@ -103,36 +103,16 @@ impl Failover {
         report.fence = self.fence(before.next(), loss_seconds).await?;
         run.detail(report.fence.clone());
 
-        run.step("promote");
-        let generation = self
-            .handle
-            .ask(|reply| Order::Promote {
-                point: point.epoch,
-                above: before,
-                reply,
-            })
+        let takeover = Takeover {
+            site: self.site.clone(),
+            guest: self.guest.clone(),
+            copy: self.copy.clone(),
+            handle: self.handle.clone(),
+        };
+        report.generation_after = takeover.promote(run, point.epoch, before).await?;
+        takeover
+            .resume(run, point.epoch, report.generation_after)
             .await?;
-        report.generation_after = generation;
-        run.detail(format!("generation {before} -> {generation}"));
-        let promotion = self.promote(generation, point.epoch).await?;
-
-        run.step("materialise");
-        let (spec, state, ram) = self.materialise(promotion, generation).await?;
-
-        run.step("resume");
-        let resumed = self
-            .handle
-            .ask(|reply| {
-                Order::Resume(Box::new(Resume {
-                    generation,
-                    spec,
-                    state,
-                    ram,
-                    reply,
-                }))
-            })
-            .await;
-        resumed?;
         report.rto_seconds = Some(self.asked.elapsed().as_secs_f64());
 
         run.step("verify");
@@ -214,15 +194,97 @@ impl Failover {
         fence(&order).await.map_err(|e| not_fenced(e.to_string()))?;
         Ok(format!("confirmed by {}", fencing.command.join(" ")))
     }
+}
 
-    async fn promote(&self, generation: Generation, point: Epoch) -> Result<Promotion, ApiError> {
+/// Making this site the owner of a guest, from a point of its copy here.
+pub(super) struct Takeover {
+    pub site: Arc<SiteContext>,
+    pub guest: GuestId,
+    pub copy: Shared,
+    pub handle: Handle,
+}
+
+impl Takeover {
+    /// For a guest that its owner gives away: either it runs here under this generation afterwards, or
+    /// nothing has changed and it never will.
+    pub async fn carry_out(
+        &self,
+        run: &RunHandle,
+        point: Epoch,
+        generation: Generation,
+    ) -> Result<(), ApiError> {
+        let taken = self.try_carry_out(run, point, generation).await;
+        if taken.is_err() {
+            self.handle.ask(|reply| Order::Withdraw { reply }).await?;
+        }
+        taken
+    }
+
+    async fn try_carry_out(
+        &self,
+        run: &RunHandle,
+        point: Epoch,
+        generation: Generation,
+    ) -> Result<(), ApiError> {
         let copy = self.copy.clone();
-        let promoted = self
+        let known = self
             .site
             .env
-            .offload(move || lock(&copy).promote(generation, Some(point)))
-            .await;
-        Ok(promoted?)
+            .offload(move || lock(&copy).journal().generation());
+        let (known, offered) = (known.await, generation);
+        let generation = self.promote(run, point, known).await?;
+        if generation != offered {
+            let text =
+                format!("generation {offered} was offered, {generation} is the next one here");
+            return Err(failed(text));
+        }
+        self.resume(run, point, generation).await
+    }
+
+    /// Records the promotion; its generation is above this one.
+    pub async fn promote(
+        &self,
+        run: &RunHandle,
+        point: Epoch,
+        above: Generation,
+    ) -> Result<Generation, ApiError> {
+        run.step("promote");
+        let order = |reply| Order::Promote {
+            point,
+            above,
+            reply,
+        };
+        let generation = self.handle.ask(order).await?;
+        run.detail(format!("generation {above} -> {generation}"));
+        Ok(generation)
+    }
+
+    /// Raises the generation of the copy, and runs the guest from the point.
+    pub async fn resume(
+        &self,
+        run: &RunHandle,
+        point: Epoch,
+        generation: Generation,
+    ) -> Result<(), ApiError> {
+        let copy = self.copy.clone();
+        let promoting = self
+            .site
+            .env
+            .offload(move || lock(&copy).promote(generation, Some(point)));
+        let promotion = promoting.await?;
+        run.step("materialise");
+        let (spec, state, ram) = self.materialise(promotion, generation).await?;
+        run.step("resume");
+        let order = |reply| {
+            Order::Resume(Box::new(Resume {
+                generation,
+                spec,
+                state,
+                ram,
+                reply,
+            }))
+        };
+        self.handle.ask(order).await
     }
 
     /// What the guest's process is started with: machine, device state, memory; its disks are

@@ -5,6 +5,10 @@
 //!        │                            ▲                                             │
 //!        └── failover, step by step ──┘  Active(g+1)                                └─ kept until the
 //!            Promoting{point, g+1}                                                     operator decides
+//!
+//!   Active(g) ── last checkpoint durable there ──▶ Offered(to, g+1) ── it runs there ──▶ Moved(to, g+1)
+//!      ▲                                              │
+//!      └───────────── Active(g+2) ◀── it does not, and promised never to under g+1
 //! ```
 //!
 //! The record is written before what it says becomes true: a guest that may run has an `Active`
@@ -37,6 +41,22 @@ pub enum Standing {
         /// Who holds it.
         by: SiteId,
         /// The higher generation.
+        generation: Generation,
+    },
+    /// It gave the guest away and does not know yet whether it was taken. The guest stands still.
+    Offered {
+        /// To this site.
+        to: SiteId,
+        /// Under this number.
+        generation: Generation,
+        /// From this checkpoint.
+        epoch: Epoch,
+    },
+    /// It gave the guest away.
+    Moved {
+        /// Who has it.
+        to: SiteId,
+        /// Under this number.
         generation: Generation,
     },
 }
@@ -137,6 +157,12 @@ pub fn store(state_dir: &Path, guest: &GuestId, record: &GuestRecord) -> Result<
     std::fs::create_dir_all(&directory).map_err(fail)?;
     let bytes = serde_json::to_vec_pretty(record).expect("a record has only plain fields");
     durable::write(&path, &bytes).map_err(fail)
+}
+
+/// Forgets a guest durably.
+pub fn remove(state_dir: &Path, guest: &GuestId) -> Result<(), RecordError> {
+    let path = path(state_dir, guest);
+    durable::remove(&path).map_err(|source| RecordError::Io { path, source })
 }
 
 /// The guests that have a record here.

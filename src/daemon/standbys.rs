@@ -10,14 +10,12 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::record::{self, Standing};
 use crate::clock::{Env, Timestamp};
 use crate::config::resolved::SiteConfig;
-use crate::ids::{GuestId, SiteId};
+use crate::ids::GuestId;
 use crate::journal::{DirStore, JournalOptions, SledCatalogue};
 use crate::metrics::Metrics;
-use crate::standby::{Lookup, Refusal, Replica, ReplicaError, ReplicaOptions, ReplicaStatus};
-use crate::wire::message::{Open, RefuseReason};
+use crate::standby::{Replica, ReplicaError, ReplicaOptions, ReplicaStatus};
 
 /// Time between two looks for work of retention.
 const MAINTAIN_EVERY: Duration = Duration::from_millis(250);
@@ -74,7 +72,7 @@ impl Standbys {
         }
     }
 
-    fn config(&self) -> Arc<SiteConfig> {
+    pub fn config(&self) -> Arc<SiteConfig> {
         self.inner
             .config
             .read()
@@ -316,61 +314,4 @@ fn open(
         }),
     );
     Ok((replica, notes))
-}
-
-impl Lookup<DirStore> for Standbys {
-    async fn lookup(&self, peer: &SiteId, open: &Open) -> Result<Shared, Refusal> {
-        let config = self.config();
-        let allowed = config
-            .peers
-            .get(peer)
-            .is_some_and(|p| p.guests.contains(&open.guest));
-        if !allowed {
-            return Err(Refusal::Refused(
-                RefuseReason::NotAllowed,
-                format!(
-                    "site {peer} may not write guest \"{}\" here; add it to `guests` of [peer.{peer}] at site {}",
-                    open.guest, config.site
-                ),
-            ));
-        }
-        let state_dir = config.state_dir.clone();
-        let guest = open.guest.clone();
-        let record = self
-            .inner
-            .env
-            .offload(move || record::load(&state_dir, &guest))
-            .await;
-        match record {
-            Ok(Some(record)) if record.standing == Standing::Active => {
-                if record.generation > open.generation {
-                    self.inner.metrics.guest(&open.guest).fence_rejection();
-                    return Err(Refusal::Fenced {
-                        generation: record.generation,
-                    });
-                }
-                return Err(Refusal::Refused(
-                    RefuseReason::Active,
-                    format!(
-                        "guest \"{}\" is active at site {} too",
-                        open.guest, config.site
-                    ),
-                ));
-            }
-            Ok(_) => {}
-            Err(error) => {
-                return Err(Refusal::Refused(
-                    RefuseReason::JournalFailed,
-                    error.to_string(),
-                ));
-            }
-        }
-        self.copy(&open.guest)
-            .await
-            .map_err(|why| Refusal::Refused(RefuseReason::JournalFailed, why))
-    }
-
-    fn opened(&self, guest: &GuestId) {
-        tracing::info!(%guest, "a primary opened a session");
-    }
 }

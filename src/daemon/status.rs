@@ -74,9 +74,9 @@ impl Known<'_> {
 
     fn role(&self) -> Role {
         match self.record().map(|r| &r.standing) {
-            Some(Standing::Active) => Role::Active,
+            Some(Standing::Active | Standing::Offered { .. }) => Role::Active,
             Some(Standing::Promoting { .. }) => Role::Standby,
-            Some(Standing::Fenced { .. }) => match &self.copy {
+            Some(Standing::Fenced { .. } | Standing::Moved { .. }) => match &self.copy {
                 Some(Ok(copy)) if copy.receiving => Role::Standby,
                 _ => Role::None,
             },
@@ -160,6 +160,11 @@ impl Known<'_> {
                 self.guest
             ));
         }
+        if let (Role::None, Some(Standing::Moved { to, .. })) =
+            (self.role(), self.record().map(|r| &r.standing))
+        {
+            return Some(format!("nothing: it was moved to site {to}"));
+        }
         match (self.role(), &self.copy) {
             (Role::Active, _) => self.primary.as_ref()?.blocked_on.clone(),
             (_, Some(Err(why))) => Some(why.clone()),
@@ -187,7 +192,7 @@ impl Known<'_> {
 
     fn generation(&self) -> Generation {
         let record = self.record().map_or(Generation(0), |r| match &r.standing {
-            Standing::Fenced { generation, .. } => *generation,
+            Standing::Fenced { generation, .. } | Standing::Moved { generation, .. } => *generation,
             _ => r.generation,
         });
         let copy = match &self.copy {

@@ -43,7 +43,8 @@ impl Protect {
         now
     }
 
-    async fn carry_out(self, run: &RunHandle) -> Result<RunResult, ApiError> {
+    /// The steps of it.
+    pub async fn carry_out(self, run: &RunHandle) -> Result<RunResult, ApiError> {
         run.step("start");
         let ProtectRequest {
             peer,

@@ -230,6 +230,8 @@ label!(
         Protect = "protect",
         /// Resume of the guest from a recovery point.
         Failover = "failover",
+        /// The guest given to another site, or taken from one, without loss.
+        Move = "move",
         /// Replay of a recovery point with every checksum compared.
         Verify = "verify",
         /// Check of all of a journal.

@@ -3,7 +3,8 @@
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::engine::Engine;
+use super::engine::{Engine, Handing};
+use super::handover::Handover;
 use super::session::{self, Orders, SessionEnd};
 use super::{Command, Meters, Outcome, Phase, PrimaryOptions, PrimaryStatus};
 use crate::clock::Env;
@@ -36,13 +37,18 @@ pub async fn run<G: Guest, D: Dialer>(
             break Outcome::GuestEnded(state);
         }
         let end = attempt(&mut engine, dialer, &mut orders, &mut backoff).await;
+        let end = match handed(&mut engine, end).await {
+            Ok(end) => end,
+            Err(outcome) => break outcome,
+        };
         let given_back = engine.give_back().await;
         let why = match end {
             SessionEnd::Fenced { generation, site } => break Outcome::Fenced { generation, site },
             SessionEnd::Drained => break Outcome::Drained,
             SessionEnd::GuestEnded(state) => break Outcome::GuestEnded(state),
+            SessionEnd::HandedOver { .. } => unreachable!("seen by `handed`"),
             SessionEnd::Lost(why) | SessionEnd::Abandoned(why) => why,
-            SessionEnd::Refused(why) => {
+            SessionEnd::Refused(why) | SessionEnd::Active(why) => {
                 backoff.slow();
                 why
             }
@@ -73,6 +79,28 @@ pub async fn run<G: Guest, D: Dialer>(
         s.phase = Phase::Connecting;
     });
     (outcome, engine.guest)
+}
+
+/// What the session's end means for a guest that was being given away; `Err` ends the role.
+async fn handed<G: Guest>(engine: &mut Engine<G>, end: SessionEnd) -> Result<SessionEnd, Outcome> {
+    let handover = engine.handover.take();
+    match (engine.handing, end) {
+        (_, SessionEnd::HandedOver { downtime }) => Err(Outcome::HandedOver { downtime }),
+        (Handing::Offered(_), end) => Err(Outcome::InDoubt(end.to_string())),
+        (handing, end) => {
+            if let Some(handover) = handover {
+                handover.end(end.to_string()).await;
+            }
+            if handing == Handing::No {
+                return Ok(end);
+            }
+            engine.handing = Handing::No;
+            match engine.guest.resume().await {
+                Ok(()) => Ok(end),
+                Err(error) => Ok(error.into()),
+            }
+        }
+    }
 }
 
 /// One dial and, if it succeeds, one session.
@@ -106,7 +134,9 @@ async fn attempt<G: Guest>(
     // A session that came up was counted then.
     if !engine.status.borrow().link_up {
         engine.meters.peer.connect(match &end {
-            SessionEnd::Refused(_) | SessionEnd::Fenced { .. } => ConnectResult::Refused,
+            SessionEnd::Refused(_) | SessionEnd::Active(_) | SessionEnd::Fenced { .. } => {
+                ConnectResult::Refused
+            }
             _ => ConnectResult::Unreachable,
         });
     }
@@ -128,11 +158,14 @@ pub enum Ownership {
         /// Who holds it.
         site: SiteId,
     },
+    /// It runs there, under a number that is not higher than the one it was asked with.
+    Theirs,
     /// It cannot be asked, and why.
     Unknown(String),
 }
 
-/// Asks the standby whether the guest still belongs to us, before it is started.
+/// Asks the standby whether the guest still belongs to us, before it is started. Asked with a higher
+/// generation than it knows, it remembers that, and never again takes a lower one.
 pub async fn ask_owner(
     env: &Env,
     dialer: &impl Dialer,
@@ -143,12 +176,8 @@ pub async fn ask_owner(
     match session::inquire(env, dialer, options, layout, machine).await {
         Ok(_) => Ownership::Ours,
         Err(SessionEnd::Fenced { generation, site }) => Ownership::Fenced { generation, site },
-        Err(SessionEnd::Lost(why) | SessionEnd::Refused(why) | SessionEnd::Abandoned(why)) => {
-            Ownership::Unknown(why)
-        }
-        Err(SessionEnd::Drained | SessionEnd::GuestEnded(_)) => {
-            Ownership::Unknown("the inquiry ended early".into())
-        }
+        Err(SessionEnd::Active(_)) => Ownership::Theirs,
+        Err(end) => Ownership::Unknown(end.to_string()),
     }
 }
 
@@ -173,6 +202,10 @@ async fn pause(orders: &mut Orders, wait: std::time::Duration) -> bool {
             biased;
             command = orders.commands.recv() => match command {
                 Some(Command::Drain(_)) => return true,
+                Some(Command::HandOver(events)) => {
+                    let why = "there is no link to the standby";
+                    Handover::new(events).end(why.into()).await;
+                }
                 // Nobody can give orders any more; protection goes on.
                 None => {
                     sleep(until.saturating_duration_since(Instant::now())).await;

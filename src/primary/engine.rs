@@ -6,6 +6,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::coder::Coder;
+use super::handover::Handover;
 use super::pacing::Pacing;
 use super::plan::{Memory, Plan, plan};
 use super::{Acked, Compression, Meters, PrimaryOptions, PrimaryStatus};
@@ -51,6 +52,21 @@ pub(super) struct Engine<G> {
     /// Many pages may be dirty: copy fuzzily before the next cut.
     pub round_first: bool,
     pub pacing: Pacing,
+    pub handing: Handing,
+    /// The guest is to be given away.
+    pub handover: Option<Handover>,
+}
+
+/// How far the guest is on its way out of our hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Handing {
+    /// It is ours.
+    #[default]
+    No,
+    /// It stands still for its last checkpoint, since then; it is ours.
+    Paused(Instant),
+    /// It was offered to the standby; it stands still since then.
+    Offered(Instant),
 }
 
 impl<G: Guest> Engine<G> {
@@ -96,6 +112,8 @@ impl<G: Guest> Engine<G> {
             repair: None,
             round_first: true,
             pacing,
+            handing: Handing::No,
+            handover: None,
             options,
         }
     }

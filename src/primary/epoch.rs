@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::engine::{Engine, InFlight};
+use super::engine::{Engine, Handing, InFlight};
 use super::plan::{Plan, SyncPath};
 use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
@@ -69,19 +69,24 @@ enum Taking {
 }
 
 impl<G: Guest> Builder<'_, G> {
-    /// Makes the next checkpoint and queues it. `Ok(false)`: given back, to be tried again.
-    pub async fn build(&mut self) -> Result<bool, SessionEnd> {
+    /// Makes the next checkpoint and queues it. `Ok(false)`: given back, to be tried again. After the
+    /// `last` one the guest stands still.
+    pub async fn build(&mut self, last: bool) -> Result<bool, SessionEnd> {
         let plan = self.first.clone();
         let full = plan.as_ref().is_some_and(|p| p.path == SyncPath::Full);
         let audit = plan.as_ref().is_some_and(|p| p.audit);
         let epoch = self.begin(full).await;
 
         let everything = full || audit;
-        if everything || self.engine.round_first {
+        if everything || self.engine.round_first || last {
             self.rounds(everything, full).await?;
         }
 
         let started = Instant::now();
+        if last {
+            self.engine.handing = Handing::Paused(started);
+            self.engine.guest.pause().await?;
+        }
         let cut = self.engine.guest.cut(self.engine.options.strategy).await?;
         self.engine.meters.guest.pause(cut.pause);
         let dirty = cut.dirty.count();
@@ -332,6 +337,21 @@ impl<G: Guest> Builder<'_, G> {
                 ));
                 Err(SessionEnd::lost("image roots differ: a full copy follows"))
             }
+            Event::Prepared { refused } => {
+                if let Some(handover) = &mut self.engine.handover {
+                    handover.prepared(refused);
+                }
+                Ok(())
+            }
+            Event::Taken { refused } => match (self.engine.handing, refused) {
+                (Handing::Offered(since), None) => Err(SessionEnd::HandedOver {
+                    downtime: since.elapsed(),
+                }),
+                (_, why) => Err(SessionEnd::Lost(format!(
+                    "the standby did not take the guest: {}",
+                    why.unwrap_or_else(|| "it was not offered".into())
+                ))),
+            },
             Event::End(end) => Err(end),
         }
     }

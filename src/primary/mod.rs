@@ -8,7 +8,8 @@
 //!   │                                  full
 //!   └── backoff ◀── link lost: open cut ended, unsettled bits dirty again, shadow forgotten for them
 //!
-//!  ends with: Fenced (a higher generation exists) | Drained (asked to) | GuestEnded
+//!  ends with: Fenced (a higher generation exists) | Drained (asked to) | GuestEnded |
+//!             HandedOver | InDoubt (see handover.rs)
 //! ```
 //!
 //! Invariants:
@@ -27,12 +28,15 @@ mod coder;
 mod driver;
 mod engine;
 mod epoch;
+mod handover;
 mod pacing;
 mod plan;
 mod queue;
 mod session;
 
 use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::Timestamp;
 use crate::frame::Codec;
@@ -101,6 +105,24 @@ pub struct Meters {
 pub enum Command {
     /// Make no more checkpoints, wait (at most this long) for those on their way, and end.
     Drain(Duration),
+    /// Hand the guest over to the standby.
+    HandOver(mpsc::Sender<HandoverEvent>),
+}
+
+/// What happens while a guest is handed over. See `primary::handover`.
+#[derive(Debug)]
+pub enum HandoverEvent {
+    /// The guest stands still and its last checkpoint is durable at the standby. The owner records
+    /// durably that it gives the guest away, then answers with the new owner's number; or drops the
+    /// answer, which ends the handover.
+    Permit {
+        /// The last checkpoint.
+        epoch: Epoch,
+        /// Where the number goes.
+        answer: oneshot::Sender<Generation>,
+    },
+    /// It ended before the permit was asked for; the guest runs on here and the role goes on.
+    Ended(String),
 }
 
 /// Why the role ended. The guest runs on unless it says otherwise.
@@ -117,6 +139,14 @@ pub enum Outcome {
     Drained,
     /// The guest stopped, failed, or its process is gone.
     GuestEnded(RunState),
+    /// The standby runs the guest. It stands still here, for ever.
+    HandedOver {
+        /// From the pause here until the standby said that it runs there.
+        downtime: Duration,
+    },
+    /// The guest was offered to the standby, which may or may not run it. It stands still here until
+    /// the owner knows.
+    InDoubt(String),
 }
 
 /// What the role is doing.

@@ -7,6 +7,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::engine::Engine;
 use super::epoch::{Builder, Head, RETRY_AFTER};
+use super::handover::Handover;
 use super::plan::SyncPath;
 use super::queue::SendQueue;
 use super::{Command, Phase, PrimaryOptions};
@@ -17,7 +18,7 @@ use crate::metrics::labels::ConnectResult;
 use crate::page::Layout;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
-use crate::wire::message::{Open, Opened, ToPrimary, ToStandby};
+use crate::wire::message::{Open, Opened, RefuseReason, ToPrimary, ToStandby};
 
 /// Why a session ended.
 #[derive(Debug)]
@@ -26,6 +27,8 @@ pub(super) enum SessionEnd {
     Lost(String),
     /// The standby refused us for a reason that an operator has to remove; dial again, slowly.
     Refused(String),
+    /// The standby says that the guest runs there.
+    Active(String),
     /// The guest's monitor gave a round or cut up; the session goes on with another.
     Abandoned(String),
     /// A higher generation exists.
@@ -35,8 +38,26 @@ pub(super) enum SessionEnd {
     },
     /// Asked to end, and done.
     Drained,
+    /// The standby runs the guest.
+    HandedOver { downtime: Duration },
     /// The guest is no more.
     GuestEnded(RunState),
+}
+
+impl std::fmt::Display for SessionEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Lost(why) | Self::Refused(why) | Self::Active(why) | Self::Abandoned(why) => {
+                f.write_str(why)
+            }
+            Self::Fenced { generation, site } => {
+                write!(f, "site {site} owns the guest with generation {generation}")
+            }
+            Self::Drained => f.write_str("it was asked to end"),
+            Self::HandedOver { .. } => f.write_str("the guest was handed over"),
+            Self::GuestEnded(state) => write!(f, "the guest is {state:?}"),
+        }
+    }
 }
 
 impl SessionEnd {
@@ -68,6 +89,8 @@ impl From<HandshakeError> for SessionEnd {
 pub(super) enum Event {
     Ack { epoch: Epoch, root: ImageRoot },
     Mismatch { epoch: Epoch },
+    Prepared { refused: Option<String> },
+    Taken { refused: Option<String> },
     End(SessionEnd),
 }
 
@@ -179,9 +202,15 @@ fn event(message: ToPrimary) -> Option<Event> {
         ToPrimary::Pong { .. } => return None,
         ToPrimary::Ack { epoch, root, .. } => Event::Ack { epoch, root },
         ToPrimary::Mismatch { epoch, .. } => Event::Mismatch { epoch },
+        ToPrimary::Prepared { refused } => Event::Prepared { refused },
+        ToPrimary::Taken { refused } => Event::Taken { refused },
         ToPrimary::Fenced { generation, site } => {
             Event::End(SessionEnd::Fenced { generation, site })
         }
+        ToPrimary::Refused {
+            reason: RefuseReason::Active,
+            text,
+        } => Event::End(SessionEnd::Active(text)),
         ToPrimary::Refused { reason, text } => Event::End(SessionEnd::Refused(format!(
             "the standby refused ({}): {text}",
             reason.as_str()
@@ -273,8 +302,9 @@ async fn build_inner<G: Guest>(
     let mut next_cut = Instant::now();
     loop {
         wait(&mut builder, orders, next_cut).await?;
+        builder.hand_over().await?;
         let started = Instant::now();
-        let built = match builder.build().await {
+        let built = match builder.build(false).await {
             Err(SessionEnd::Abandoned(why)) => {
                 builder.void(format!("the guest's monitor: {why}")).await?;
                 false
@@ -310,9 +340,12 @@ async fn wait<G: Guest>(
                 let event = event.ok_or_else(|| SessionEnd::lost("the link's reader ended"))?;
                 builder.apply(event).await?;
             }
-            Some(Command::Drain(within)) = orders.commands.recv() => {
-                orders.drain_until = Some(Instant::now() + within);
-            }
+            Some(command) = orders.commands.recv() => match command {
+                Command::Drain(within) => orders.drain_until = Some(Instant::now() + within),
+                Command::HandOver(events) => {
+                    builder.engine.handover = Some(Handover::new(events));
+                }
+            },
             () = sleep_until(due), if may_cut => return Ok(()),
             () = sleep_until(due), if orders.drain_until.is_some() => return Err(SessionEnd::Drained),
             () = note_waiting(builder.engine, next_cut, inflight), if !room => {}

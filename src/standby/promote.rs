@@ -36,6 +36,7 @@ impl<S: Store> Replica<S> {
             .ok_or_else(|| ReplicaError::NoPoint(self.guest.clone(), missing()))?;
         self.retire();
         self.journal.raise_generation(generation)?;
+        self.promoted = true;
         let shown = self.shows.take_if(|epoch| *epoch == chosen.epoch);
         let image = shown.and_then(|_| self.image.take());
         let promotion = match image {
@@ -48,6 +49,11 @@ impl<S: Store> Replica<S> {
         };
         self.publish();
         Ok(promotion)
+    }
+
+    /// The guest does not run here, and will not: primaries may come again.
+    pub fn demote(&mut self) {
+        self.promoted = false;
     }
 
     /// The image of a point, apart from the one that is kept. Compares its root.

@@ -162,6 +162,8 @@ pub struct Replica<S: Store> {
     pub(super) image: Option<Image>,
     /// The checkpoint that the image shows; `None` while it shows none.
     pub(super) shows: Option<Epoch>,
+    /// The guest is being resumed from here, or was: no session may be opened.
+    pub(super) promoted: bool,
     incoming: Option<Incoming>,
     session: u64,
     status: watch::Sender<ReplicaStatus>,
@@ -196,6 +198,7 @@ impl<S: Store> Replica<S> {
             journal,
             image: None,
             shows: None,
+            promoted: false,
             incoming: None,
             session: 0,
             status: watch::Sender::new(status),
@@ -282,6 +285,12 @@ impl<S: Store> Replica<S> {
         if open.generation < ours {
             self.status.send_modify(|s| s.fence_rejections += 1);
             return Err(Refusal::Fenced { generation: ours });
+        }
+        if self.promoted {
+            return Err(Refusal::Refused(
+                RefuseReason::Busy,
+                "the guest is being resumed here".into(),
+            ));
         }
         if let Some(layout) = self.journal.layout()
             && *layout != open.layout

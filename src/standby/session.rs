@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use super::replica::{Receipt, Replica, ReplicaError, SessionId};
 use crate::clock::Env;
-use crate::ids::{Generation, GuestId, SiteId};
+use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::Store;
 use crate::wire::handshake::{self, Introduction};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
@@ -55,6 +55,23 @@ pub trait Lookup<S: Store>: Send + Sync + 'static {
 
     /// A session over this guest's copy is up.
     fn opened(&self, guest: &GuestId);
+
+    /// The guest will be handed over to this site soon: makes ready what takes time, and says why the
+    /// guest cannot be taken.
+    fn prepare(&self, _guest: &GuestId) -> impl Future<Output = Result<(), String>> + Send {
+        async { Err("no guest can be moved to this site".into()) }
+    }
+
+    /// The guest is handed over: runs it from this point under this generation, or says why it does
+    /// not, in which case it never will.
+    fn take(
+        &self,
+        _guest: &GuestId,
+        _epoch: Epoch,
+        _generation: Generation,
+    ) -> impl Future<Output = Result<(), String>> + Send {
+        async { Err("no guest can be moved to this site".into()) }
+    }
 }
 
 struct OpenSession<S: Store> {
@@ -88,7 +105,7 @@ pub async fn serve<S: Store>(
             return (SessionEnd::Link(why.into()), None);
         }
     };
-    let end = match receive(&env, &opened, &site, &mut tx, &mut rx).await {
+    let end = match receive(&env, &opened, &site, &mut tx, &mut rx, lookup).await {
         Ok(never) => match never {},
         Err(end) => end,
     };
@@ -171,6 +188,7 @@ async fn receive<S: Store>(
     site: &SiteId,
     tx: &mut impl LinkTx<ToPrimary>,
     rx: &mut impl LinkRx<ToStandby>,
+    lookup: &impl Lookup<S>,
 ) -> Result<std::convert::Infallible, SessionEnd> {
     loop {
         match rx.recv().await? {
@@ -180,6 +198,17 @@ async fn receive<S: Store>(
                 env.offload(move || lock(&owner).abandon(session))
                     .await
                     .map_err(|_| SessionEnd::Stale)?;
+            }
+            ToStandby::Prepare => {
+                let refused = lookup.prepare(&opened.guest).await.err();
+                tx.send(ToPrimary::Prepared { refused }).await?;
+            }
+            ToStandby::Take { epoch, generation } => {
+                let refused = match generation > opened.generation {
+                    true => lookup.take(&opened.guest, epoch, generation).await.err(),
+                    false => Some(format!("generation {generation} is not a new one")),
+                };
+                tx.send(ToPrimary::Taken { refused }).await?;
             }
             // The transport's own signs of life; those that reach us want nothing.
             ToStandby::Ping { .. } => {}
@@ -241,7 +270,7 @@ async fn part<S: Store>(
         Err(ReplicaError::Frame(error)) => Err(SessionEnd::Link(error.to_string())),
         Err(error) => {
             let text = error.to_string();
-            let epoch = crate::ids::Epoch(0);
+            let epoch = Epoch(0);
             tx.send(ToPrimary::Abandoned { epoch, text }).await?;
             Err(SessionEnd::Broken(error))
         }

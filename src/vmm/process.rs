@@ -158,7 +158,7 @@ impl Process {
         lock(&self.connection)
     }
 
-    /// Builds the guest and runs it.
+    /// Builds the guest; it stands still.
     pub(crate) fn start(
         self: &Arc<Self>,
         spec: Vec<u8>,
@@ -189,7 +189,6 @@ impl Process {
             watch_state(&process, &watched)
         })
         .map_err(|error| error.to_string())?;
-        monitor.machine.resume();
         *slot = Some(Arc::clone(&monitor));
         Ok(monitor)
     }

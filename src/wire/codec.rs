@@ -179,6 +179,8 @@ mod kind {
     pub const ABANDON: u8 = 0x04;
     pub const PING: u8 = 0x05;
     pub const CLOSE: u8 = 0x06;
+    pub const PREPARE: u8 = 0x07;
+    pub const TAKE: u8 = 0x08;
 
     pub const HELLO_REPLY: u8 = 0x81;
     pub const OPENED: u8 = 0x82;
@@ -188,6 +190,8 @@ mod kind {
     pub const REFUSED: u8 = 0x86;
     pub const ABANDONED: u8 = 0x87;
     pub const PONG: u8 = 0x88;
+    pub const PREPARED: u8 = 0x89;
+    pub const TAKEN: u8 = 0x8a;
 }
 
 impl Message for ToStandby {
@@ -201,7 +205,8 @@ impl Message for ToStandby {
             kind::PART => Bounds::part(),
             kind::ABANDON => Bounds::control(1, limits::SMALL_BYTES_MAX),
             kind::PING => Bounds::control(2, limits::SMALL_BYTES_MAX),
-            kind::CLOSE => Bounds::control(0, 0),
+            kind::CLOSE | kind::PREPARE => Bounds::control(0, 0),
+            kind::TAKE => Bounds::control(2, limits::SMALL_BYTES_MAX),
             _ => return None,
         })
     }
@@ -217,6 +222,8 @@ impl Message for ToStandby {
             Self::Abandon { epoch } => (kind::ABANDON, to_body(&epoch)),
             Self::Ping { nonce, at } => (kind::PING, to_body(&(nonce, at))),
             Self::Close => (kind::CLOSE, Vec::new()),
+            Self::Prepare => (kind::PREPARE, Vec::new()),
+            Self::Take { epoch, generation } => (kind::TAKE, to_body(&(epoch, generation))),
         };
         encoded::<Self>(kind, body)
     }
@@ -234,6 +241,11 @@ impl Message for ToStandby {
                 Self::Ping { nonce, at }
             }
             kind::CLOSE => Self::Close,
+            kind::PREPARE => Self::Prepare,
+            kind::TAKE => {
+                let (epoch, generation) = exact(header, &body)?;
+                Self::Take { epoch, generation }
+            }
             other => return Err(WireError::Kind(other)),
         })
     }
@@ -264,6 +276,7 @@ impl Message for ToPrimary {
             kind::REFUSED => Bounds::control(2, limits::TEXT_MESSAGE_BYTES_MAX),
             kind::ABANDONED => Bounds::control(2, limits::TEXT_MESSAGE_BYTES_MAX),
             kind::PONG => Bounds::control(2, limits::SMALL_BYTES_MAX),
+            kind::PREPARED | kind::TAKEN => Bounds::control(1, limits::TEXT_MESSAGE_BYTES_MAX),
             _ => return None,
         })
     }
@@ -289,6 +302,8 @@ impl Message for ToPrimary {
             Self::Fenced { generation, site } => (kind::FENCED, to_body(&(generation, site))),
             Self::Refused { reason, text } => (kind::REFUSED, to_body(&(reason, cut(text)))),
             Self::Abandoned { epoch, text } => (kind::ABANDONED, to_body(&(epoch, cut(text)))),
+            Self::Prepared { refused } => (kind::PREPARED, to_body(&refused.map(cut))),
+            Self::Taken { refused } => (kind::TAKEN, to_body(&refused.map(cut))),
             Self::Pong { nonce, at } => (kind::PONG, to_body(&(nonce, at))),
         };
         encoded::<Self>(kind, body)
@@ -326,6 +341,12 @@ impl Message for ToPrimary {
                 let (epoch, text) = exact(header, &body)?;
                 Self::Abandoned { epoch, text }
             }
+            kind::PREPARED => Self::Prepared {
+                refused: exact(header, &body)?,
+            },
+            kind::TAKEN => Self::Taken {
+                refused: exact(header, &body)?,
+            },
             kind::PONG => {
                 let (nonce, at) = exact(header, &body)?;
                 Self::Pong { nonce, at }

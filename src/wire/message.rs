@@ -175,6 +175,16 @@ pub enum ToStandby {
     },
     /// The primary ends the link on purpose.
     Close,
+    /// The guest will be handed over soon: is everything there that it needs? Nothing changes.
+    Prepare,
+    /// The guest is yours, from this checkpoint on and under this number. Its last owner has stopped
+    /// it and starts it again only after the standby has promised never to take it under this number.
+    Take {
+        /// The last checkpoint, durable at the standby.
+        epoch: Epoch,
+        /// The new owner's number.
+        generation: Generation,
+    },
 }
 
 /// From the standby to the primary.
@@ -222,6 +232,16 @@ pub enum ToPrimary {
         epoch: Epoch,
         /// Why, for people.
         text: String,
+    },
+    /// Answer to `Prepare`.
+    Prepared {
+        /// Why the guest cannot be taken, for people; `None` if it can.
+        refused: Option<String>,
+    },
+    /// Answer to `Take`: the guest runs here now.
+    Taken {
+        /// Why it does not, for people; `None` if it does.
+        refused: Option<String>,
     },
     /// Answer to a `Ping`; with nonce 0 a sign of life on its own. Sent by the transport.
     Pong {

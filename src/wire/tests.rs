@@ -59,6 +59,14 @@ fn to_standby() -> Vec<(&'static str, ToStandby)> {
         ("abandon", ToStandby::Abandon { epoch: Epoch(300) }),
         ("ping", ToStandby::Ping { nonce: 7, at: AT }),
         ("close", ToStandby::Close),
+        ("prepare", ToStandby::Prepare),
+        (
+            "take",
+            ToStandby::Take {
+                epoch: Epoch(301),
+                generation: Generation(4),
+            },
+        ),
     ]
 }
 
@@ -132,6 +140,13 @@ fn to_primary() -> Vec<(&'static str, ToPrimary)> {
             ToPrimary::Abandoned {
                 epoch: Epoch(300),
                 text: "fdatasync failed".into(),
+            },
+        ),
+        ("prepared", ToPrimary::Prepared { refused: None }),
+        (
+            "taken",
+            ToPrimary::Taken {
+                refused: Some("no room".into()),
             },
         ),
         ("pong", ToPrimary::Pong { nonce: 7, at: AT }),

@@ -24,6 +24,7 @@ mod harness;
 mod kills;
 mod link;
 mod monitor;
+mod moving;
 mod readme;
 mod restart;
 mod rot;

@@ -289,6 +289,7 @@ async fn a_cut_goes_on_in_another_process() {
             .unwrap()
             .restore(&spec, cut.device_state, image.ram_file());
         guest = restored.await.unwrap();
+        guest.resume().await.unwrap();
         assert_eq!(guest.info().base, None);
         wait_for_work(dir.path(), &mut guest, 20).await;
     }

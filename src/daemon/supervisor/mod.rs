@@ -5,9 +5,11 @@
 //!   Absent ────────────────────────▶ Held (no role) ──────────────▶ Protecting (role owns the guest)
 //!     ▲                               │  ▲                             │
 //!     └────────── stop ───────────────┘  └── unprotect, guest ended ───┤
-//!     └────────── fenced: record first, then the guest is stopped ─────┘
+//!     └────────── fenced: record first, then the guest is stopped ─────┤
+//!     └────────── moved: see moving.rs ─────────────────────────────────┘
 //! ```
 
+mod moving;
 mod owning;
 
 use std::sync::Arc;
@@ -54,6 +56,10 @@ struct Supervisor {
     primary: watch::Sender<PrimaryStatus>,
     /// The guest is to be started as soon as the other site can be asked whether it may.
     start_later: Option<Instant>,
+    /// A move that was asked for.
+    moving: Option<moving::Moving>,
+    /// What the record was before a promotion that may be withdrawn.
+    before: Option<GuestRecord>,
 }
 
 /// Starts the supervisor of a guest.
@@ -75,6 +81,8 @@ pub(super) fn spawn(
         view,
         primary,
         start_later: None,
+        moving: None,
+        before: None,
     };
     let task = tokio::spawn(supervisor.run(inbox));
     (
@@ -112,6 +120,7 @@ impl Supervisor {
                     None => return,
                 },
                 ended = role_end(&mut self.process) => self.role_ended(ended).await,
+                event = moving::handover_event(&mut self.moving) => self.handover(event),
                 _ = tick.tick() => self.look().await,
             }
         }
@@ -166,7 +175,20 @@ impl Supervisor {
             guest.stop().await.map_err(failed)?;
             return Ok(());
         }
+        if let Standing::Promoting { .. } = &record.standing {
+            // It never ran: the record would say so.
+            return guest.stop().await.map_err(failed);
+        }
+        if record.standing == Standing::Active && guest.info().state == RunState::Paused {
+            // The last daemon ended in a handover that had not come to the offer, or in a failover
+            // that had come to its end but for this.
+            guest.resume().await.map_err(failed)?;
+        }
         self.hold(guest);
+        if self.in_doubt() {
+            self.resolve().await;
+            return Ok(());
+        }
         self.protect_if_wanted()
     }
 
@@ -269,6 +291,8 @@ impl Supervisor {
                 } = *resume;
                 drop(reply.send(self.resume(generation, spec, state, ram).await));
             }
+            Order::Withdraw { reply } => drop(reply.send(self.withdraw())),
+            Order::HandOver { reply } => self.hand_over(reply).await,
             Order::Configure(config) => {
                 self.config = config.map(|c| *c);
                 self.publish();
@@ -443,6 +467,23 @@ impl Supervisor {
         };
         match outcome {
             Outcome::Drained => self.hold(guest),
+            Outcome::HandedOver { downtime } => {
+                self.hold(guest);
+                self.gone(Some(downtime)).await;
+            }
+            Outcome::InDoubt(why) => {
+                tracing::warn!(guest = %self.guest, why, "it is not known whether the other site took the guest");
+                self.hold(guest);
+                if self.in_doubt() {
+                    self.resolve().await;
+                } else if let Some(record) = self.record.clone() {
+                    // The offer was neither recorded nor sent.
+                    let generation = record.generation;
+                    if let Err(error) = self.keep(record, generation).await {
+                        self.problem(error.to_string());
+                    }
+                }
+            }
             Outcome::Fenced { generation, site } => {
                 let record = self.record.clone().unwrap_or_else(GuestRecord::first);
                 self.problem(format!(
@@ -469,6 +510,9 @@ impl Supervisor {
 
     /// Asks a guest without a role how it is, and does what could not be done before.
     async fn look(&mut self) {
+        if self.in_doubt() {
+            return self.resolve().await;
+        }
         match &mut self.process {
             Process::Protecting { .. } => return,
             Process::Absent if self.start_later.is_some_and(|at| at <= Instant::now()) => {

@@ -3,19 +3,28 @@
 use std::os::fd::OwnedFd;
 
 use super::super::context::machine_spec;
-use super::super::record::{GuestRecord, Standing};
+use super::super::record::{self, GuestRecord, Standing};
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
 use crate::device_state::DeviceState;
-use crate::guest::RunState;
 use crate::guest::builtin::BuiltinGuest;
+use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, Generation, SiteId};
+use crate::page::Layout;
 use crate::primary::{self, Ownership};
 use crate::vmm::spec::MachineSpec;
 
 impl Supervisor {
     pub(super) async fn start(&mut self, force: bool) -> Result<Did, ApiError> {
+        if self.in_doubt() && force {
+            let record = self.record.clone().expect("a record says so");
+            let generation = record.generation.next().next();
+            self.keep(record, generation).await?;
+            if !matches!(self.process, Process::Absent) {
+                return Ok(Did::Started);
+            }
+        }
         if !matches!(self.process, Process::Absent) {
             return match &self.view.borrow().run_state {
                 Some(RunState::Failed(why) | RunState::Stopped(why)) => Err(ApiError::new(
@@ -45,6 +54,19 @@ impl Supervisor {
                         record.generation
                     ),
                 ));
+            }
+            Standing::Moved { to, .. } => {
+                let text = format!("the guest was moved to site {to}");
+                return Err(ApiError::new(Reason::Fenced, text)
+                    .hint(format!("at {to}: lifeboat move {}", self.guest)));
+            }
+            Standing::Offered { to, .. } => {
+                let text =
+                    format!("the guest was offered to site {to}, which has not answered yet");
+                return Err(ApiError::new(Reason::WrongState, text).hint(format!(
+                    "if you are sure that it does not run there: lifeboat guest start {} --force",
+                    self.guest
+                )));
             }
             Standing::Promoting { point } => {
                 return Err(ApiError::new(
@@ -85,9 +107,7 @@ impl Supervisor {
     ) -> Result<(), ApiError> {
         let options = self.options(peer, record.generation)?;
         let dialer = self.site.dialer(peer)?;
-        let layout = spec.layout().map_err(failed)?;
-        let machine =
-            serde_json::to_vec(spec).expect("a machine description has only plain fields");
+        let (layout, machine) = shape(spec)?;
         match primary::ask_owner(&self.site.env, &*dialer, &options, &layout, &machine).await {
             Ownership::Ours => Ok(()),
             Ownership::Fenced { generation, site } => {
@@ -96,6 +116,10 @@ impl Supervisor {
                 );
                 self.fence(record.clone(), generation, site)?;
                 Err(ApiError::new(Reason::Fenced, text))
+            }
+            Ownership::Theirs => {
+                let text = format!("site {peer} says that the guest runs there");
+                Err(ApiError::new(Reason::WrongState, text))
             }
             Ownership::Unknown(why) => {
                 let text = format!(
@@ -149,12 +173,44 @@ impl Supervisor {
             }
             _ => above.next(),
         };
+        let again = self.record.as_ref().map(|r| &r.standing);
+        if !matches!(again, Some(Standing::Promoting { .. })) {
+            self.before = self.record.clone();
+        }
         let mut record = self.record.clone().unwrap_or_else(GuestRecord::first);
         record.standing = Standing::Promoting { point };
         record.generation = generation;
         record.protected_to = None;
         self.save(record)?;
         Ok(generation)
+    }
+
+    /// The promotion is void: the record is what it was before it.
+    pub(super) fn withdraw(&mut self) -> Result<(), ApiError> {
+        let standing = self.record.as_ref().map(|r| &r.standing);
+        if !matches!(standing, Some(Standing::Promoting { .. })) {
+            return Ok(());
+        }
+        match self.before.take() {
+            Some(record) => self.save(record),
+            None => {
+                record::remove(&self.site.state_dir, &self.guest).map_err(failed)?;
+                self.record = None;
+                self.publish();
+                Ok(())
+            }
+        }
+    }
+
+    /// Layout and description of the guest's machine.
+    pub(super) fn shape(&self) -> Result<(Layout, Vec<u8>), ApiError> {
+        if let Process::Held(guest) = &self.process {
+            let info = guest.info();
+            return Ok((info.layout.clone(), info.machine.clone()));
+        }
+        let spec = self.record.as_ref().and_then(|r| r.machine.clone());
+        let spec = spec.or_else(|| self.config.as_ref().map(machine_spec));
+        shape(&spec.ok_or_else(|| ApiError::no_such_guest(&self.guest))?)
     }
 
     pub(super) async fn resume(
@@ -164,32 +220,44 @@ impl Supervisor {
         state: DeviceState,
         ram: OwnedFd,
     ) -> Result<(), ApiError> {
-        let mut record = self.record.clone().unwrap_or_else(GuestRecord::first);
+        let before = self.record.clone();
+        let mut record = before.clone().unwrap_or_else(GuestRecord::first);
         record.standing = Standing::Active;
         record.generation = generation;
         record.machine = Some(spec.clone());
-        let before = self.record.clone();
-        self.save(record)?;
-        let resumed = async {
-            let unbooted =
-                BuiltinGuest::spawn(&self.site.exe, &self.site.run_dir(&self.guest), &self.guest)
-                    .await?;
-            unbooted.restore(&spec, state, ram).await
-        }
-        .await;
-        match resumed {
-            Ok(guest) => {
-                self.hold(guest);
-                self.problem(None);
-                Ok(())
+        let (exe, run_dir) = (&self.site.exe, self.site.run_dir(&self.guest));
+        let unbooted = BuiltinGuest::spawn(exe, &run_dir, &self.guest).await;
+        let mut guest = unbooted
+            .map_err(failed)?
+            .restore(&spec, state, ram)
+            .await
+            .map_err(failed)?;
+        // It stands still until the record says that it may run here.
+        let recorded = self.save(record);
+        let resumed = match &recorded {
+            Ok(()) => guest.resume().await.map_err(failed),
+            Err(_) => Ok(()),
+        };
+        if let Err(error) = recorded.and(resumed) {
+            // It never ran here: the promotion is unfinished and can be repeated.
+            if let Err(error) = guest.stop().await {
+                tracing::error!(guest = %self.guest, %error, "the process of a guest that was not resumed could not be ended");
             }
-            Err(error) => {
-                // It never ran here, so the promotion is unfinished and can be repeated.
-                if let Some(before) = before {
-                    self.save(before)?;
-                }
-                Err(failed(error))
+            if let Some(before) = before {
+                self.save(before)?;
             }
+            return Err(error);
         }
+        self.hold(guest);
+        self.problem(None);
+        self.view
+            .send_modify(|v| v.run_state = Some(RunState::Running));
+        Ok(())
     }
+}
+
+fn shape(spec: &MachineSpec) -> Result<(Layout, Vec<u8>), ApiError> {
+    let layout = spec.layout().map_err(failed)?;
+    let machine = serde_json::to_vec(spec).expect("a machine description has only plain fields");
+    Ok((layout, machine))
 }

@@ -222,7 +222,7 @@ impl Unbooted {
         self.started(command, None).await
     }
 
-    /// Builds the machine in a saved state and runs it. `ram` is a file with all RAM regions one
+    /// Builds the machine in a saved state; it stands still until it is resumed. `ram` is a file with all RAM regions one
     /// after the other; it is mapped privately and must not change any more.
     pub async fn restore(
         self,

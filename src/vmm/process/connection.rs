@@ -352,6 +352,7 @@ impl Serving {
             Command::Boot { spec } => {
                 let monitor = self.process.start(spec, Machine::boot).map_err(failed)?;
                 monitor.engine.attach(Arc::clone(&self.session));
+                monitor.machine.resume();
                 Ok(Reply::Done)
             }
             Command::Restore { spec, state } => {

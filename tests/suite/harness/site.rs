@@ -189,6 +189,13 @@ impl Site {
         status.guests.remove(0)
     }
 
+    /// The guest's status, if the daemon can be asked.
+    pub fn try_guest(&self) -> Option<GuestStatus> {
+        let ran = self.cli(&["status", GUEST]);
+        let status = (ran.code == 0).then(|| ran.json::<SiteStatus>())?;
+        status.guests.into_iter().next()
+    }
+
     /// Recovery points, newest first.
     pub fn points(&self) -> Vec<PointStatus> {
         self.ok(&["points", GUEST]).json::<Points>().points

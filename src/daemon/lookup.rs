@@ -1,0 +1,164 @@
+//! What this site answers primaries: whose copy they may write, and whether it takes a guest.
+
+use std::path::Path;
+
+use super::backend::Site;
+use super::promotion::Takeover;
+use super::record::{self, GuestRecord, Standing};
+use super::standbys::{Shared, lock};
+use crate::control::types::{RunResult, TakeReport};
+use crate::ids::{Epoch, Generation, GuestId, SiteId};
+use crate::journal::DirStore;
+use crate::metrics::labels::Operation;
+use crate::page::{Layout, Region};
+use crate::standby::{Lookup, Refusal};
+use crate::wire::message::{Open, RefuseReason};
+
+impl Lookup<DirStore> for Site {
+    async fn lookup(&self, peer: &SiteId, open: &Open) -> Result<Shared, Refusal> {
+        let (config, guest) = (self.config(), &open.guest);
+        let allowed = config.peers.get(peer);
+        if !allowed.is_some_and(|p| p.guests.contains(guest)) {
+            return Err(Refusal::Refused(
+                RefuseReason::NotAllowed,
+                format!(
+                    "site {peer} may not write guest \"{guest}\" here; add it to `guests` of [peer.{peer}] at site {}",
+                    config.site
+                ),
+            ));
+        }
+        let failed = |why: String| Refusal::Refused(RefuseReason::JournalFailed, why);
+        let standing = self.standing(guest).await.map_err(failed)?;
+        if let Some(record) = standing.filter(|r| r.standing == Standing::Active) {
+            if record.generation > open.generation {
+                self.context.metrics.guest(guest).fence_rejection();
+                return Err(Refusal::Fenced {
+                    generation: record.generation,
+                });
+            }
+            return Err(Refusal::Refused(
+                RefuseReason::Active,
+                format!("guest \"{guest}\" is active at site {} too", config.site),
+            ));
+        }
+        let copy = self.standbys.copy(guest).await.map_err(failed)?;
+        self.demote(copy.clone(), guest).await.map_err(failed)?;
+        Ok(copy)
+    }
+
+    fn opened(&self, guest: &GuestId) {
+        tracing::info!(%guest, "a primary opened a session");
+    }
+
+    async fn prepare(&self, guest: &GuestId) -> Result<(), String> {
+        let copy = self.standbys.copy(guest).await?;
+        let handle = self.supervisor(guest);
+        if handle.view.borrow().pid.is_some() {
+            return Err(format!(
+                "a guest of this name runs at site {}",
+                self.context.site
+            ));
+        }
+        let (env, state_dir) = (&self.context.env, self.context.state_dir.clone());
+        env.offload(move || {
+            let replica = lock(&copy);
+            let layout = replica
+                .journal()
+                .layout()
+                .ok_or("there is no copy of it here")?;
+            room(layout, &state_dir)
+        })
+        .await
+    }
+
+    async fn take(
+        &self,
+        guest: &GuestId,
+        epoch: Epoch,
+        generation: Generation,
+    ) -> Result<(), String> {
+        let copy = self.standbys.copy(guest).await?;
+        let run = self
+            .runs
+            .begin(Operation::Move, guest)
+            .map_err(|e| e.to_string())?;
+        let takeover = Takeover {
+            site: self.context.clone(),
+            guest: guest.clone(),
+            copy: copy.clone(),
+            handle: self.supervisor(guest),
+        };
+        let taken = takeover.carry_out(&run, epoch, generation).await;
+        let result = taken.map(|()| RunResult::Take(TakeReport { epoch, generation }));
+        let text = result.as_ref().err().map(ToString::to_string);
+        run.finish(result);
+        match text {
+            None => Ok(()),
+            Some(text) => Err(text),
+        }
+    }
+}
+
+impl Site {
+    async fn standing(&self, guest: &GuestId) -> Result<Option<GuestRecord>, String> {
+        let (state_dir, guest) = (self.context.state_dir.clone(), guest.clone());
+        let loading = self
+            .context
+            .env
+            .offload(move || record::load(&state_dir, &guest));
+        loading.await.map_err(|error| error.to_string())
+    }
+
+    /// A copy that was promoted, and whose guest does not run here (any more), may be written again.
+    /// The record is read while nothing can promote the copy: whoever promotes it writes first.
+    async fn demote(&self, copy: Shared, guest: &GuestId) -> Result<(), String> {
+        let (state_dir, guest) = (self.context.state_dir.clone(), guest.clone());
+        let demoting = self.context.env.offload(move || {
+            let mut replica = lock(&copy);
+            let record = record::load(&state_dir, &guest)?;
+            let here = |r: GuestRecord| {
+                matches!(r.standing, Standing::Active | Standing::Promoting { .. })
+            };
+            if !record.is_some_and(here) {
+                replica.demote();
+            }
+            Ok::<(), record::RecordError>(())
+        });
+        demoting.await.map_err(|error| error.to_string())
+    }
+}
+
+/// Whether this host has the memory and the disk space for the guest.
+fn room(layout: &Layout, state_dir: &Path) -> Result<(), String> {
+    let bytes = |ram: bool| -> u64 {
+        let regions = layout.regions().iter().filter(|r| r.is_ram() == ram);
+        regions.map(Region::bytes).sum()
+    };
+    if let Some((free, _)) = super::space(state_dir)
+        && free < bytes(false)
+    {
+        return Err(format!(
+            "its disks have {} MiB, and {} has {} MiB free",
+            bytes(false) >> 20,
+            state_dir.display(),
+            free >> 20
+        ));
+    }
+    // The image is there already; what the guest writes comes on top, up to as much again.
+    match memory_available() {
+        Some(available) if available < bytes(true) => Err(format!(
+            "it may take {} MiB of memory, and {} MiB are available",
+            bytes(true) >> 20,
+            available >> 20
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of memory that the kernel could give; `None` if it does not say.
+fn memory_available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}

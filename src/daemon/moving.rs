@@ -1,0 +1,68 @@
+//! The verb `move`, at the site that has the guest.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::context::SiteContext;
+use super::orders::{Handle, Order};
+use super::verbs;
+use crate::control::codes::Reason;
+use crate::control::runs::RunHandle;
+use crate::control::types::{ApiError, MoveReport, ProtectRequest, Run, RunResult};
+use crate::ids::{GuestId, SiteId};
+
+/// Everything a move needs.
+pub(super) struct Move {
+    pub site: Arc<SiteContext>,
+    pub guest: GuestId,
+    pub handle: Handle,
+    pub to: Option<SiteId>,
+}
+
+impl Move {
+    /// Starts it.
+    pub fn spawn(self, run: RunHandle) -> Run {
+        let now = run.run();
+        tokio::spawn(async move {
+            let result = self.carry_out(&run).await;
+            run.finish(result.map(RunResult::Move));
+        });
+        now
+    }
+
+    async fn carry_out(self, run: &RunHandle) -> Result<MoveReport, ApiError> {
+        let asked = Instant::now();
+        let metrics = self.site.metrics.guest(&self.guest);
+        let before = metrics.sent_bytes();
+        let to = self
+            .to
+            .clone()
+            .or_else(|| self.handle.view.borrow().peer.clone());
+        let to = to.ok_or_else(|| {
+            ApiError::new(Reason::Usage, "no site is given to move the guest to")
+                .hint("name one with --to")
+        })?;
+        let protect = verbs::Protect {
+            env: self.site.env.clone(),
+            metrics: metrics.clone(),
+            handle: self.handle.clone(),
+            request: ProtectRequest {
+                peer: Some(to.clone()),
+                rpo_target_seconds: None,
+            },
+        };
+        protect.carry_out(run).await?;
+        run.step("hand over");
+        let moved = self.handle.ask(|reply| Order::HandOver { reply }).await?;
+        Ok(MoveReport {
+            from: self.site.site.clone(),
+            to,
+            epoch: moved.epoch,
+            generation: moved.generation,
+            downtime_seconds: moved.downtime.map(|d| d.as_secs_f64()),
+            total_seconds: asked.elapsed().as_secs_f64(),
+            sent_bytes: metrics.sent_bytes() - before,
+        })
+    }
+}

@@ -1,0 +1,225 @@
+//! Giving the guest away: the owner's side of a planned move. See `primary::handover` for the drawing.
+//!
+//! The record says `Offered` from before the standby is told until the standby's word is known; a
+//! daemon that starts and finds it so asks, like one that lost the link in that moment.
+
+use tokio::sync::mpsc;
+
+use super::super::orders::{Moved, Reply};
+use super::super::record::{GuestRecord, Standing};
+use super::{Process, Supervisor, failed};
+use crate::control::codes::Reason;
+use crate::control::types::ApiError;
+use crate::guest::{Guest, GuestError};
+use crate::ids::{Epoch, Generation, SiteId};
+use crate::primary::{self, Command, HandoverEvent, Ownership};
+
+/// A move that somebody waits for.
+pub(super) struct Moving {
+    reply: Reply<Moved>,
+    events: mpsc::Receiver<HandoverEvent>,
+}
+
+/// What was offered, by the record.
+struct Offer {
+    record: GuestRecord,
+    to: SiteId,
+    generation: Generation,
+    epoch: Epoch,
+}
+
+/// The next event of a handover, if one is under way.
+pub(super) async fn handover_event(moving: &mut Option<Moving>) -> HandoverEvent {
+    if let Some(moving) = moving
+        && let Some(event) = moving.events.recv().await
+    {
+        return event;
+    }
+    // A role that is gone says how it ended when it is joined.
+    std::future::pending().await
+}
+
+impl Supervisor {
+    pub(super) async fn hand_over(&mut self, reply: Reply<Moved>) {
+        let refused = match &self.process {
+            _ if self.moving.is_some() => "the guest is being moved already",
+            Process::Protecting { commands, .. } => {
+                let (sender, events) = mpsc::channel(4);
+                if commands.send(Command::HandOver(sender)).await.is_ok() {
+                    self.moving = Some(Moving { reply, events });
+                    return;
+                }
+                "its replication has just ended"
+            }
+            _ => "the guest is not replicated to another site",
+        };
+        // Whoever asked may have gone.
+        let _ = reply.send(Err(ApiError::new(Reason::WrongState, refused)));
+    }
+
+    pub(super) fn handover(&mut self, event: HandoverEvent) {
+        match event {
+            HandoverEvent::Permit { epoch, answer } => match self.offer(epoch) {
+                // A role that is gone did not send the offer; its end says so.
+                Ok(generation) => drop(answer.send(generation)),
+                Err(error) => {
+                    tracing::error!(guest = %self.guest, %error, "the offer could not be recorded");
+                }
+            },
+            HandoverEvent::Ended(why) => self.stays(&why),
+        }
+    }
+
+    fn offer(&mut self, epoch: Epoch) -> Result<Generation, ApiError> {
+        let record = self.record.clone().unwrap_or_else(GuestRecord::first);
+        let to = record.protected_to.clone();
+        let to = to.ok_or_else(|| failed("the guest is not to be replicated any more"))?;
+        let generation = record.generation.next();
+        tracing::info!(guest = %self.guest, %to, %generation, "the guest is given away");
+        self.save(GuestRecord {
+            standing: Standing::Offered {
+                to,
+                generation,
+                epoch,
+            },
+            ..record
+        })?;
+        Ok(generation)
+    }
+
+    fn stays(&mut self, why: &str) {
+        let text = format!("the guest was not moved and runs on here: {why}");
+        tracing::warn!(guest = %self.guest, "{text}");
+        if let Some(moving) = self.moving.take() {
+            // Whoever asked may have gone.
+            let _ = moving.reply.send(Err(failed(text)));
+        }
+    }
+
+    fn offered(&self) -> Option<Offer> {
+        let record = self.record.clone()?;
+        let Standing::Offered {
+            to,
+            generation,
+            epoch,
+        } = record.standing.clone()
+        else {
+            return None;
+        };
+        Some(Offer {
+            record,
+            to,
+            generation,
+            epoch,
+        })
+    }
+
+    /// True while it is not known who has the guest.
+    pub(super) fn in_doubt(&self) -> bool {
+        let offered = matches!(
+            self.record.as_ref().map(|r| &r.standing),
+            Some(Standing::Offered { .. })
+        );
+        offered && !matches!(self.process, Process::Protecting { .. })
+    }
+
+    /// The standby runs the guest.
+    pub(super) async fn gone(&mut self, downtime: Option<std::time::Duration>) {
+        let Some(offer) = self.offered() else {
+            return;
+        };
+        let (epoch, generation) = (offer.epoch, offer.generation);
+        let recorded = self.save(GuestRecord {
+            standing: Standing::Moved {
+                to: offer.to,
+                generation,
+            },
+            protected_to: None,
+            ..offer.record
+        });
+        if let Err(error) = recorded {
+            // The record still says that the guest was offered: it is asked again.
+            return self.problem(error.to_string());
+        }
+        if let Some(mut guest) = self.take().await
+            && let Err(error) = guest.stop().await
+        {
+            tracing::error!(guest = %self.guest, %error, "the process of the moved guest could not be ended");
+        }
+        self.problem(None);
+        self.publish();
+        if let Some(moving) = self.moving.take() {
+            // Whoever asked may have gone.
+            let _ = moving.reply.send(Ok(Moved {
+                epoch,
+                generation,
+                downtime,
+            }));
+        }
+    }
+
+    /// Finds out who has a guest that was offered.
+    pub(super) async fn resolve(&mut self) {
+        if let Err(error) = self.try_resolve().await {
+            self.problem(error.to_string());
+        }
+    }
+
+    async fn try_resolve(&mut self) -> Result<(), ApiError> {
+        let Some(offer) = self.offered() else {
+            return Ok(());
+        };
+        // Above the number that was offered: a site that answers will never take the guest under it.
+        let ours = offer.generation.next();
+        let (layout, machine) = self.shape()?;
+        let options = self.options(&offer.to, ours)?;
+        let dialer = self.site.dialer(&offer.to)?;
+        let owner = primary::ask_owner(&self.site.env, &*dialer, &options, &layout, &machine).await;
+        match owner {
+            Ownership::Theirs => {
+                self.gone(None).await;
+                Ok(())
+            }
+            Ownership::Ours => self.keep(offer.record, ours).await,
+            Ownership::Fenced { generation, site } => {
+                self.fence(offer.record, generation, site)?;
+                if let Some(mut guest) = self.take().await {
+                    guest.stop().await.map_err(failed)?;
+                }
+                self.stays("a third site owns it");
+                Ok(())
+            }
+            Ownership::Unknown(why) => Err(failed(format!(
+                "the guest stands still: it was offered to site {}, which cannot be asked whether it runs it: {why}; if you are sure that it does not: lifeboat guest start {} --force",
+                offer.to, self.guest
+            ))),
+        }
+    }
+
+    /// The guest stays ours, under a higher number than the one that was offered.
+    pub(super) async fn keep(
+        &mut self,
+        record: GuestRecord,
+        generation: Generation,
+    ) -> Result<(), ApiError> {
+        self.save(GuestRecord {
+            standing: Standing::Active,
+            generation,
+            ..record
+        })?;
+        self.problem(None);
+        self.stays("the other site did not take it");
+        if let Process::Held(guest) = &mut self.process {
+            match guest.resume().await {
+                Ok(()) => {}
+                Err(GuestError::Gone(why)) => {
+                    self.process = Process::Absent;
+                    self.publish();
+                    return Err(failed(format!("the guest's process is gone: {why}")));
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        self.protect_if_wanted()
+    }
+}

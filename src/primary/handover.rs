@@ -1,0 +1,186 @@
+//! Giving the guest away on purpose: a planned move.
+//!
+//! ```text
+//!   primary                                              standby
+//!   ── Prepare ─────────────────────────────────────────▶ room? machine? a process for it
+//!   checkpoints go on        ◀───────────── Prepared ───
+//!   rounds until little is dirty
+//!   pause ─ last cut ─ parts ───────────────────────────▶ durable
+//!        (the guest is ours)  ◀───────────── Ack ───────
+//!   record: given away      ◀── point of no return
+//!   ── Take(epoch, generation) ─────────────────────────▶ generation raised, resumed
+//!        (in doubt)           ◀───────────── Taken ─────
+//!   record: moved; the process is stopped
+//! ```
+//!
+//! Until `Take` is sent, whatever fails ends the handover: the guest goes on here. Once it is sent only
+//! the standby's word counts. If that does not come, the role ends with `InDoubt`, the guest stands
+//! still, and the owner asks: a standby with the higher generation has it; one without is made to
+//! promise, by raising its generation above the offered one (`ask_owner` with a higher number), that it
+//! never takes it. So there
+//! is one owner at any instant, at the price of a guest that stands still while the one site that may
+//! have it cannot be asked.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout};
+
+use super::HandoverEvent;
+use super::engine::Handing;
+use super::epoch::Builder;
+use super::session::SessionEnd;
+use crate::guest::Guest;
+use crate::wire::message::ToStandby;
+
+/// Time for checkpoints on their way before the last one, and for the last one itself.
+const DURABLE_WITHIN: Duration = Duration::from_secs(20);
+/// Time for the standby to look whether it can take the guest.
+const PREPARED_WITHIN: Duration = Duration::from_secs(60);
+
+/// A handover that was asked for.
+pub(super) struct Handover {
+    pub events: mpsc::Sender<HandoverEvent>,
+    pub stage: Stage,
+}
+
+/// How far it is.
+pub(super) enum Stage {
+    Asked,
+    /// `Prepare` was sent; give up then.
+    Preparing(Instant),
+    /// The standby can take it.
+    Ready,
+    /// It is over, and why.
+    Over(String),
+}
+
+impl Handover {
+    pub fn new(events: mpsc::Sender<HandoverEvent>) -> Self {
+        let stage = Stage::Asked;
+        Self { events, stage }
+    }
+
+    /// Tells the owner that it ended and the guest stays.
+    pub async fn end(self, why: String) {
+        // An owner that is gone does not care.
+        let _ = self.events.send(HandoverEvent::Ended(why)).await;
+    }
+
+    /// The standby's answer to `Prepare`.
+    pub fn prepared(&mut self, refused: Option<String>) {
+        if let Stage::Preparing(_) = self.stage {
+            self.stage = match refused {
+                None => Stage::Ready,
+                Some(why) => Stage::Over(why),
+            };
+        }
+    }
+}
+
+impl<G: Guest> Builder<'_, G> {
+    /// Drives a handover that was asked for; called between checkpoints. Returns only while the guest
+    /// is ours, and runs.
+    pub async fn hand_over(&mut self) -> Result<(), SessionEnd> {
+        let Some(handover) = &mut self.engine.handover else {
+            return Ok(());
+        };
+        match &handover.stage {
+            Stage::Asked => {
+                handover.stage = Stage::Preparing(Instant::now() + PREPARED_WITHIN);
+                self.queue.push(ToStandby::Prepare);
+            }
+            Stage::Preparing(until) if *until < Instant::now() => {
+                handover.stage = Stage::Over("the standby did not get ready in time".into());
+            }
+            Stage::Preparing(_) => {}
+            Stage::Ready => {
+                if let Err(why) = self.last_checkpoint().await? {
+                    self.go_on().await?;
+                    let handover = self.engine.handover.as_mut().expect("seen above");
+                    handover.stage = Stage::Over(why);
+                }
+            }
+            Stage::Over(_) => {}
+        }
+        if let Some(Stage::Over(why)) = self.engine.handover.as_ref().map(|h| &h.stage) {
+            let why = why.clone();
+            let handover = self.engine.handover.take().expect("seen above");
+            handover.end(why).await;
+        }
+        Ok(())
+    }
+
+    /// The guest runs on here.
+    async fn go_on(&mut self) -> Result<(), SessionEnd> {
+        if self.engine.handing != Handing::No {
+            self.engine.guest.resume().await?;
+            self.engine.handing = Handing::No;
+        }
+        Ok(())
+    }
+
+    /// The last checkpoint, the permit, the offer. `Ok(Err(why))`: it did not come to the offer.
+    async fn last_checkpoint(&mut self) -> Result<Result<(), String>, SessionEnd> {
+        if !self.all_durable().await? {
+            return Ok(Err(
+                "checkpoints on their way did not become durable in time".into(),
+            ));
+        }
+        if !self.build(true).await? {
+            let why = self.engine.status.borrow().blocked_on.clone();
+            return Ok(Err(
+                why.unwrap_or_else(|| "the last cut was given up".into())
+            ));
+        }
+        let epoch = self.head.epoch;
+        if !self.all_durable().await? {
+            return Ok(Err(
+                "the last checkpoint did not become durable in time".into()
+            ));
+        }
+        let Handing::Paused(since) = self.engine.handing else {
+            unreachable!("the last checkpoint pauses the guest");
+        };
+        // From here on the owner may have recorded that the guest is given away: not a step back
+        // without asking the standby.
+        self.engine.handing = Handing::Offered(since);
+        let (answer, permit) = oneshot::channel();
+        let handover = self
+            .engine
+            .handover
+            .as_ref()
+            .expect("a handover is under way");
+        // An owner that is gone gives no permit.
+        let _ = handover
+            .events
+            .send(HandoverEvent::Permit { epoch, answer })
+            .await;
+        let Ok(generation) = permit.await else {
+            self.engine.handing = Handing::Paused(since);
+            return Ok(Err("the guest could not be given away".into()));
+        };
+        self.queue.push(ToStandby::Take { epoch, generation });
+        loop {
+            let event = self.events.recv().await;
+            let event = event.ok_or_else(|| SessionEnd::lost("the link's reader ended"))?;
+            self.apply(event).await?;
+        }
+    }
+
+    /// Waits until nothing is on its way; false if that takes too long.
+    async fn all_durable(&mut self) -> Result<bool, SessionEnd> {
+        let waiting = async {
+            while !self.engine.inflight.is_empty() {
+                let event = self.events.recv().await;
+                let event = event.ok_or_else(|| SessionEnd::lost("the link's reader ended"))?;
+                self.apply(event).await?;
+            }
+            Ok(())
+        };
+        match timeout(DURABLE_WITHIN, waiting).await {
+            Ok(done) => done.map(|()| true),
+            Err(_) => Ok(false),
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Planned moves: there and back without loss, and with the link or a site lost at any moment.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lifeboat::control::types::{MoveReport, Run, RunResult};
+use lifeboat::guest::RunState;
+use lifeboat::ids::Generation;
+use lifeboat::metrics::labels::Role;
+
+use crate::harness::site::{Ran, Site};
+use crate::harness::{GUEST, Options, Pair, kvm, wait};
+use crate::kills::Dice;
+
+/// Moves, and moves with a fault, in CI. `LIFEBOAT_MOVES` asks for others.
+const MOVES: u64 = 4;
+
+fn count(default: u64) -> u64 {
+    let text = std::env::var("LIFEBOAT_MOVES").ok();
+    text.map_or(default, |text| text.parse().expect("a number"))
+}
+
+fn report(ran: &Ran) -> MoveReport {
+    match ran.json::<Run>().result {
+        Some(RunResult::Move(report)) => report,
+        _ => panic!("{ran:?}"),
+    }
+}
+
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * share).round() as usize]
+}
+
+#[test]
+fn a_guest_moves_there_and_back_without_loss() {
+    if !kvm("a_guest_moves_there_and_back_without_loss") {
+        return;
+    }
+    let pair = Pair::protected(Options::default());
+    let mut downtimes = Vec::new();
+    for number in 0..count(MOVES) {
+        let (from, to) = match number % 2 {
+            0 => (&pair.a, &pair.b),
+            _ => (&pair.b, &pair.a),
+        };
+        let console = from.console();
+        console.advances();
+        let ran = from.ok(&["--timeout", "60s", "move", GUEST, "--to", to.name()]);
+        let moved = report(&ran);
+        let step = console.heard().step.expect("it worked");
+        assert_eq!(moved.generation, Generation(number + 2));
+        assert_eq!((moved.from.as_str(), moved.to.as_str()), (from.name(), to.name()));
+
+        let (old, new) = (from.guest(), to.guest());
+        assert_eq!((old.pid, old.run_state), (None, None));
+        assert_ne!(old.role, Role::Active);
+        assert_eq!((new.role, new.run_state), (Role::Active, Some(RunState::Running)));
+        let resumed = pair.runs_on_clean(&to.console());
+        assert!(resumed >= step, "step {step} was seen, it went on at {resumed}");
+        downtimes.push(moved.downtime_seconds.expect("the answer came"));
+    }
+    downtimes.sort_by(f64::total_cmp);
+    println!(
+        "{} moves: downtime p50 {:.1} ms, p99 {:.1} ms",
+        downtimes.len(),
+        quantile(&downtimes, 0.5) * 1e3,
+        quantile(&downtimes, 0.99) * 1e3
+    );
+    // Moved away is moved away.
+    let refused = pair.b.cli(&["guest", "start", GUEST]);
+    assert_eq!(refused.code, 4, "{refused:?}");
+}
+
+/// True if the guest runs at this site, as far as its daemon can be asked.
+fn runs(site: &Site) -> bool {
+    site.try_guest().is_some_and(|g| g.run_state == Some(RunState::Running))
+}
+
+#[test]
+fn a_move_that_loses_the_link_or_the_target_leaves_one_owner() {
+    if !kvm("a_move_that_loses_the_link_or_the_target_leaves_one_owner") {
+        return;
+    }
+    let mut dice = Dice::from_environment();
+    let (mut stayed, mut went) = (0, 0);
+    for number in 0..count(MOVES) {
+        let mut pair = Pair::protected(Options {
+            proxy: true,
+            ..Options::default()
+        });
+        let console = pair.a.console();
+        console.advances();
+        pair.more_points(2);
+        let within = Duration::from_micros(dice.below(400_000));
+        thread::scope(|scope| {
+            let moving = scope.spawn(|| {
+                pair.a.cli(&["--timeout", "60s", "move", GUEST])
+            });
+            thread::sleep(within);
+            let proxy = pair.proxy.as_ref().expect("asked for");
+            proxy.cut();
+            let until = Instant::now() + Duration::from_millis(300);
+            while Instant::now() < until {
+                // Asked in this order: a guest that is seen at site-a after it was seen at site-b
+                // would run at both.
+                let (at_b, at_a) = (runs(&pair.b), runs(&pair.a));
+                assert!(!(at_a && at_b), "it runs at both sites");
+            }
+            if number % 2 == 0 {
+                proxy.mend();
+            }
+            let ran = moving.join();
+            if number % 2 == 0 {
+                println!("{within:?}: {:?}", ran.map(|ran| (ran.code, ran.err)));
+            }
+        });
+        if number % 2 == 1 {
+            // The target's daemon dies as well, and comes back.
+            pair.b.kill();
+            pair.b.start();
+            pair.proxy.as_ref().expect("asked for").mend();
+        }
+        let at_b = wait("one owner runs the guest", || {
+            match (runs(&pair.b), runs(&pair.a)) {
+                (true, false) => Some(true),
+                (false, true) => Some(false),
+                _ => None,
+            }
+        });
+        *(if at_b { &mut went } else { &mut stayed }) += 1;
+        let owner = if at_b { &pair.b } else { &pair.a };
+        let step = console.heard().step.expect("it worked");
+        if at_b {
+            let resumed = pair.runs_on_clean(&owner.console());
+            assert!(resumed >= step, "step {step} was seen, it went on at {resumed}");
+        } else {
+            console.advances();
+            let acked = pair.acked();
+            wait("protected again", || pair.acked().filter(|_| pair.acked() > acked));
+        }
+    }
+    println!("{stayed} stayed, {went} went");
+}
