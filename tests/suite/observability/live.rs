@@ -1,0 +1,121 @@
+//! Rules and dashboards against running sites.
+
+use std::fs;
+
+use super::panels::queries;
+use super::prometheus::Prometheus;
+use super::tool;
+use crate::harness::{GUEST, Options, Pair, free_port, kill_now, kvm, wait};
+
+/// Panels that have nothing to show while all is well, and why.
+const NEED_A_FAULT: [(&str, &str); 0] = [];
+
+/// A protected pair with a proxy between, whose metrics are scraped.
+fn scraped(name: &str) -> Option<(Pair, Prometheus)> {
+    if !kvm(name) {
+        return None;
+    }
+    let command = tool(name, "prometheus", "prometheus")?;
+    let mut pair = Pair::new(Options {
+        proxy: true,
+        ..Options::default()
+    });
+    let ports = [free_port(), free_port()];
+    for (site, port) in [(&pair.a, ports[0]), (&pair.b, ports[1])] {
+        let listen = format!("listen = \"127.0.0.1:{port}\"");
+        site.edit("listen = \"off\"", &listen);
+    }
+    let sites = [("site-a", ports[0]), ("site-b", ports[1])];
+    let prometheus = Prometheus::start(command, &sites);
+    pair.b.start();
+    pair.a.start();
+    pair.a.ok(&["guest", "start", GUEST]);
+    pair.a.ok(&["--timeout", "60s", "protect", GUEST]);
+    pair.b.verify(&[]);
+    Some((pair, prometheus))
+}
+
+#[test]
+fn every_panel_shows_something_of_running_sites() {
+    let found = scraped("every_panel_shows_something_of_running_sites");
+    let Some((_pair, prometheus)) = found else {
+        return;
+    };
+    let mut empty = queries();
+    println!("{} queries", empty.len());
+    empty.retain(|query| {
+        let place = query.place.as_str();
+        !NEED_A_FAULT.iter().any(|(except, _)| place == *except)
+    });
+    // A range needs two scrapes, a recording one more evaluation.
+    let mut left = Vec::new();
+    wait("every panel shows something", || {
+        empty.retain(|query| !prometheus.has_data(&query.plain("10s")));
+        if empty.len() != left.len() {
+            left = empty.iter().map(|query| format!("{query:?}")).collect();
+            println!("without data: {left:#?}");
+        }
+        empty.is_empty().then_some(())
+    });
+}
+
+/// Alerts that may fire while nothing is wrong with the sites of this test: the certificate of
+/// site-b lives for a day.
+const BY_CONSTRUCTION: &str = "LifeboatCertificateExpiring";
+
+#[test]
+fn alerts_fire_when_it_happens_and_end_when_it_is_over() {
+    let found = scraped("alerts_fire_when_it_happens_and_end_when_it_is_over");
+    let Some((mut pair, prometheus)) = found else {
+        return;
+    };
+    let proxy = pair.proxy.as_ref().expect("asked for");
+    prometheus.wait_for(&[BY_CONSTRUCTION], &["LifeboatDaemonDown"]);
+    wait("all is well", || {
+        let query = r#"ALERTS{alertstate="firing",alertname!="LifeboatCertificateExpiring"}"#;
+        let firing = prometheus.query(query);
+        firing.is_empty().then_some(())
+    });
+
+    // The link is cut.
+    proxy.cut();
+    let exposure = ["LifeboatLinkDown", "LifeboatRpoBreached"];
+    prometheus.wait_for(&exposure, &["LifeboatSiteSilent"]);
+    proxy.mend();
+    prometheus.wait_for(&[], &exposure);
+
+    // A configuration that is refused.
+    let good = fs::read_to_string(pair.b.config()).unwrap();
+    fs::write(pair.b.config(), format!("{good}\n[nonsense]\n")).unwrap();
+    pair.b.cli(&["reload"]).error(2);
+    prometheus.wait_for(&["LifeboatReloadFailed"], &[]);
+    fs::write(pair.b.config(), good).unwrap();
+    pair.b.ok(&["reload"]);
+    prometheus.wait_for(&[], &["LifeboatReloadFailed"]);
+
+    // The site is lost, with the guest. Only the standby can tell now.
+    let victims = [pair.a.pid(), pair.a.vmm()];
+    kill_now(&victims);
+    pair.a.reap();
+    pair.a.gone(victims[1]);
+    let silent = ["LifeboatDaemonDown", "LifeboatSiteSilent"];
+    prometheus.wait_for(&[silent[0], silent[1], "LifeboatRpoBreached"], &[]);
+
+    // The guest is resumed, and has no standby.
+    pair.failover(&[]).failover();
+    let after = ["LifeboatGuestUnprotected"];
+    prometheus.wait_for(&after, &[silent[1], "LifeboatRpoBreached"]);
+
+    // The old owner returns and has not heard of that.
+    pair.proxy.as_ref().expect("asked for").cut();
+    pair.a.start();
+    prometheus.wait_for(&["LifeboatSplitBrain"], &[silent[0]]);
+    pair.proxy.as_ref().expect("asked for").mend();
+    // It asks before it starts anything, and learns that it owns nothing any more.
+    pair.a.cli(&["guest", "start", GUEST]).error(4);
+    prometheus.wait_for(&[], &["LifeboatSplitBrain"]);
+
+    // Protected in the other direction.
+    pair.b.ok(&["--timeout", "60s", "protect", GUEST, "--peer", "site-a"]);
+    prometheus.wait_for(&[], &["LifeboatGuestUnprotected", "LifeboatRpoBreached"]);
+}
