@@ -136,11 +136,13 @@ fn judge(status: &SiteStatus, name: Option<&GuestId>) -> Result<Check, ApiError>
     );
     findings.extend(of_journal(status));
     findings.extend(of_certificates(status));
-    let fine = match well {
-        1 => "1 guest is fine".to_owned(),
-        _ => format!("{well} guests are fine"),
-    };
-    findings.push(Finding::new(Level::Ok, fine));
+    if well > 0 || findings.is_empty() {
+        let fine = match well {
+            1 => "1 guest is fine".to_owned(),
+            _ => format!("{well} guests are fine"),
+        };
+        findings.push(Finding::new(Level::Ok, fine));
+    }
     let figures = guests.iter().filter_map(|guest| figure(guest));
     let mut figures: Vec<String> = figures.collect();
     let store = &status.journal;
@@ -215,7 +217,11 @@ fn of_peer(peer: &PeerStatus) -> Option<Finding> {
     }
     let offset = peer.clock_offset_seconds?;
     (offset.abs() > CLOCK_OFFSET_MAX).then(|| {
-        let text = format!("peer {}: clock off by {}", peer.name, units::seconds(offset));
+        let text = format!(
+            "peer {}: clock off by {}",
+            peer.name,
+            units::seconds(offset)
+        );
         Finding::new(Level::Warning, text)
     })
 }

@@ -1,11 +1,12 @@
 //! Rules and dashboards against running sites.
 
 use std::fs;
+use std::time::Instant;
 
 use super::panels::queries;
 use super::prometheus::Prometheus;
 use super::tool;
-use crate::harness::{GUEST, Options, Pair, free_port, kill_now, kvm, wait};
+use crate::harness::{GUEST, Options, POLL, Pair, WITHIN, free_port, kill_now, kvm, wait};
 
 /// Panels that have nothing to show while all is well, and why.
 const NEED_A_FAULT: [(&str, &str); 0] = [];
@@ -48,15 +49,12 @@ fn every_panel_shows_something_of_running_sites() {
         !NEED_A_FAULT.iter().any(|(except, _)| place == *except)
     });
     // A range needs two scrapes, a recording one more evaluation.
-    let mut left = Vec::new();
-    wait("every panel shows something", || {
+    let until = Instant::now() + WITHIN;
+    while !empty.is_empty() {
         empty.retain(|query| !prometheus.has_data(&query.plain("10s")));
-        if empty.len() != left.len() {
-            left = empty.iter().map(|query| format!("{query:?}")).collect();
-            println!("without data: {left:#?}");
-        }
-        empty.is_empty().then_some(())
-    });
+        assert!(Instant::now() < until, "without data: {empty:#?}");
+        std::thread::sleep(POLL);
+    }
 }
 
 /// Alerts that may fire while nothing is wrong with the sites of this test: the certificate of
@@ -87,7 +85,9 @@ fn alerts_fire_when_it_happens_and_end_when_it_is_over() {
     // A configuration that is refused.
     let good = fs::read_to_string(pair.b.config()).unwrap();
     fs::write(pair.b.config(), format!("{good}\n[nonsense]\n")).unwrap();
-    pair.b.cli(&["reload"]).error(2);
+    // With this file the command line cannot even tell where the daemon is.
+    let socket = pair.b.dir().join("admin.sock").display().to_string();
+    pair.b.cli(&["--socket", &socket, "reload"]).error(2);
     prometheus.wait_for(&["LifeboatReloadFailed"], &[]);
     fs::write(pair.b.config(), good).unwrap();
     pair.b.ok(&["reload"]);
@@ -116,6 +116,7 @@ fn alerts_fire_when_it_happens_and_end_when_it_is_over() {
     prometheus.wait_for(&[], &["LifeboatSplitBrain"]);
 
     // Protected in the other direction.
-    pair.b.ok(&["--timeout", "60s", "protect", GUEST, "--peer", "site-a"]);
+    pair.b
+        .ok(&["--timeout", "60s", "protect", GUEST, "--peer", "site-a"]);
     prometheus.wait_for(&[], &["LifeboatGuestUnprotected", "LifeboatRpoBreached"]);
 }

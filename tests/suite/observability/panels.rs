@@ -42,7 +42,10 @@ fn all() -> Vec<(String, Value)> {
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
             let text = fs::read_to_string(&path).unwrap();
             let parsed = serde_json::from_str(&text);
-            (name.clone(), parsed.unwrap_or_else(|e| panic!("{name}: {e}")))
+            (
+                name.clone(),
+                parsed.unwrap_or_else(|e| panic!("{name}: {e}")),
+            )
         })
         .collect()
 }
@@ -118,17 +121,26 @@ fn complaints(dashboard: &Value) -> Vec<String> {
         if WITHOUT_QUERY.contains(&kind) {
             continue;
         }
-        check(text(&panel["description"]), format!("{place}: no description"));
+        check(
+            text(&panel["description"]),
+            format!("{place}: no description"),
+        );
         let unit = &panel["fieldConfig"]["defaults"]["unit"];
         check(text(unit), format!("{place}: no unit"));
         check(panel["datasource"] == source, format!("{place}: source"));
-        check(list(panel, "targets").count() > 0, format!("{place}: empty"));
+        check(
+            list(panel, "targets").count() > 0,
+            format!("{place}: empty"),
+        );
         for target in list(panel, "targets") {
             check(target["datasource"] == source, format!("{place}: source"));
             let query = target["expr"].as_str().unwrap_or_default();
             check(text(&target["expr"]), format!("{place}: no query"));
             // A range that is written out is too short or too long at some zoom.
-            let fixed = query.split('[').skip(1).any(|rest| !rest.starts_with("$__"));
+            let fixed = query
+                .split('[')
+                .skip(1)
+                .any(|rest| !rest.starts_with("$__"));
             check(!fixed, format!("{place}: fixed range in {query}"));
         }
     }
@@ -140,7 +152,7 @@ fn dashboards_are_well_formed() {
     let mut uids = BTreeSet::new();
     for (name, dashboard) in all() {
         assert_eq!(complaints(&dashboard), [""; 0], "{name}");
-        assert!(uids.insert(dashboard["uid"].clone()), "{name}: uid");
+        assert!(uids.insert(dashboard["uid"].to_string()), "{name}: uid");
         // Variables in queries are those that there are.
         let variables = list(&dashboard["templating"], "list");
         let names: Vec<&str> = variables.filter_map(|v| v["name"].as_str()).collect();

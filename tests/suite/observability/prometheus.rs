@@ -64,9 +64,7 @@ impl Prometheus {
             port,
             directory,
         };
-        wait("Prometheus is ready", || {
-            started.get("/-/ready").map(drop)
-        });
+        wait("Prometheus is ready", || started.get("/-/ready").map(drop));
         started
     }
 
