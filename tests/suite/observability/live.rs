@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Instant;
 
 use super::panels::queries;
-use super::prometheus::Prometheus;
+use super::prometheus::{Prometheus, get};
 use super::tool;
 use crate::harness::{GUEST, Options, POLL, Pair, WITHIN, free_port, kill_now, kvm, wait};
 
@@ -12,7 +12,7 @@ use crate::harness::{GUEST, Options, POLL, Pair, WITHIN, free_port, kill_now, kv
 const NEED_A_FAULT: [(&str, &str); 0] = [];
 
 /// A protected pair with a proxy between, whose metrics are scraped.
-fn scraped(name: &str) -> Option<(Pair, Prometheus)> {
+fn scraped(name: &str) -> Option<(Pair, Prometheus, [u16; 2])> {
     if !kvm(name) {
         return None;
     }
@@ -33,13 +33,13 @@ fn scraped(name: &str) -> Option<(Pair, Prometheus)> {
     pair.a.ok(&["guest", "start", GUEST]);
     pair.a.ok(&["--timeout", "60s", "protect", GUEST]);
     pair.b.verify(&[]);
-    Some((pair, prometheus))
+    Some((pair, prometheus, ports))
 }
 
 #[test]
 fn every_panel_shows_something_of_running_sites() {
     let found = scraped("every_panel_shows_something_of_running_sites");
-    let Some((_pair, prometheus)) = found else {
+    let Some((_pair, prometheus, ports)) = found else {
         return;
     };
     let mut empty = queries();
@@ -55,6 +55,19 @@ fn every_panel_shows_something_of_running_sites() {
         assert!(Instant::now() < until, "without data: {empty:#?}");
         std::thread::sleep(POLL);
     }
+    // So does the page that needs nothing else.
+    for (port, role) in [(ports[0], "runs here"), (ports[1], "runs at site-a")] {
+        let page = get(port, "/").expect("a status page");
+        for text in [
+            GUEST,
+            role,
+            "protected",
+            "exposure against target",
+            "Link to",
+        ] {
+            assert!(page.contains(text), "{text}: {page}");
+        }
+    }
 }
 
 /// Alerts that may fire while nothing is wrong with the sites of this test: the certificate of
@@ -64,7 +77,7 @@ const BY_CONSTRUCTION: &str = "LifeboatCertificateExpiring";
 #[test]
 fn alerts_fire_when_it_happens_and_end_when_it_is_over() {
     let found = scraped("alerts_fire_when_it_happens_and_end_when_it_is_over");
-    let Some((mut pair, prometheus)) = found else {
+    let Some((mut pair, prometheus, _)) = found else {
         return;
     };
     let proxy = pair.proxy.as_ref().expect("asked for");

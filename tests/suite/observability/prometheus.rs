@@ -31,6 +31,18 @@ fn impatient() -> String {
     lines.collect()
 }
 
+/// Body of a page on loopback; `None` unless the answer is 200.
+pub fn get(port: u16, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    // This version of the protocol knows no chunks, and ends with the connection.
+    let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
+    stream.write_all(request.as_bytes()).ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    head.split(' ').nth(1)?.eq("200").then(|| body.to_owned())
+}
+
 impl Prometheus {
     /// Starts the server on these sites: name and port of `/metrics`.
     pub fn start(mut command: Command, sites: &[(&str, u16)]) -> Self {
@@ -68,16 +80,8 @@ impl Prometheus {
         started
     }
 
-    /// Body of a page; `None` unless the answer is 200.
     fn get(&self, path: &str) -> Option<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
-        // This version of the protocol knows no chunks, and ends with the connection.
-        let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
-        stream.write_all(request.as_bytes()).ok()?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).ok()?;
-        let (head, body) = answer.split_once("\r\n\r\n")?;
-        head.split(' ').nth(1)?.eq("200").then(|| body.to_owned())
+        get(self.port, path)
     }
 
     /// Samples of an instant query: labels and value.
