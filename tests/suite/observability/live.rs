@@ -1,6 +1,10 @@
 //! Rules and dashboards against running sites.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::Instant;
 
 use super::panels::queries;
@@ -126,10 +130,43 @@ fn alerts_fire_when_it_happens_and_end_when_it_is_over() {
     pair.proxy.as_ref().expect("asked for").mend();
     // It asks before it starts anything, and learns that it owns nothing any more.
     pair.a.cli(&["guest", "start", GUEST]).error(4);
-    prometheus.wait_for(&[], &["LifeboatSplitBrain"]);
+    let told = ["LifeboatFenceRejections", "LifeboatErrorsLogged"];
+    prometheus.wait_for(&told, &["LifeboatSplitBrain"]);
 
     // Protected in the other direction.
     pair.b
         .ok(&["--timeout", "60s", "protect", GUEST, "--peer", "site-a"]);
     prometheus.wait_for(&[], &["LifeboatGuestUnprotected", "LifeboatRpoBreached"]);
+
+    // A stranger at the door.
+    let config = fs::read_to_string(pair.a.config()).unwrap();
+    let listen = config.split("[listen]\naddress = \"").nth(1).unwrap();
+    let address = listen.split('"').next().unwrap();
+    wait("strangers are told of", || {
+        let mut stranger = TcpStream::connect(address).unwrap();
+        stranger.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+        // Its answer, if any, and the end of the connection.
+        let _ = stranger.read_to_end(&mut Vec::new());
+        prometheus.fires("LifeboatTlsFailures").then_some(())
+    });
+
+    // The disk of the copy does not keep what was written.
+    damage(&pair.a.journal().join("seg.000000"));
+    let verified = pair.a.cli(&["--timeout", "60s", "verify", GUEST]);
+    assert_ne!(verified.code, 0, "{verified:?}");
+    println!("verify exits {}", verified.code);
+    let found = match verified.code {
+        7 => "LifeboatVerificationMismatch",
+        _ => "LifeboatOperationFailed",
+    };
+    prometheus.wait_for(&[found], &[]);
+}
+
+/// Flips a bit in every page of the first half of what is in use.
+fn damage(segment: &Path) {
+    let mut bytes = fs::read(segment).unwrap();
+    let used = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+    (4096..used / 2).step_by(4096).for_each(|at| bytes[at] ^= 1);
+    let file = fs::OpenOptions::new().write(true).open(segment).unwrap();
+    file.write_all_at(&bytes[..used / 2], 0).unwrap();
 }

@@ -113,9 +113,9 @@ fn complaints(dashboard: &Value) -> Vec<String> {
         check(text(&panel["title"]), format!("{place}: no title"));
         let at = |key: &str| panel["gridPos"][key].as_u64().unwrap_or(u64::MAX / 4);
         check(at("x") + at("w") <= COLUMNS, format!("{place}: too wide"));
-        let cells = (at("x")..at("x") + at("w").min(COLUMNS))
+        let mut cells = (at("x")..at("x") + at("w").min(COLUMNS))
             .flat_map(|x| (at("y")..at("y") + at("h").min(99)).map(move |y| (x, y)));
-        let free = cells.fold(true, |free, cell| taken.insert(cell) && free);
+        let free = cells.all(|cell| taken.insert(cell));
         check(free, format!("{place}: over another"));
         let kind = panel["type"].as_str().unwrap_or_default();
         if WITHOUT_QUERY.contains(&kind) {
