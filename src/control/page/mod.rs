@@ -94,9 +94,9 @@ impl History {
             title = verdict(status).1,
             now = moment(status.now),
         );
-        let (tone, what, more) = verdict(status);
+        let (colour, what, more) = verdict(status);
         page += &format!(
-            "<div class=\"verdict {tone}\">{}<small>{}</small></div>",
+            "<div class=\"verdict {colour}\">{}<small>{}</small></div>",
             Text(&what),
             Text(&more)
         );
@@ -105,7 +105,11 @@ impl History {
         }
         page += "<div class=\"pair\">";
         for peer in &status.peers {
-            peer_card(&mut page, peer, status.now);
+            let used = status.guests.iter().any(|guest| {
+                matches!(tone(guest.state), "good" | "bad")
+                    && guest.peer.as_ref() == Some(&peer.name)
+            });
+            peer_card(&mut page, peer, used, status.now);
         }
         journal_card(&mut page, status);
         certificates_card(&mut page, status);
@@ -130,12 +134,14 @@ fn tone(state: GuestState) -> &'static str {
         GuestState::Protected => "good",
         GuestState::Stopped | GuestState::Paused => "soft",
         GuestState::InitialSync | GuestState::Resync => "warn",
-        GuestState::Unprotected | GuestState::FailedOver => "warn",
-        GuestState::Degraded | GuestState::Fenced => "bad",
+        // Fenced: the guest runs elsewhere, and what is left of it here waits for a decision.
+        GuestState::Unprotected | GuestState::FailedOver | GuestState::Fenced => "warn",
+        GuestState::Degraded => "bad",
     }
 }
 
-/// Could every guest be failed over now? Tone, answer, reasons.
+/// Is every guest protected, as far as this site knows? Tone, answer, reasons. It does not say that
+/// a failover would work: only trying one proves that.
 fn verdict(status: &SiteStatus) -> (&'static str, String, String) {
     let of = |wanted: &str| {
         let guests = status.guests.iter();
@@ -156,7 +162,7 @@ fn verdict(status: &SiteStatus) -> (&'static str, String, String) {
         ),
         (0, 0) => (
             "good",
-            "A failover would work now".into(),
+            "Every guest is protected".into(),
             format!("{} within the RPO target", count(protected)),
         ),
         (0, n) => (
@@ -233,11 +239,12 @@ fn guest_card(page: &mut String, guest: &GuestStatus, strip: Option<&Strip>, now
     *page += "</section>";
 }
 
-fn peer_card(page: &mut String, peer: &PeerStatus, now: Timestamp) {
-    let (tone, word) = if peer.up {
-        ("good", "up")
-    } else {
-        ("soft", "silent")
+/// `used`: a guest is replicated over this link, so it should be up.
+fn peer_card(page: &mut String, peer: &PeerStatus, used: bool, now: Timestamp) {
+    let (tone, word) = match (peer.up, used) {
+        (true, _) => ("good", "up"),
+        (false, true) => ("bad", "DOWN"),
+        (false, false) => ("soft", "not in use"),
     };
     *page += &format!(
         "<section><div class=\"head\"><h2>Link to {}</h2><span class=\"tag {tone}\">{word}</span></div>",
@@ -293,7 +300,7 @@ fn certificates_card(page: &mut String, status: &SiteStatus) {
     if status.certificates.is_empty() {
         return;
     }
-    *page += "<section><div class=\"head\"><h2>Certificates</h2></div><dl>";
+    *page += "<section><div class=\"head\"><h2>Certificates</h2></div><dl class=\"wide\">";
     for certificate in &status.certificates {
         let left = certificate.not_after.since(status.now).as_secs_f64();
         let days = (left / 86_400.0).floor();
@@ -305,7 +312,8 @@ fn certificates_card(page: &mut String, status: &SiteStatus) {
         // Writing to a string cannot fail.
         let _ = write!(
             page,
-            "<div><dt>{}</dt><dd class=\"{tone}\">{days:.0} d left</dd></div>",
+            "<div><dt>{}: {}</dt><dd class=\"{tone}\">{days:.0} d left</dd></div>",
+            Text(&certificate.name),
             Text(&certificate.subject)
         );
     }

@@ -36,6 +36,13 @@ async fn the_verdict_is_that_of_the_worst_guest() {
             .retain(|guest| left.contains(&guest.name.as_str()));
         assert_eq!(verdict(&some).0, tone, "{left:?}");
     }
+    // A link that nothing goes over may be silent; one that is used may not.
+    let page = History::default().page(&status);
+    assert!(page.contains(">not in use<") && !page.contains(">DOWN<"));
+    for peer in &mut status.peers {
+        peer.up = false;
+    }
+    assert!(History::default().page(&status).contains(">DOWN<"));
     status.guests.clear();
     let page = History::default().page(&status);
     assert!(page.contains("Nothing is protected here"));
