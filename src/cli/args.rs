@@ -114,6 +114,11 @@ pub enum Verb {
         #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = units::duration)]
         interval: Duration,
     },
+    /// Judge the site in one line, as a monitoring plugin: exits 0 ok, 1 warning, 2 critical, 3 unknown.
+    Check {
+        /// Only this guest, and what it depends on.
+        name: Option<GuestId>,
+    },
     /// Start, stop and look at guests.
     #[command(subcommand)]
     Guest(GuestVerb),

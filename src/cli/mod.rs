@@ -9,6 +9,7 @@
 //! Only this module and `main` print. Results go to stdout, everything else to stderr.
 
 pub mod args;
+pub mod check;
 pub mod config;
 pub mod confirm;
 pub mod console;
@@ -120,6 +121,7 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
         }
         Verb::Config(verb) => config::run(&verb, file, out),
         Verb::Pki(verb) => pki::run(verb, file, out).map(|()| ExitCode::Ok),
+        Verb::Check { name } => Ok(runtime()?.block_on(check::run(&global, name.as_ref(), out))),
         Verb::Doctor => runtime()?.block_on(doctor::run(file, out)),
         verb => {
             let client = Client::new(socket(&global)?);

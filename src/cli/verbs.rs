@@ -137,8 +137,9 @@ pub async fn run(
         | Verb::Demo { .. }
         | Verb::Pki(_)
         | Verb::Config(_)
+        | Verb::Check { .. }
         | Verb::Doctor => {
-            unreachable!("these verbs need no daemon and are not sent here")
+            unreachable!("these verbs are not sent here")
         }
     }
     Ok(ExitCode::Ok)

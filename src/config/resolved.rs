@@ -91,6 +91,17 @@ pub struct PeerConfig {
     pub dead_after: Duration,
 }
 
+impl PeerConfig {
+    /// True if the peer is dialed in the same way.
+    pub fn same_link(&self, other: &PeerConfig) -> bool {
+        let link = |peer: &PeerConfig| {
+            let (address, name) = (peer.address.clone(), peer.server_name.clone());
+            (address, name, peer.keepalive, peer.dead_after)
+        };
+        link(self) == link(other)
+    }
+}
+
 /// Where journals lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JournalConfig {

@@ -2,19 +2,20 @@
 //!
 //! ```text
 //!   lifeboat CLI ── client ── unix socket (mode 0660) ── server ── Backend (the daemon)
-//!   Prometheus, probes ────── TCP, loopback by default ─ server:  /metrics /livez /readyz only
+//!   Prometheus, probes ────── TCP, loopback by default ─ server:  / /metrics /livez /readyz
 //! ```
 //!
 //! The CLI is only a client: its death never stops what it began. Verbs that take long are *runs*
 //! of the daemon, which clients poll. Whoever may open the socket may do everything, so access is
-//! the file mode and its directory, and nothing here listens on TCP except the three read-only
-//! pages.
+//! the file mode and its directory, and nothing here listens on TCP except four read-only pages,
+//! of which one is for people: see `page`.
 
 pub mod backend;
 pub mod client;
 pub mod codes;
 #[cfg(test)]
 pub(crate) mod fake;
+mod page;
 pub mod reports;
 pub mod runs;
 pub mod server;

@@ -17,6 +17,7 @@
 //! | GET | `/v1/runs`, `/v1/runs/ID` | | `lifeboat.runs/v1`, `lifeboat.run/v1` |
 //! | POST | `/v1/reload` | | `lifeboat.reload/v1` |
 //! | GET | `/metrics`, `/livez`, `/readyz` | | text; these three also over TCP |
+//! | GET | `/` | | the status page; only over TCP |
 //!
 //! An error is a `lifeboat.error/v1` with a fitting HTTP status. Bodies are bounded. A verb that
 //! changes something runs in a task of its own, so that a client that goes away does not stop it
@@ -39,6 +40,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::backend::Backend;
 use super::codes::Reason;
+use super::page::{self, History};
 use super::socket::AdminSocket;
 use super::types::{
     ApiError, Document, Envelope, FailoverRequest, MoveRequest, ProtectRequest, Run, RunId,
@@ -125,18 +127,37 @@ pub async fn serve_admin<B: Backend>(
     .await
 }
 
-/// Serves `/metrics`, `/livez` and `/readyz` on `listener` until `stop` is ready.
+/// Serves the status page, `/metrics`, `/livez` and `/readyz` on `listener` until `stop` is ready.
 pub async fn serve_public<B: Backend>(
     listener: TcpListener,
     backend: Arc<B>,
     metrics: Metrics,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
+    let history = History::default();
+    let keeping = history.clone().keep(Arc::clone(&backend));
     let site = Site { backend, metrics };
-    let app = public_routes().fallback(nothing).with_state(site);
-    axum::serve(listener, app)
-        .with_graceful_shutdown(stop)
-        .await
+    let app = public_routes()
+        .route(
+            "/",
+            get(async move |State(site): State<Site<B>>| {
+                let status = site.backend.status().await;
+                match status {
+                    Ok(status) => (page::HEADERS, history.page(&status)).into_response(),
+                    Err(error) => {
+                        let text = format!("{error}\n");
+                        (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+                    }
+                }
+            }),
+        )
+        .fallback(nothing)
+        .with_state(site);
+    let serving = axum::serve(listener, app).with_graceful_shutdown(stop);
+    tokio::select! {
+        served = serving => served,
+        never = keeping => match never {},
+    }
 }
 
 fn public_routes<B: Backend>() -> Router<Site<B>> {

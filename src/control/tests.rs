@@ -100,7 +100,7 @@ async fn strange_requests_are_refused_with_a_reason() {
 }
 
 #[tokio::test]
-async fn tcp_serves_three_pages_and_nothing_else() {
+async fn tcp_serves_four_pages_and_nothing_else() {
     let fake = Fake::new();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -119,16 +119,19 @@ async fn tcp_serves_three_pages_and_nothing_else() {
     assert_eq!(status, 200);
     assert!(text.contains("lifeboat_build_info"));
     assert_eq!(get("GET /livez").await, (200, "ok\n".to_owned()));
+    let (status, text) = get("GET /").await;
+    assert_eq!(status, 200);
+    assert!(text.contains("<h1>Lifeboat · site-a</h1>"), "{text}");
     let (status, text) = get("GET /readyz").await;
     assert_eq!(
         (status, text.as_str()),
         (503, "the journal of torn1 is not open\n")
     );
+    assert_eq!(get("POST /").await.0, 405);
     for request in [
         "GET /v1/status",
         "POST /v1/guests/db1/stop",
         "POST /v1/reload",
-        "GET /",
     ] {
         let (status, text) = get(request).await;
         assert_eq!(status, 400, "{request}: {text}");
@@ -233,6 +236,7 @@ fn schemas_are_named_and_numbered() {
     let mut all: Vec<&str> = SCHEMAS.to_vec();
     all.extend(crate::cli::verbs::SCHEMAS);
     all.extend(crate::cli::config::SCHEMAS);
+    all.extend(crate::cli::check::SCHEMAS);
     all.extend(crate::cli::pki::SCHEMAS);
     all.extend(crate::cli::doctor::SCHEMAS);
     let unique: std::collections::BTreeSet<_> = all.iter().collect();

@@ -226,12 +226,20 @@ impl Site {
                     "links were dropped: their certificates are not good any more"
                 );
             }
-            *self
-                .context
-                .dialers
-                .write()
-                .unwrap_or_else(PoisonError::into_inner) =
-                super::dialers(&new, material, &self.context.env);
+            let mut fresh = super::dialers(&new, material, &self.context.env);
+            let dialers = self.context.dialers.write();
+            let mut dialers = dialers.unwrap_or_else(PoisonError::into_inner);
+            // A role that runs goes on with the dialer that it has, and the status reads that one's
+            // figures: a new one for the same link would look as if nothing were heard.
+            for (peer, dialer) in dialers.iter() {
+                if let (Some(before), Some(now)) = (old.peers.get(peer), new.peers.get(peer))
+                    && before.same_link(now)
+                    && fresh.contains_key(peer)
+                {
+                    fresh.insert(peer.clone(), dialer.clone());
+                }
+            }
+            *dialers = fresh;
         }
         self.standbys.configure(new.clone());
         for (name, (handle, _)) in self.guests().iter() {

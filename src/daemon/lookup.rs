@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::backend::Site;
+use super::orders::Order;
 use super::promotion::Takeover;
 use super::record::{self, GuestRecord, Standing};
 use super::standbys::{Shared, lock};
@@ -36,10 +37,22 @@ impl Lookup<DirStore> for Site {
                     generation: record.generation,
                 });
             }
-            return Err(Refusal::Refused(
-                RefuseReason::Active,
-                format!("guest \"{guest}\" is active at site {} too", config.site),
-            ));
+            // Of two sites that want to run a guest the one with the higher number does.
+            let outranked = open.running && record.generation < open.generation;
+            if !outranked {
+                return Err(Refusal::Refused(
+                    RefuseReason::Active,
+                    format!("guest \"{guest}\" is active at site {} too", config.site),
+                ));
+            }
+            let (generation, by) = (open.generation, peer.clone());
+            let order = |reply| Order::Fence {
+                generation,
+                by,
+                reply,
+            };
+            let fenced = self.supervisor(guest).ask(order).await;
+            fenced.map_err(|error| failed(error.to_string()))?;
         }
         let copy = self.standbys.copy(guest).await.map_err(failed)?;
         self.demote(copy.clone(), guest).await.map_err(failed)?;

@@ -40,6 +40,12 @@ pub(super) enum Order {
     },
     /// Run the guest from a materialised point.
     Resume(Box<Resume>),
+    /// Another site owns the guest under a higher number: it is stopped here.
+    Fence {
+        generation: Generation,
+        by: SiteId,
+        reply: Reply<()>,
+    },
     /// What was begun with `Promote` did not come to an end, and is not to be repeated: the guest was
     /// to be moved here, and its last owner keeps it.
     Withdraw { reply: Reply<()> },

@@ -181,7 +181,8 @@ impl Known<'_> {
     }
 
     fn last_point(&self) -> Option<PointStatus> {
-        if let (Role::Active, Some(acked)) = (self.role(), self.primary.as_ref()?.acked) {
+        let acked = self.primary.as_ref().and_then(|primary| primary.acked);
+        if let (Role::Active, Some(acked)) = (self.role(), acked) {
             return Some(acked_status(&acked, self.generation(), self.now));
         }
         match self.copy.as_ref()? {

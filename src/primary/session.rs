@@ -109,7 +109,8 @@ pub(super) async fn run<G: Guest>(
     orders: &mut Orders,
 ) -> SessionEnd {
     let (env, options, info) = (&engine.env, &engine.options, engine.guest.info());
-    let opening = open(env, options, &info.layout, &info.machine, &mut tx, &mut rx);
+    let guest = (&info.layout, &info.machine[..], true);
+    let opening = open(env, options, guest, &mut tx, &mut rx);
     let opened = match timeout(options.handshake_max, opening).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(end)) => return end,
@@ -139,7 +140,8 @@ pub(super) async fn inquire(
 ) -> Result<Opened, SessionEnd> {
     let asking = async {
         let (mut tx, mut rx) = dialer.dial().await?;
-        let opened = open(env, options, layout, machine, &mut tx, &mut rx).await?;
+        let guest = (layout, machine, false);
+        let opened = open(env, options, guest, &mut tx, &mut rx).await?;
         // The answer is what was wanted; how the link ends does not matter.
         let _ = tx.send(ToStandby::Close).await;
         Ok(opened)
@@ -153,8 +155,7 @@ pub(super) async fn inquire(
 async fn open(
     env: &Env,
     options: &PrimaryOptions,
-    layout: &Layout,
-    machine: &[u8],
+    (layout, machine, running): (&Layout, &[u8], bool),
     tx: &mut impl LinkTx<ToStandby>,
     rx: &mut impl LinkRx<ToPrimary>,
 ) -> Result<Opened, SessionEnd> {
@@ -166,6 +167,7 @@ async fn open(
         layout: layout.clone(),
         machine: machine.to_vec(),
         rpo_target: options.rpo_target,
+        running,
     }))
     .await?;
     match rx.recv().await? {

@@ -51,6 +51,8 @@ pub struct Open {
     pub machine: Vec<u8>,
     /// The RPO target the primary works to, so that the standby can compute the exposure too.
     pub rpo_target: Duration,
+    /// The guest runs under that number; otherwise it is only asked whose it is.
+    pub running: bool,
 }
 
 /// The newest recovery point of a journal.

@@ -53,6 +53,7 @@ fn to_standby() -> Vec<(&'static str, ToStandby)> {
                 layout: layout.unwrap(),
                 machine: br#"{"vcpus":2}"#.to_vec(),
                 rpo_target: Duration::from_millis(1500),
+                running: true,
             }),
         ),
         ("part", ToStandby::Part(vec![0xa5; 4096])),
@@ -278,7 +279,7 @@ fn bytes_after_the_fields_are_for_hellos_and_refusals_only() {
     for (name, message) in to_standby() {
         match name {
             "hello" => assert_eq!(longer(message.clone()), Ok(message)),
-            "part" | "close" => {}
+            "part" | "close" | "prepare" => {}
             _ => assert!(
                 matches!(longer(message), Err(WireError::Body { .. })),
                 "{name}"

@@ -26,6 +26,7 @@ const VERBS: &[(At, &str, &[&str], &str)] = &[
     (At::A, "pki status", &[], "pki_status"),
     (At::A, "status", &[], "status"),
     (At::B, "status", &[GUEST], "status"),
+    (At::A, "check", &[], "check"),
     (At::A, "guest list", &[], "guests"),
     (At::A, "guest show", &[GUEST], "guest"),
     (At::A, "guest console", &[GUEST], "console"),

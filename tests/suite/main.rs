@@ -10,6 +10,8 @@
 //!   bad_input     what an operator or a stranger can get wrong
 //!   monitor       one guest's process: cuts, kills of its daemon, restore, signals
 //!   cli           every verb: its JSON, its exit codes
+//!   observability rules, dashboards, and what Prometheus sees of two sites
+//!   runbooks      every command of the runbooks, executed
 //!   flush         one flush per commit, counted by strace
 //!   readme        README and command line say the same
 //! ```
@@ -25,6 +27,8 @@ mod kills;
 mod link;
 mod monitor;
 mod moving;
+mod observability;
 mod readme;
 mod restart;
 mod rot;
+mod runbooks;

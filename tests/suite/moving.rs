@@ -49,14 +49,23 @@ fn a_guest_moves_there_and_back_without_loss() {
         let moved = report(&ran);
         let step = console.heard().step.expect("it worked");
         assert_eq!(moved.generation, Generation(number + 2));
-        assert_eq!((moved.from.as_str(), moved.to.as_str()), (from.name(), to.name()));
+        assert_eq!(
+            (moved.from.as_str(), moved.to.as_str()),
+            (from.name(), to.name())
+        );
 
         let (old, new) = (from.guest(), to.guest());
         assert_eq!((old.pid, old.run_state), (None, None));
         assert_ne!(old.role, Role::Active);
-        assert_eq!((new.role, new.run_state), (Role::Active, Some(RunState::Running)));
+        assert_eq!(
+            (new.role, new.run_state),
+            (Role::Active, Some(RunState::Running))
+        );
         let resumed = pair.runs_on_clean(&to.console());
-        assert!(resumed >= step, "step {step} was seen, it went on at {resumed}");
+        assert!(
+            resumed >= step,
+            "step {step} was seen, it went on at {resumed}"
+        );
         downtimes.push(moved.downtime_seconds.expect("the answer came"));
     }
     downtimes.sort_by(f64::total_cmp);
@@ -73,7 +82,8 @@ fn a_guest_moves_there_and_back_without_loss() {
 
 /// True if the guest runs at this site, as far as its daemon can be asked.
 fn runs(site: &Site) -> bool {
-    site.try_guest().is_some_and(|g| g.run_state == Some(RunState::Running))
+    site.try_guest()
+        .is_some_and(|g| g.run_state == Some(RunState::Running))
 }
 
 #[test]
@@ -93,9 +103,7 @@ fn a_move_that_loses_the_link_or_the_target_leaves_one_owner() {
         pair.more_points(2);
         let within = Duration::from_micros(dice.below(400_000));
         thread::scope(|scope| {
-            let moving = scope.spawn(|| {
-                pair.a.cli(&["--timeout", "60s", "move", GUEST])
-            });
+            let moving = scope.spawn(|| pair.a.cli(&["--timeout", "60s", "move", GUEST]));
             thread::sleep(within);
             let proxy = pair.proxy.as_ref().expect("asked for");
             proxy.cut();
@@ -132,11 +140,16 @@ fn a_move_that_loses_the_link_or_the_target_leaves_one_owner() {
         let step = console.heard().step.expect("it worked");
         if at_b {
             let resumed = pair.runs_on_clean(&owner.console());
-            assert!(resumed >= step, "step {step} was seen, it went on at {resumed}");
+            assert!(
+                resumed >= step,
+                "step {step} was seen, it went on at {resumed}"
+            );
         } else {
             console.advances();
             let acked = pair.acked();
-            wait("protected again", || pair.acked().filter(|_| pair.acked() > acked));
+            wait("protected again", || {
+                pair.acked().filter(|_| pair.acked() > acked)
+            });
         }
     }
     println!("{stayed} stayed, {went} went");

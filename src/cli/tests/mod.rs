@@ -98,6 +98,13 @@ const CASES: &[(&str, &str, ExitCode)] = &[
     ("status-json", "status --json", ExitCode::Ok),
     ("status-one", "status web1", ExitCode::Ok),
     ("status-unknown", "status nobody", ExitCode::NotFound),
+    // A plugin's exit codes: 0 ok, 1 warning, 2 critical, 3 unknown.
+    ("check", "check", ExitCode::Usage),
+    ("check-one", "check db1", ExitCode::Ok),
+    ("check-late", "check web1", ExitCode::Usage),
+    ("check-fenced", "check lost1", ExitCode::Failed),
+    ("check-unknown", "check nobody", ExitCode::Partial),
+    ("check-json", "check db1 --json", ExitCode::Ok),
     ("guest-list", "guest list", ExitCode::Ok),
     ("guest-list-json", "guest list --json", ExitCode::Ok),
     ("guest-show", "guest show db1", ExitCode::Ok),
@@ -335,6 +342,10 @@ fn without_a_daemon_the_exit_code_is_5() {
         "{}",
         ran.err
     );
+    let ran = lifeboat(&["check"], Some(&socket), None);
+    assert_eq!(ran.code, ExitCode::Usage, "critical");
+    assert!(ran.out.starts_with("LIFEBOAT CRITICAL - "), "{}", ran.out);
+    assert_eq!(ran.out.lines().count(), 1, "{}", ran.out);
     let ran = lifeboat(&["status", "--watch", "--json"], Some(&socket), None);
     assert_eq!(ran.code, ExitCode::Unreachable);
     assert_only_json("watch", &ran);

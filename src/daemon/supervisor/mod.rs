@@ -291,6 +291,11 @@ impl Supervisor {
                 } = *resume;
                 drop(reply.send(self.resume(generation, spec, state, ram).await));
             }
+            Order::Fence {
+                generation,
+                by,
+                reply,
+            } => drop(reply.send(self.fenced(generation, by).await)),
             Order::Withdraw { reply } => drop(reply.send(self.withdraw())),
             Order::HandOver { reply } => self.hand_over(reply).await,
             Order::Configure(config) => {
@@ -485,17 +490,10 @@ impl Supervisor {
                 }
             }
             Outcome::Fenced { generation, site } => {
-                let record = self.record.clone().unwrap_or_else(GuestRecord::first);
-                self.problem(format!(
-                    "site {site} owns the guest with generation {generation}; what ran here was stopped, its disks are kept as they are"
-                ));
-                if let Err(error) = self.fence(record, generation, site) {
-                    tracing::error!(guest = %self.guest, %error, "the fence could not be recorded");
+                self.hold(guest);
+                if let Err(error) = self.fenced(generation, site).await {
+                    tracing::error!(guest = %self.guest, %error, "the fence is not complete");
                 }
-                if let Err(error) = guest.stop().await {
-                    tracing::error!(guest = %self.guest, %error, "the fenced guest could not be stopped");
-                }
-                self.publish();
             }
             Outcome::GuestEnded(state) => {
                 tracing::error!(guest = %self.guest, ?state, "the guest ended");

@@ -134,6 +134,33 @@ impl Supervisor {
         }
     }
 
+    /// Another site owns the guest: that is recorded first, then what runs here is stopped.
+    pub(super) async fn fenced(
+        &mut self,
+        generation: Generation,
+        by: SiteId,
+    ) -> Result<(), ApiError> {
+        let record = self.record.clone().unwrap_or_else(GuestRecord::first);
+        if record.generation >= generation {
+            let text = format!(
+                "this site owns the guest with generation {}",
+                record.generation
+            );
+            return Err(ApiError::new(Reason::WrongState, text));
+        }
+        let recorded = self.fence(record, generation, by.clone());
+        self.problem(format!(
+            "site {by} owns the guest with generation {generation}; what ran here was stopped, its disks are kept as they are"
+        ));
+        self.start_later = None;
+        let stopped = match self.take().await {
+            Some(mut guest) => guest.stop().await.map_err(failed),
+            None => Ok(()),
+        };
+        self.publish();
+        recorded.and(stopped)
+    }
+
     pub(super) fn fence(
         &mut self,
         record: GuestRecord,
