@@ -59,6 +59,7 @@ mod store;
 mod superblock;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::time::Duration;
 
@@ -76,6 +77,7 @@ pub use recover::RecoveryReport;
 pub use retention::Retention;
 pub use sled::SledCatalogue;
 pub use store::{Access, LockError, Store, StoreFile};
+pub use view::{Held, View};
 
 use crate::clock::Timestamp;
 use crate::ids::{Epoch, Generation, ImageRoot};

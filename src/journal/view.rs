@@ -1,0 +1,539 @@
+//! Views: single pages of a recovery point, straight from the journal, without replaying all of it.
+//!
+//! ```text
+//!   Journal::view ──> Held ── index ──> View ── read_page ──> base page | zeros
+//!   (short, locked)   (reads and verifies      │              then the rows of the page that follow,
+//!                      every frame once)       │              each from its batch
+//!                                              v
+//!   per region   rows    {page, number, batch, off, len}*   sorted; nothing before a row that is a
+//!                                                            whole page
+//!                zeros   {start .. end, number}*             newest run of zeros over each page
+//!   batches      {segment, position, blake3}*
+//! ```
+//!
+//! Rows are numbered in the order in which they apply, so a run of zeros makes all rows of its pages
+//! with lower numbers void.
+//!
+//! What a view reads stays where it is although the journal goes on (the *hold*):
+//!
+//! * The segments of its frames are retained, so that they are not recycled. Frames may be merged
+//!   meanwhile; the view has those that it was made of.
+//! * While a view that needs the base image lives, nothing is folded into it. A fold that is under way
+//!   is finished before.
+//! * Protection goes first: when the disk is full, the journal ends all holds. It does so too when it
+//!   is closed, because the one that is opened next knows nothing of them. A view whose hold ended
+//!   fails from then on. It looks *after* it has read, so that nothing is handed out that was read
+//!   while something changed.
+//! * Dropping the view ends the hold; the next step of maintenance lets go of what it held.
+//!
+//! A view has descriptors of its own and needs neither the journal nor its lock. Everything it hands
+//! out was compared with a checksum after it was read: base pages with their leaf, batches with the
+//! blake3 that was taken when their whole part was verified.
+//!
+//! Dropped alternative: to replay the point into a file and export that. It takes the space of the
+//! whole guest once more, and minutes before the first byte can be read.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::RecoveryPoint;
+use super::base::{self, Base, Chunk, Stored};
+use super::catalogue::FrameInfo;
+use super::error::JournalError;
+use super::open::Journal;
+use super::segment::{Loc, file_name};
+use super::store::{Access, Store, StoreFile};
+use crate::frame::{
+    Batch, Decompressor, FrameCheck, FrameError, Manifest, PartView, RowKind, apply_delta,
+};
+use crate::ids::Epoch;
+use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
+
+/// Decoded batches that are kept: 4 MiB.
+const CACHED_BATCHES: usize = 64;
+/// Pages of the base that are read together.
+const BASE_PAGES: u32 = 64;
+/// Rows that may be void before they are sorted out.
+const SPARE_ROWS: usize = 1 << 18;
+
+/// Shared by a view and its journal.
+struct Token {
+    ended: AtomicBool,
+}
+
+struct Hold {
+    token: Weak<Token>,
+    parts: Vec<Loc>,
+    base: bool,
+}
+
+/// What a journal holds for its views. Dropped with it.
+#[derive(Default)]
+pub(super) struct Holds(Vec<Hold>);
+
+impl Drop for Holds {
+    fn drop(&mut self) {
+        self.0.iter().for_each(Hold::end);
+    }
+}
+
+impl Hold {
+    fn end(&self) {
+        if let Some(token) = self.token.upgrade() {
+            token.ended.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl<S: Store> Journal<S> {
+    /// Holds a point for a view. [`Held::index`] makes the view, without the journal.
+    ///
+    /// Fails if there is no such point, or a file cannot be opened. A fold that is under way is
+    /// finished first, which can fail as maintenance can.
+    pub fn view(&mut self, upto: Epoch) -> Result<Held<S>, JournalError> {
+        self.usable()?;
+        let needs_base = |frames: &[FrameInfo]| !frames.iter().any(|f| f.full);
+        let mut end = self.frame(upto)?;
+        if self.fold.is_some() && needs_base(&self.frames[..=end]) {
+            self.writable("finishing a fold")?;
+            while !self.fold_step()? {}
+            end = self.frame(upto)?;
+        }
+        let layout = self.layout.clone().expect("a point has a layout");
+        let start = self.frames[..=end].iter().rposition(|f| f.full);
+        let base = match start {
+            None => Some(Base::open(&self.store, &layout, false)?),
+            Some(_) => None,
+        };
+        let frames = self.frames[start.unwrap_or(0)..=end].to_vec();
+        let parts: Vec<Loc> = frames.iter().flat_map(|f| f.parts.clone()).collect();
+        let mut files = BTreeMap::new();
+        for number in parts.iter().map(|loc| loc.segment) {
+            if let std::collections::btree_map::Entry::Vacant(entry) = files.entry(number) {
+                let name = file_name(number);
+                let file = self.store.open(&name, Access::Cached, false);
+                entry.insert(file.map_err(|e| JournalError::io("open", &name, e))?);
+            }
+        }
+        let token = Arc::new(Token {
+            ended: AtomicBool::new(false),
+        });
+        parts.iter().for_each(|loc| self.segments.retain(*loc));
+        self.holds.0.push(Hold {
+            token: Arc::downgrade(&token),
+            parts,
+            base: base.is_some(),
+        });
+        Ok(Held {
+            point: self.point(&self.frames[end]),
+            token,
+            layout,
+            base,
+            files,
+            frames,
+        })
+    }
+
+    /// Lets go of what dropped views held, or of everything if the disk is full.
+    pub(super) fn tend_holds(&mut self) {
+        let full = self.pressed;
+        let mut gone = Vec::new();
+        self.holds.0.retain_mut(|hold| {
+            let keep = hold.token.strong_count() > 0 && !full;
+            if !keep {
+                hold.end();
+                gone.append(&mut hold.parts);
+            }
+            keep
+        });
+        gone.into_iter().for_each(|loc| self.segments.release(loc));
+    }
+
+    /// True if a view needs the base as it is.
+    pub(super) fn base_is_held(&self) -> bool {
+        self.holds.0.iter().any(|hold| hold.base)
+    }
+}
+
+/// A point that is held. See the module's documentation.
+pub struct Held<S: Store> {
+    point: RecoveryPoint,
+    token: Arc<Token>,
+    layout: Layout,
+    base: Option<Base<S>>,
+    files: BTreeMap<u32, S::File>,
+    frames: Vec<FrameInfo>,
+}
+
+/// Random access to the pages of a recovery point. See the module's documentation.
+pub struct View<S: Store> {
+    point: RecoveryPoint,
+    token: Arc<Token>,
+    layout: Layout,
+    manifest: Manifest,
+    base: Option<Base<S>>,
+    files: BTreeMap<u32, S::File>,
+    index: Index,
+    cache: Mutex<Cache>,
+}
+
+/// A batch in its segment.
+struct BatchPlace {
+    segment: u32,
+    at: u64,
+    batch: Batch,
+    /// Its rows are whole pages, not deltas.
+    whole: bool,
+    hash: [u8; 32],
+}
+
+/// A row with content.
+#[derive(Clone, Copy)]
+struct Entry {
+    page: u32,
+    number: u32,
+    batch: u32,
+    off: u16,
+    len: u16,
+}
+
+#[derive(Default)]
+struct RegionIndex {
+    rows: Vec<Entry>,
+    /// Rows that were left when they were sorted out last.
+    sorted: usize,
+    /// By their first page: one past the last, and the row's number.
+    zeros: BTreeMap<u32, (u32, u32)>,
+}
+
+#[derive(Default)]
+struct Index {
+    batches: Vec<BatchPlace>,
+    regions: Vec<RegionIndex>,
+    /// Rows so far.
+    rows: u32,
+}
+
+#[derive(Default)]
+struct Cache {
+    decoder: Decompressor,
+    stored: Vec<u8>,
+    /// The most recently used one first.
+    batches: VecDeque<(u32, Vec<u8>)>,
+    base: Option<(RegionId, Chunk)>,
+}
+
+impl<S: Store> Held<S> {
+    /// Bytes that [`index`](Self::index) reads.
+    pub fn bytes(&self) -> u64 {
+        self.frames.iter().map(|f| f.bytes).sum()
+    }
+
+    /// Reads and verifies all frames of the point and notes where every page is. `progress` gets the
+    /// bytes that were read so far.
+    ///
+    /// Fails if a frame is damaged or the hold ended. Takes 16 bytes of memory per changed page.
+    pub fn index(self, progress: &mut dyn FnMut(u64)) -> Result<View<S>, JournalError> {
+        let mut index = Index {
+            regions: (self.layout.iter())
+                .map(|_| RegionIndex::default())
+                .collect(),
+            ..Index::default()
+        };
+        let (mut buffer, mut done) = (Vec::new(), 0);
+        let mut manifest = None;
+        for info in &self.frames {
+            let mut check = FrameCheck::new();
+            for (number, loc) in info.parts.iter().enumerate() {
+                let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
+                buffer.resize(loc.len as usize, 0);
+                read(&self.files, loc.segment, u64::from(loc.offset), &mut buffer)?;
+                let view = PartView::verify(&buffer).map_err(damaged)?;
+                check.add(&view).map_err(damaged)?;
+                if !info.owns(view.header(), number) {
+                    return Err(JournalError::corrupt(
+                        loc.to_string(),
+                        "it is another frame",
+                    ));
+                }
+                view.check_layout(&self.layout).map_err(damaged)?;
+                index.add(&view, *loc)?;
+                if info.epoch == self.point.epoch && view.footer().is_some() {
+                    manifest = Some(view.manifest().map_err(damaged)?);
+                }
+                done += u64::from(loc.len);
+                progress(done);
+            }
+            if check.finish()?.root != info.root {
+                let place = format!("epoch {}", info.epoch);
+                return Err(JournalError::corrupt(place, "its root is another one"));
+            }
+        }
+        index
+            .regions
+            .iter_mut()
+            .for_each(|region| region.sort_out(&index.batches));
+        let manifest = manifest.expect("the last part of the last frame has one");
+        if manifest.layout != self.layout {
+            return Err(JournalError::LayoutChanged);
+        }
+        let view = View {
+            point: self.point,
+            token: self.token,
+            layout: self.layout,
+            manifest,
+            base: self.base,
+            files: self.files,
+            index,
+            cache: Mutex::default(),
+        };
+        view.alive()?;
+        Ok(view)
+    }
+}
+
+fn read<F: StoreFile>(
+    files: &BTreeMap<u32, F>,
+    segment: u32,
+    at: u64,
+    into: &mut [u8],
+) -> Result<(), JournalError> {
+    let file = files
+        .get(&segment)
+        .expect("the files of all parts are open");
+    file.read_at(at, into).map_err(|e| {
+        JournalError::corrupt(
+            file_name(segment),
+            format!("it cannot be read at {at}: {e}"),
+        )
+    })
+}
+
+impl Index {
+    fn add(&mut self, view: &PartView<'_>, loc: Loc) -> Result<(), JournalError> {
+        let first = self.batches.len();
+        for batch in view.batches() {
+            self.batches.push(BatchPlace {
+                segment: loc.segment,
+                at: u64::from(loc.offset) + batch.range().start as u64,
+                batch: *batch,
+                whole: batch.is_raw(),
+                hash: *blake3::hash(&view.bytes()[batch.range()]).as_bytes(),
+            });
+        }
+        for row in view.rows() {
+            let number = self.rows;
+            let too_many =
+                || JournalError::corrupt("the history", "it has too many rows for a view");
+            self.rows = number.checked_add(1).ok_or_else(too_many)?;
+            let region = &mut self.regions[usize::from(row.addr.region.0)];
+            if row.kind == RowKind::Zero {
+                region.paint(row.addr.page, row.addr.page + row.count, number);
+                continue;
+            }
+            let (batch, off, len) = row.place();
+            region.rows.push(Entry {
+                page: row.addr.page,
+                number,
+                batch: u32::try_from(first + usize::from(batch)).map_err(|_| too_many())?,
+                off,
+                len,
+            });
+            if region.rows.len() > 2 * region.sorted + SPARE_ROWS {
+                region.sort_out(&self.batches);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RegionIndex {
+    /// Sorts the rows and drops those that a later whole page makes void.
+    fn sort_out(&mut self, batches: &[BatchPlace]) {
+        self.rows.sort_unstable_by_key(|row| (row.page, row.number));
+        let mut newer: Option<Entry> = None;
+        let mut kept = self.rows.len();
+        // From behind: of each page, up to its newest whole content.
+        for i in (0..self.rows.len()).rev() {
+            let row = self.rows[i];
+            let void = newer.is_some_and(|n| n.page == row.page && batches[n.batch as usize].whole);
+            if !void {
+                kept -= 1;
+                self.rows[kept] = row;
+                newer = Some(row);
+            }
+        }
+        self.rows.drain(..kept);
+        self.sorted = self.rows.len();
+    }
+
+    /// Notes a run of zeros that is newer than all before.
+    fn paint(&mut self, start: u32, end: u32, number: u32) {
+        let before = self.zeros.range(..start).next_back();
+        if let Some((&from, &(to, old))) = before.filter(|(_, (to, _))| *to > start) {
+            self.zeros.insert(from, (start, old));
+            if to > end {
+                self.zeros.insert(end, (to, old));
+            }
+        }
+        while let Some((&from, &(to, old))) = self.zeros.range(start..end).next() {
+            self.zeros.remove(&from);
+            if to > end {
+                self.zeros.insert(end, (to, old));
+            }
+        }
+        self.zeros.insert(start, (end, number));
+    }
+
+    /// The rows that make the page, and whether they go on top of zeros.
+    fn find(&self, page: u32) -> (bool, &[Entry]) {
+        let zeros = self.zeros.range(..=page).next_back();
+        let zeroed = zeros
+            .filter(|(_, (end, _))| *end > page)
+            .map(|(_, (_, number))| *number);
+        let start = self.rows.partition_point(|row| {
+            row.page < page || (row.page == page && zeroed.is_some_and(|z| row.number < z))
+        });
+        let count = self.rows[start..]
+            .iter()
+            .take_while(|row| row.page == page)
+            .count();
+        (zeroed.is_some(), &self.rows[start..start + count])
+    }
+}
+
+impl<S: Store> View<S> {
+    /// The point.
+    pub fn point(&self) -> &RecoveryPoint {
+        &self.point
+    }
+
+    /// Its manifest: layout, machine, device state.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The journal let go of what this view needs; it fails from now on.
+    pub fn ended(&self) -> bool {
+        self.token.ended.load(Ordering::SeqCst)
+    }
+
+    fn alive(&self) -> Result<(), JournalError> {
+        match self.ended() {
+            true => Err(JournalError::ViewEnded(self.point.epoch)),
+            false => Ok(()),
+        }
+    }
+
+    /// The content of a page, which must be one of the layout.
+    ///
+    /// Fails if what is stored is damaged or cannot be read, or if the hold ended; `into` is of no use
+    /// then.
+    pub fn read_page(
+        &self,
+        addr: PageAddr,
+        into: &mut [u8; PAGE_SIZE],
+    ) -> Result<(), JournalError> {
+        let region = self
+            .layout
+            .get(addr.region)
+            .expect("a region of the layout");
+        assert!(
+            addr.page < region.pages,
+            "page {} of {}",
+            addr.page,
+            region.pages
+        );
+        let (zeroed, rows) = self.index.regions[usize::from(addr.region.0)].find(addr.page);
+        let whole = |row: &Entry| self.index.batches[row.batch as usize].whole;
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if zeroed || rows.first().is_some_and(whole) {
+            into.fill(0);
+        } else {
+            self.read_base(&mut cache, addr, into)?;
+        }
+        for row in rows {
+            let batch = self.batch(&mut cache, row.batch)?;
+            let content = &batch[usize::from(row.off)..][..usize::from(row.len)];
+            if whole(row) {
+                into.copy_from_slice(content);
+            } else {
+                apply_delta(content, into).map_err(|why| self.damaged(row.batch, why))?;
+            }
+        }
+        self.alive()
+    }
+
+    fn damaged(&self, number: u32, why: impl ToString) -> JournalError {
+        let place = &self.index.batches[number as usize];
+        let location = format!("{} at byte {}", file_name(place.segment), place.at);
+        JournalError::corrupt(location, why)
+    }
+
+    /// A batch, verified and decoded.
+    fn batch<'c>(&self, cache: &'c mut Cache, number: u32) -> Result<&'c [u8], JournalError> {
+        let Cache {
+            decoder,
+            stored,
+            batches,
+            ..
+        } = cache;
+        let decoded = match batches.iter().position(|(n, _)| *n == number) {
+            Some(at) => batches.remove(at).expect("found above").1,
+            None => {
+                let place = &self.index.batches[number as usize];
+                stored.resize(place.batch.range().len(), 0);
+                read(&self.files, place.segment, place.at, stored)?;
+                if *blake3::hash(stored).as_bytes() != place.hash {
+                    return Err(self.damaged(number, "its checksum is wrong"));
+                }
+                let mut decoded = match batches.len() {
+                    CACHED_BATCHES.. => batches.pop_back().expect("there are some").1,
+                    _ => Vec::new(),
+                };
+                let result = place.batch.decode(decoder, stored, &mut decoded);
+                result.map_err(|why| self.damaged(number, why))?;
+                decoded
+            }
+        };
+        batches.push_front((number, decoded));
+        Ok(&batches[0].1)
+    }
+
+    fn read_base(
+        &self,
+        cache: &mut Cache,
+        addr: PageAddr,
+        into: &mut [u8; PAGE_SIZE],
+    ) -> Result<(), JournalError> {
+        let Some(base) = &self.base else {
+            // What a full frame does not have is zero.
+            into.fill(0);
+            return Ok(());
+        };
+        let region = self
+            .layout
+            .get(addr.region)
+            .expect("a region of the layout");
+        let start = addr.page - addr.page % BASE_PAGES;
+        let end = (start + BASE_PAGES).min(region.pages);
+        let there = |(id, chunk): &&(RegionId, Chunk)| *id == addr.region && chunk.start == start;
+        if cache.base.as_ref().filter(there).is_none() {
+            let chunk = base.read(addr.region, PageRange { start, end }, false)?;
+            cache.base = Some((addr.region, chunk));
+        }
+        let (_, chunk) = cache.base.as_ref().expect("set above");
+        match base.judge(addr.region, chunk, (addr.page - start) as usize) {
+            Stored::Zero => into.fill(0),
+            Stored::Page(content) => *into = *content,
+            Stored::Damaged(_) => {
+                return Err(JournalError::corrupt(
+                    base::place(addr),
+                    "its checksum is wrong",
+                ));
+            }
+        }
+        Ok(())
+    }
+}
