@@ -225,6 +225,11 @@ struct Cache {
 }
 
 impl<S: Store> Held<S> {
+    /// The guest's content.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
     /// Bytes that [`index`](Self::index) reads.
     pub fn bytes(&self) -> u64 {
         self.frames.iter().map(|f| f.bytes).sum()
@@ -435,6 +440,13 @@ impl<S: Store> View<S> {
         addr: PageAddr,
         into: &mut [u8; PAGE_SIZE],
     ) -> Result<(), JournalError> {
+        let read = self.compose(addr, into);
+        // What was let go of may look like damage.
+        self.alive()?;
+        read
+    }
+
+    fn compose(&self, addr: PageAddr, into: &mut [u8; PAGE_SIZE]) -> Result<(), JournalError> {
         let region = self
             .layout
             .get(addr.region)
@@ -462,7 +474,7 @@ impl<S: Store> View<S> {
                 apply_delta(content, into).map_err(|why| self.damaged(row.batch, why))?;
             }
         }
-        self.alive()
+        Ok(())
     }
 
     fn damaged(&self, number: u32, why: impl ToString) -> JournalError {
