@@ -13,7 +13,9 @@
 //!
 //! QEMU answers a guest's write only after this disk has answered, and stops the guest before a cut.
 //! So the pages that a cut returns, with the content that [`MirrorDisk::read_cut`] gives them, are the
-//! guest's disk at the instant of the cut.
+//! guest's disk at the instant of the cut. (A request of more than a chunk of 256 KiB may be split by a
+//! cut, so that none waits long for it; of the guest's none is under way then, and the mirror's own only
+//! repeat what the stopped guest's disk holds.)
 //!
 //! The whole content is kept, in an unlinked sparse file: a guest's write of less than a page makes QEMU
 //! read the rest of the page from here, and what a full copy of the source repeats can be dropped by
@@ -160,29 +162,36 @@ impl Export for MirrorDisk {
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.state().file.read_exact_at(into, offset)
+        for (index, chunk) in into.chunks_mut(CHUNK).enumerate() {
+            let at = offset + (index * CHUNK) as u64;
+            self.state().file.read_exact_at(chunk, at)?;
+        }
+        Ok(())
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let mut state = self.state();
         for (index, chunk) in data.chunks(CHUNK).enumerate() {
-            state.store(offset + (index * CHUNK) as u64, chunk)?;
+            let at = offset + (index * CHUNK) as u64;
+            self.state().store(at, chunk)?;
         }
         Ok(())
     }
 
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let mut state = self.state();
         let end = offset + bytes;
         let mut at = offset;
-        // Holes are zeros already, and nothing is read of them.
-        while let Some(data) = state.next_data(at)?.filter(|data| *data < end) {
+        while at < end {
+            let mut state = self.state();
+            // Holes are zeros already, and nothing is read of them.
+            let Some(data) = state.next_data(at)?.filter(|data| *data < end) else {
+                break;
+            };
             at = at.max(data - data % PAGE_SIZE as u64);
             let length = (CHUNK as u64).min(end - at);
             state.store(at, &ZEROS[..length as usize])?;
+            state.punch(at, length);
             at += length;
         }
-        state.punch(offset, bytes);
         Ok(())
     }
 

@@ -125,8 +125,13 @@ async fn accept(
                 let permit = permit.expect("the semaphore is never closed");
                 let exports = exports.clone();
                 clients.spawn(async move {
-                    if let Err(error) = converse(stream, &exports).await {
-                        tracing::warn!("an NBD client was disconnected: {error}");
+                    match converse(stream, &exports).await {
+                        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                            tracing::warn!("an NBD client was disconnected: {error}");
+                        }
+                        // Clients may vanish.
+                        Err(error) => tracing::debug!("an NBD client is gone: {error}"),
+                        Ok(()) => {}
                     }
                     drop(permit);
                 });
