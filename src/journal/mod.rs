@@ -48,6 +48,7 @@ mod mark;
 mod marks;
 mod mem;
 mod open;
+mod page_index;
 mod recover;
 mod replay;
 mod retention;

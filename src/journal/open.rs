@@ -34,6 +34,7 @@ pub struct Journal<S: Store> {
     pub(super) marks_at: Option<Loc>,
     pub(super) pending: Option<Pending>,
     pub(super) fold: Option<Fold>,
+    /// Dropped before the lock: nobody can change what a view reads before it has ended.
     pub(super) holds: Holds,
     /// Growing failed for want of space.
     pub(super) pressed: bool,

@@ -5,14 +5,8 @@
 //!   (short, locked)   (reads and verifies      │              then the rows of the page that follow,
 //!                      every frame once)       │              each from its batch
 //!                                              v
-//!   per region   rows    {page, number, batch, off, len}*   sorted; nothing before a row that is a
-//!                                                            whole page
-//!                zeros   {start .. end, number}*             newest run of zeros over each page
-//!   batches      {segment, position, blake3}*
+//!                                       Index (page_index.rs)
 //! ```
-//!
-//! Rows are numbered in the order in which they apply, so a run of zeros makes all rows of its pages
-//! with lower numbers void.
 //!
 //! What a view reads stays where it is although the journal goes on (the *hold*):
 //!
@@ -42,11 +36,10 @@ use super::base::{self, Base, Chunk, Stored};
 use super::catalogue::FrameInfo;
 use super::error::JournalError;
 use super::open::Journal;
+use super::page_index::{Entry, Index};
 use super::segment::{Loc, file_name};
 use super::store::{Access, Store, StoreFile};
-use crate::frame::{
-    Batch, Decompressor, FrameCheck, FrameError, Manifest, PartView, RowKind, apply_delta,
-};
+use crate::frame::{Decompressor, FrameCheck, FrameError, Manifest, PartView, apply_delta};
 use crate::ids::Epoch;
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
@@ -54,8 +47,6 @@ use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 const CACHED_BATCHES: usize = 64;
 /// Pages of the base that are read together.
 const BASE_PAGES: u32 = 64;
-/// Rows that may be void before they are sorted out.
-const SPARE_ROWS: usize = 1 << 18;
 
 /// Shared by a view and its journal.
 struct Token {
@@ -178,43 +169,6 @@ pub struct View<S: Store> {
     cache: Mutex<Cache>,
 }
 
-/// A batch in its segment.
-struct BatchPlace {
-    segment: u32,
-    at: u64,
-    batch: Batch,
-    /// Its rows are whole pages, not deltas.
-    whole: bool,
-    hash: [u8; 32],
-}
-
-/// A row with content.
-#[derive(Clone, Copy)]
-struct Entry {
-    page: u32,
-    number: u32,
-    batch: u32,
-    off: u16,
-    len: u16,
-}
-
-#[derive(Default)]
-struct RegionIndex {
-    rows: Vec<Entry>,
-    /// Rows that were left when they were sorted out last.
-    sorted: usize,
-    /// By their first page: one past the last, and the row's number.
-    zeros: BTreeMap<u32, (u32, u32)>,
-}
-
-#[derive(Default)]
-struct Index {
-    batches: Vec<BatchPlace>,
-    regions: Vec<RegionIndex>,
-    /// Rows so far.
-    rows: u32,
-}
-
 #[derive(Default)]
 struct Cache {
     decoder: Decompressor,
@@ -240,12 +194,7 @@ impl<S: Store> Held<S> {
     ///
     /// Fails if a frame is damaged or the hold ended. Takes 16 bytes of memory per changed page.
     pub fn index(self, progress: &mut dyn FnMut(u64)) -> Result<View<S>, JournalError> {
-        let mut index = Index {
-            regions: (self.layout.iter())
-                .map(|_| RegionIndex::default())
-                .collect(),
-            ..Index::default()
-        };
+        let mut index = Index::new(&self.layout);
         let (mut buffer, mut done) = (Vec::new(), 0);
         let mut manifest = None;
         for info in &self.frames {
@@ -275,10 +224,7 @@ impl<S: Store> Held<S> {
                 return Err(JournalError::corrupt(place, "its root is another one"));
             }
         }
-        index
-            .regions
-            .iter_mut()
-            .for_each(|region| region.sort_out(&index.batches));
+        index.finish();
         let manifest = manifest.expect("the last part of the last frame has one");
         if manifest.layout != self.layout {
             return Err(JournalError::LayoutChanged);
@@ -313,99 +259,6 @@ fn read<F: StoreFile>(
             format!("it cannot be read at {at}: {e}"),
         )
     })
-}
-
-impl Index {
-    fn add(&mut self, view: &PartView<'_>, loc: Loc) -> Result<(), JournalError> {
-        let first = self.batches.len();
-        for batch in view.batches() {
-            self.batches.push(BatchPlace {
-                segment: loc.segment,
-                at: u64::from(loc.offset) + batch.range().start as u64,
-                batch: *batch,
-                whole: batch.is_raw(),
-                hash: *blake3::hash(&view.bytes()[batch.range()]).as_bytes(),
-            });
-        }
-        for row in view.rows() {
-            let number = self.rows;
-            let too_many =
-                || JournalError::corrupt("the history", "it has too many rows for a view");
-            self.rows = number.checked_add(1).ok_or_else(too_many)?;
-            let region = &mut self.regions[usize::from(row.addr.region.0)];
-            if row.kind == RowKind::Zero {
-                region.paint(row.addr.page, row.addr.page + row.count, number);
-                continue;
-            }
-            let (batch, off, len) = row.place();
-            region.rows.push(Entry {
-                page: row.addr.page,
-                number,
-                batch: u32::try_from(first + usize::from(batch)).map_err(|_| too_many())?,
-                off,
-                len,
-            });
-            if region.rows.len() > 2 * region.sorted + SPARE_ROWS {
-                region.sort_out(&self.batches);
-            }
-        }
-        Ok(())
-    }
-}
-
-impl RegionIndex {
-    /// Sorts the rows and drops those that a later whole page makes void.
-    fn sort_out(&mut self, batches: &[BatchPlace]) {
-        self.rows.sort_unstable_by_key(|row| (row.page, row.number));
-        let mut newer: Option<Entry> = None;
-        let mut kept = self.rows.len();
-        // From behind: of each page, up to its newest whole content.
-        for i in (0..self.rows.len()).rev() {
-            let row = self.rows[i];
-            let void = newer.is_some_and(|n| n.page == row.page && batches[n.batch as usize].whole);
-            if !void {
-                kept -= 1;
-                self.rows[kept] = row;
-                newer = Some(row);
-            }
-        }
-        self.rows.drain(..kept);
-        self.sorted = self.rows.len();
-    }
-
-    /// Notes a run of zeros that is newer than all before.
-    fn paint(&mut self, start: u32, end: u32, number: u32) {
-        let before = self.zeros.range(..start).next_back();
-        if let Some((&from, &(to, old))) = before.filter(|(_, (to, _))| *to > start) {
-            self.zeros.insert(from, (start, old));
-            if to > end {
-                self.zeros.insert(end, (to, old));
-            }
-        }
-        while let Some((&from, &(to, old))) = self.zeros.range(start..end).next() {
-            self.zeros.remove(&from);
-            if to > end {
-                self.zeros.insert(end, (to, old));
-            }
-        }
-        self.zeros.insert(start, (end, number));
-    }
-
-    /// The rows that make the page, and whether they go on top of zeros.
-    fn find(&self, page: u32) -> (bool, &[Entry]) {
-        let zeros = self.zeros.range(..=page).next_back();
-        let zeroed = zeros
-            .filter(|(_, (end, _))| *end > page)
-            .map(|(_, (_, number))| *number);
-        let start = self.rows.partition_point(|row| {
-            row.page < page || (row.page == page && zeroed.is_some_and(|z| row.number < z))
-        });
-        let count = self.rows[start..]
-            .iter()
-            .take_while(|row| row.page == page)
-            .count();
-        (zeroed.is_some(), &self.rows[start..start + count])
-    }
 }
 
 impl<S: Store> View<S> {
@@ -457,7 +310,7 @@ impl<S: Store> View<S> {
             addr.page,
             region.pages
         );
-        let (zeroed, rows) = self.index.regions[usize::from(addr.region.0)].find(addr.page);
+        let (zeroed, rows) = self.index.find(addr);
         let whole = |row: &Entry| self.index.batches[row.batch as usize].whole;
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if zeroed || rows.first().is_some_and(whole) {

@@ -219,9 +219,9 @@ fn libnbd_reads_and_writes_our_exports() {
         (&exports[1], "fixed", 1, true),
     ] {
         assert_eq!(export["export-name"], name);
-        assert_eq!(export["block_minimum"], min);
-        assert_eq!(export["block_preferred"], 4096);
-        assert_eq!(export["block_maximum"], 32 << 20);
+        assert_eq!(export["block_size_minimum"], min);
+        assert_eq!(export["block_size_preferred"], 4096);
+        assert_eq!(export["block_size_maximum"], 32 << 20);
         assert_eq!(export["is_read_only"], read_only);
         assert_eq!(export["can_multi_conn"], true);
         assert_eq!(export["can_flush"], true);
