@@ -1,8 +1,8 @@
 //! Ordinary tools against our NBD server: exports, the mirror's disk, recovery points.
 
-use std::io;
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::Arc;
 
 use lifeboat::control::types::{Done, Exports, Outcome, Run, RunResult};
@@ -304,6 +304,131 @@ fn every_cut_under_a_writing_client_is_an_instant() {
     assert_eq!(before, ROUNDS * BLOCKS);
     assert!(served.mirrored() == copy);
     assert!(cuts > 1, "{cuts} cuts saw something new");
+}
+
+/// QEMU's block layer in a process of its own, with a monitor on its standard input and output.
+struct Qemu {
+    process: Child,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Qemu {
+    /// Serves `source` as `front` at `socket`.
+    fn start(source: &str, socket: &str) -> Self {
+        let mut command = Command::new("qemu-storage-daemon");
+        command
+            .args(["--chardev", "stdio,id=c0", "--monitor", "chardev=c0"])
+            .args([
+                "--blockdev",
+                &format!("driver=file,node-name=f0,filename={source}"),
+            ])
+            .args(["--blockdev", "driver=raw,node-name=d0,file=f0"])
+            .args([
+                "--nbd-server",
+                &format!("addr.type=unix,addr.path={socket}"),
+            ])
+            .args([
+                "--export",
+                "type=nbd,id=e0,node-name=d0,name=front,writable=on",
+            ]);
+        let stdio = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = stdio.spawn().unwrap();
+        let answers = BufReader::new(process.stdout.take().unwrap());
+        let mut qemu = Self { process, answers };
+        qemu.wait("QMP");
+        qemu.ask(r#"{"execute":"qmp_capabilities"}"#);
+        qemu
+    }
+
+    /// Reads up to a line that has this word; fails at an error.
+    fn wait(&mut self, word: &str) {
+        let mut line = String::new();
+        while !line.contains(word) {
+            assert!(!line.contains("error"), "{line}");
+            line.clear();
+            assert_ne!(self.answers.read_line(&mut line).unwrap(), 0, "it ended");
+        }
+    }
+
+    fn ask(&mut self, command: &str) {
+        let input = self.process.stdin.as_mut().unwrap();
+        writeln!(input, "{command}").unwrap();
+        self.wait("\"return\"");
+    }
+}
+
+#[test]
+fn a_write_blocking_mirror_of_qemu_gives_exact_cuts() {
+    let test = "a_write_blocking_mirror_of_qemu_gives_exact_cuts";
+    if !tools(test, &["qemu-storage-daemon", "qemu-io"]) {
+        return;
+    }
+    let served = Served::new();
+    let mut model = content(4, DISK_BYTES as usize);
+    let source = served.file("source.img", &model);
+    let front = served.dir.path().join("front.sock");
+    let front = front.to_str().unwrap();
+    let mut qemu = Qemu::start(&source, front);
+    let target = served.dir.path().join("nbd.sock");
+    qemu.ask(&format!(
+        r#"{{"execute":"blockdev-add","arguments":{{"driver":"nbd","node-name":"t0","export":"root","server":{{"type":"unix","path":"{}"}}}}}}"#,
+        target.display()
+    ));
+    qemu.ask(
+        r#"{"execute":"blockdev-mirror","arguments":{"job-id":"m0","device":"d0","target":"t0","sync":"full","copy-mode":"write-blocking","on-target-error":"report"}}"#,
+    );
+    qemu.wait("BLOCK_JOB_READY");
+
+    let uri = format!("nbd+unix:///front?socket={front}");
+    let mut copy = vec![0; DISK_BYTES as usize];
+    let mut dice = Dice::new(5);
+    for round in 0..=8 {
+        // Nothing is under way, as when a guest is stopped.
+        let (number, pages) = served.mirror.cut();
+        for page in pages.iter() {
+            let at = page as usize * PAGE_SIZE;
+            let into = (&mut copy[at..at + PAGE_SIZE]).try_into().unwrap();
+            served.mirror.read_cut(page, into).unwrap();
+        }
+        served.mirror.settle(number);
+        assert!(copy == model, "round {round}");
+        if round == 8 {
+            break;
+        }
+
+        // Sectors, not pages.
+        let mut writer = Command::new("qemu-io");
+        writer.args(["-f", "raw", &uri]);
+        for _ in 0..40 {
+            let sectors = DISK_BYTES / 512;
+            let start = dice.below(sectors);
+            let count = 1 + dice.below((sectors - start).min(100));
+            let (offset, length) = (start * 512, count * 512);
+            let range = offset as usize..(offset + length) as usize;
+            let value = match dice.below(5) {
+                0 => 0,
+                _ => dice.below(255) as u8 + 1,
+            };
+            model[range].fill(value);
+            writer.arg("-c").arg(match value {
+                0 => format!("write -q -z {offset} {length}"),
+                _ => format!("write -q -P {value} {offset} {length}"),
+            });
+        }
+        let written = writer.stdin(Stdio::null()).output().unwrap();
+        assert!(
+            written.status.success() && written.stdout.is_empty(),
+            "{written:?}"
+        );
+    }
 }
 
 #[test]
