@@ -45,6 +45,8 @@ use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
 /// Decoded batches that are kept: 4 MiB.
 const CACHED_BATCHES: usize = 64;
+/// As segments want it.
+const BLOCK: u64 = crate::frame::BLOCK as u64;
 /// Pages of the base that are read together.
 const BASE_PAGES: u32 = 64;
 
@@ -103,7 +105,7 @@ impl<S: Store> Journal<S> {
         for number in parts.iter().map(|loc| loc.segment) {
             if let std::collections::btree_map::Entry::Vacant(entry) = files.entry(number) {
                 let name = file_name(number);
-                let file = self.store.open(&name, Access::Cached, false);
+                let file = self.store.open(&name, Access::Blocks, false);
                 entry.insert(file.map_err(|e| JournalError::io("open", &name, e))?);
             }
         }
@@ -348,8 +350,12 @@ impl<S: Store> View<S> {
             Some(at) => batches.remove(at).expect("found above").1,
             None => {
                 let place = &self.index.batches[number as usize];
-                stored.resize(place.batch.range().len(), 0);
-                read(&self.files, place.segment, place.at, stored)?;
+                // Segments are read in whole blocks; a part consists of whole blocks.
+                let (start, len) = (place.at - place.at % BLOCK, place.batch.range().len());
+                let skip = (place.at - start) as usize;
+                stored.resize((skip + len).next_multiple_of(BLOCK as usize), 0);
+                read(&self.files, place.segment, start, stored)?;
+                let stored = &stored[skip..skip + len];
                 if *blake3::hash(stored).as_bytes() != place.hash {
                     return Err(self.damaged(number, "its checksum is wrong"));
                 }
