@@ -2,8 +2,8 @@
 //!
 //! Monotonic time is tokio's (`tokio::time`), which the simulator pauses and advances itself. Wall
 //! time is read through [`Clock`]. Blocking work (encoding, hashing, files) goes through
-//! [`Env::offload`]: a blocking thread in the product, inline in the simulator so that a seed
-//! replays the same run.
+//! [`Env::offload`]: a blocking thread in the product; in the simulator inline, or later in virtual
+//! time, so that a seed replays the same run.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -44,19 +44,31 @@ impl Clock for SystemClock {
     }
 }
 
+/// How long late work waits in a simulation, asked once per piece of work.
+pub type Lag = Arc<dyn Fn() -> Duration + Send + Sync>;
+
+/// Where blocking work runs.
+#[derive(Clone)]
+enum Place {
+    Threads,
+    Inline,
+    Late(Lag),
+}
+
 /// What roles get from outside: the clock, and a place for blocking work.
 #[derive(Clone)]
 pub struct Env {
     clock: Arc<dyn Clock>,
-    inline: bool,
+    place: Place,
 }
 
 impl Env {
     /// The product's: system clock, blocking threads.
     pub fn system() -> Self {
+        let place = Place::Threads;
         Self {
             clock: Arc::new(SystemClock),
-            inline: false,
+            place,
         }
     }
 
@@ -64,7 +76,16 @@ impl Env {
     pub fn simulated(clock: Arc<dyn Clock>) -> Self {
         Self {
             clock,
-            inline: true,
+            place: Place::Inline,
+        }
+    }
+
+    /// A simulator's in which work runs some virtual time later, and also when nobody waits for it
+    /// any more: as it is with threads, in an order that a seed replays.
+    pub fn simulated_late(clock: Arc<dyn Clock>, lag: Lag) -> Self {
+        Self {
+            clock,
+            place: Place::Late(lag),
         }
     }
 
@@ -75,11 +96,22 @@ impl Env {
 
     /// Runs blocking work off the async workers and returns its result. A panic in the work goes on
     /// in the caller.
+    ///
+    /// Work that has been handed over is done even if this future is dropped, possibly *after* work
+    /// that is handed over later. Whoever drops it must be able to tell.
     pub async fn offload<R: Send + 'static>(&self, work: impl FnOnce() -> R + Send + 'static) -> R {
-        if self.inline {
-            return work();
-        }
-        match tokio::task::spawn_blocking(work).await {
+        let handed_over = match &self.place {
+            Place::Inline => return work(),
+            Place::Threads => tokio::task::spawn_blocking(work),
+            Place::Late(lag) => {
+                let lag = lag();
+                tokio::spawn(async move {
+                    tokio::time::sleep(lag).await;
+                    work()
+                })
+            }
+        };
+        match handed_over.await {
             Ok(result) => result,
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),

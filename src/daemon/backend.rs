@@ -373,7 +373,7 @@ impl Backend for Site {
         let mut detail = None;
         if purge {
             self.exports.stop(guest);
-            self.standbys.close(guest);
+            self.standbys.close(guest).await;
             let directory = self.standbys.directory(guest);
             if directory.exists() {
                 let path = directory.clone();

@@ -16,7 +16,7 @@ use crate::ids::{Generation, GuestId, SiteId};
 use crate::journal::Retention;
 use crate::metrics::Metrics;
 use crate::page::PAGE_SIZE;
-use crate::primary::PrimaryOptions;
+use crate::primary::{self, PrimaryOptions};
 use crate::transport::TlsDialer;
 use crate::vmm::spec::{Boot, DiskSpec, MachineSpec};
 
@@ -34,6 +34,8 @@ pub(super) struct SiteContext {
     pub site: SiteId,
     pub metrics: Metrics,
     pub state_dir: PathBuf,
+    /// Where copies for others are kept, a directory per guest.
+    pub journal_dir: PathBuf,
     /// This program, to start monitors with.
     pub exe: PathBuf,
     /// For guests that are not configured here.
@@ -120,10 +122,11 @@ pub(super) fn primary_options(
         interval_min: replication.checkpoint_min,
         interval_max: replication.checkpoint_max,
         strategy: replication.strategy,
-        codec: match replication.compression {
-            Compression::None => Codec::None,
-            Compression::Auto | Compression::Lz4 => Codec::Lz4,
-            Compression::Zstd => Codec::Zstd1,
+        compression: match replication.compression {
+            Compression::None => primary::Compression::Fixed(Codec::None),
+            Compression::Lz4 => primary::Compression::Fixed(Codec::Lz4),
+            Compression::Zstd => primary::Compression::Fixed(Codec::Zstd1),
+            Compression::Auto => primary::Compression::Auto,
         },
         shadow: replication.shadow,
         max_backlog: usize::try_from(replication.max_backlog_bytes).unwrap_or(usize::MAX),

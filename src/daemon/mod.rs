@@ -165,6 +165,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         site: config.site.clone(),
         metrics: metrics.clone(),
         state_dir: config.state_dir.clone(),
+        journal_dir: config.journal.path.clone(),
         exe,
         replication: config.replication,
         dialers: RwLock::new(transport.dialers),

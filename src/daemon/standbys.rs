@@ -176,7 +176,6 @@ impl Standbys {
         let config = self.config();
         let capacity = super::space(&config.journal.path).map_or(0, |(_, capacity)| capacity);
         ReplicaOptions {
-            site: config.site.clone(),
             journal: JournalOptions {
                 segment_bytes: config.journal.segment_bytes,
                 min_free_bytes: config.journal.min_free.of(capacity),
@@ -233,9 +232,15 @@ impl Standbys {
         }
     }
 
-    /// Closes a copy; the next use opens it anew.
-    pub fn close(&self, guest: &GuestId) {
-        self.copies().remove(guest);
+    /// Closes a copy, and ends the session that fills it; the next use opens it anew.
+    pub async fn close(&self, guest: &GuestId) {
+        let closed = self.copies().remove(guest);
+        if let Some(Copy::Open { replica, .. }) = closed {
+            self.inner
+                .env
+                .offload(move || lock(&replica).retire())
+                .await;
+        }
     }
 
     /// A copy's journal failed: close it and open it again.
@@ -243,7 +248,7 @@ impl Standbys {
         tracing::error!(%guest, %error, "the journal failed and is opened anew");
         let metrics = self.inner.metrics.guest(guest);
         metrics.journal_error(crate::metrics::labels::JournalOp::Sync);
-        self.close(guest);
+        self.close(guest).await;
         if let Err(error) = self.copy(guest).await {
             tracing::error!(%guest, error, "the guest's journal cannot be used");
         }

@@ -121,7 +121,9 @@ impl Known<'_> {
             (Role::Active, _) => self.active_state(),
             (Role::Standby, _) => match &self.copy {
                 Some(Ok(copy)) if copy.newest.is_none() => GuestState::InitialSync,
-                Some(Ok(copy)) if copy.receiving && !self.late() => GuestState::Protected,
+                Some(Ok(copy)) if copy.problem.is_none() && copy.receiving && !self.late() => {
+                    GuestState::Protected
+                }
                 Some(_) => GuestState::Degraded,
                 None => GuestState::Unprotected,
             },

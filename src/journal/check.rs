@@ -225,7 +225,7 @@ impl<S: Store> Journal<S> {
                     report.find(format!("epoch {}", info.epoch), &error.to_string(), from);
                 }
             }
-            if end.is_some_and(|end| end != (info.prev_epoch, info.parent_root)) {
+            if !info.full && end.is_some_and(|end| end != (info.prev_epoch, info.parent_root)) {
                 let what = "it does not continue the point before it";
                 report.find(format!("epoch {}", info.epoch), what, from);
             }

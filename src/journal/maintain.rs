@@ -204,7 +204,10 @@ impl<S: Store> Journal<S> {
 
     fn bounded(&self, range: &RangeInclusive<usize>) -> bool {
         let frames = &self.frames[range.clone()];
-        frames.len() <= self.options.batch
+        // Across a gap (see recovery) nothing is merged.
+        let linked = |pair: &[FrameInfo]| pair[1].prev_epoch == pair[0].epoch;
+        frames.windows(2).all(linked)
+            && frames.len() <= self.options.batch
             && frames.iter().map(|f| f.bytes).sum::<u64>() <= STEP_BYTES
             && frames.iter().map(|f| f.pages).sum::<u64>() <= MERGE_PAGES_MAX
     }

@@ -15,6 +15,8 @@
 //! * Of several continuations the one with the highest epoch is taken: a merged frame over what it was
 //!   merged from, a later history over one that was given up.
 //! * A chain may also start with a full frame that follows nothing: the guest was seeded anew.
+//! * Where nothing continues the chain, a later full frame does: it depends on nothing before it. The
+//!   points between are lost, those before stay. The earliest such frame is taken.
 //! * Only segments that may hold unlisted frames are scanned. If anything is odd, all are.
 //!
 //! What is left over ends up in the report ([`classify`]), never in the history:
@@ -56,7 +58,7 @@ pub struct RecoveryReport {
     /// Epochs whose commit was cut off. They were never acknowledged.
     pub torn: Vec<Epoch>,
     /// Epochs that were durable and are lost because they, or something before them, are damaged.
-    /// History ends before the first of them.
+    /// History ends before them, or goes on after them with a full frame.
     pub lost: Vec<Epoch>,
     /// Damage and oddities, one line each, for the log.
     pub notices: Vec<String>,
@@ -371,12 +373,8 @@ impl<S: Store> Recovery<'_, S> {
             let mut taken = None;
             for candidate in &next {
                 match self.accept(candidate, &end, thorough) {
-                    Ok((info, durable)) => {
-                        if !durable {
-                            report.found_by_scan += 1;
-                            unsynced.extend(info.parts.iter().map(|loc| loc.segment));
-                        }
-                        taken = Some(info);
+                    Ok(accepted) => {
+                        taken = Some(accepted);
                         break;
                     }
                     Err(error) => report.notices.push(format!(
@@ -390,7 +388,14 @@ impl<S: Store> Recovery<'_, S> {
                 let entry = pool.entry(candidate.header.prev_epoch).or_default();
                 entry.push(candidate);
             }
-            let Some(info) = taken else { break };
+            if taken.is_none() {
+                taken = self.after_gap(pool, &end, thorough, report);
+            }
+            let Some((info, durable)) = taken else { break };
+            if !durable {
+                report.found_by_scan += 1;
+                unsynced.extend(info.parts.iter().map(|loc| loc.segment));
+            }
             end = End {
                 epoch: info.epoch,
                 root: info.root,
@@ -413,6 +418,36 @@ impl<S: Store> Recovery<'_, S> {
         unsynced.sort_unstable();
         unsynced.dedup();
         (chain, unsynced)
+    }
+
+    /// The earliest full frame after an end that nothing continues. What lies between is lost.
+    fn after_gap(
+        &self,
+        pool: &BTreeMap<Epoch, Vec<Candidate>>,
+        end: &End,
+        thorough: bool,
+        report: &mut RecoveryReport,
+    ) -> Option<(FrameInfo, bool)> {
+        let later = |c: &&Candidate| {
+            c.header.full && c.header.epoch > end.epoch && c.header.generation >= end.generation
+        };
+        let mut full: Vec<&Candidate> = pool.values().flatten().filter(later).collect();
+        full.sort_by_key(|c| c.header.epoch);
+        let mut usable = full
+            .iter()
+            .filter_map(|c| self.accept(c, end, thorough).ok());
+        let (info, durable) = usable.next()?;
+        let between = |epoch: &Epoch| end.epoch < *epoch && *epoch < info.epoch;
+        let frames = pool.values().flatten();
+        let frames = frames.filter(|c| c.row.is_some() || c.whole());
+        let rows = self.hints.frames.keys().copied();
+        let lost = frames.map(|c| c.header.epoch).chain(rows);
+        report.lost.extend(lost.filter(between));
+        report.notices.push(format!(
+            "what follows epoch {} is damaged or missing; history goes on with the full copy of epoch {}",
+            end.epoch, info.epoch
+        ));
+        Some((info, durable))
     }
 
     /// The frame, and whether a row says that it is durable.

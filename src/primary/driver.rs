@@ -7,7 +7,7 @@ use super::engine::Engine;
 use super::session::{self, Orders, SessionEnd};
 use super::{Command, Meters, Outcome, Phase, PrimaryOptions, PrimaryStatus};
 use crate::clock::Env;
-use crate::guest::{Guest, RunState};
+use crate::guest::{Guest, GuestError, RunState};
 use crate::ids::{Generation, SiteId};
 use crate::metrics::labels::ConnectResult;
 use crate::page::Layout;
@@ -30,45 +30,12 @@ pub async fn run<G: Guest, D: Dialer>(
     let mut orders = Orders {
         commands,
         drain_until: None,
-        wanted: Vec::new(),
     };
     let outcome = loop {
         if let Some(state) = guest_end(&mut engine).await {
             break Outcome::GuestEnded(state);
         }
-        let end = match timeout(engine.options.handshake_max, dialer.dial()).await {
-            Ok(Ok((tx, rx))) => {
-                let started = Instant::now();
-                let end = session::run(&mut engine, tx, rx, &mut orders).await;
-                // A session that came up was counted then.
-                if !engine.status.borrow().link_up {
-                    engine.meters.peer.connect(match &end {
-                        SessionEnd::Refused(_) | SessionEnd::Fenced { .. } => {
-                            ConnectResult::Refused
-                        }
-                        _ => ConnectResult::Unreachable,
-                    });
-                }
-                if started.elapsed() > engine.options.handshake_max {
-                    backoff.reset();
-                }
-                end
-            }
-            Ok(Err(error)) => {
-                engine.meters.peer.connect(match error.failure() {
-                    HandshakeFailure::Other | HandshakeFailure::Timeout => {
-                        ConnectResult::Unreachable
-                    }
-                    HandshakeFailure::Protocol => ConnectResult::Version,
-                    _ => ConnectResult::Tls,
-                });
-                error.into()
-            }
-            Err(_) => {
-                engine.meters.peer.connect(ConnectResult::Unreachable);
-                SessionEnd::lost("dialing the standby timed out")
-            }
-        };
+        let end = attempt(&mut engine, dialer, &mut orders, &mut backoff).await;
         let given_back = engine.give_back().await;
         let why = match end {
             SessionEnd::Fenced { generation, site } => break Outcome::Fenced { generation, site },
@@ -80,9 +47,11 @@ pub async fn run<G: Guest, D: Dialer>(
                 why
             }
         };
-        if let Err(error) = given_back {
-            break Outcome::GuestEnded(RunState::Failed(error.to_string()));
-        }
+        // The next attempt begins with giving back, and ends there if that is still impossible.
+        let why = match given_back {
+            Ok(()) => why,
+            Err(error) => format!("{error} (after: {why})"),
+        };
         // A link that stays down says the same again and again: one line is enough.
         if engine.status.borrow().last_error.as_ref() != Some(&why) {
             tracing::warn!(guest = %engine.options.guest, why, "no session with the standby");
@@ -104,6 +73,47 @@ pub async fn run<G: Guest, D: Dialer>(
         s.phase = Phase::Connecting;
     });
     (outcome, engine.guest)
+}
+
+/// One dial and, if it succeeds, one session.
+async fn attempt<G: Guest>(
+    engine: &mut Engine<G>,
+    dialer: &impl Dialer,
+    orders: &mut Orders,
+    backoff: &mut Backoff,
+) -> SessionEnd {
+    if let Err(error) = engine.give_back().await {
+        return error.into();
+    }
+    let handshake_max = engine.options.handshake_max;
+    let (tx, rx) = match timeout(handshake_max, dialer.dial()).await {
+        Ok(Ok(link)) => link,
+        Ok(Err(error)) => {
+            engine.meters.peer.connect(match error.failure() {
+                HandshakeFailure::Other | HandshakeFailure::Timeout => ConnectResult::Unreachable,
+                HandshakeFailure::Protocol => ConnectResult::Version,
+                _ => ConnectResult::Tls,
+            });
+            return error.into();
+        }
+        Err(_) => {
+            engine.meters.peer.connect(ConnectResult::Unreachable);
+            return SessionEnd::lost("dialing the standby timed out");
+        }
+    };
+    let started = Instant::now();
+    let end = session::run(engine, tx, rx, orders).await;
+    // A session that came up was counted then.
+    if !engine.status.borrow().link_up {
+        engine.meters.peer.connect(match &end {
+            SessionEnd::Refused(_) | SessionEnd::Fenced { .. } => ConnectResult::Refused,
+            _ => ConnectResult::Unreachable,
+        });
+    }
+    if started.elapsed() > handshake_max {
+        backoff.reset();
+    }
+    end
 }
 
 /// What the other site says of a guest that is to be started here.
@@ -142,12 +152,13 @@ pub async fn ask_owner(
     }
 }
 
-/// The state of a guest that ended; `None` while it lives.
+/// The state of a guest that ended; `None` while it lives, or may live.
 async fn guest_end<G: Guest>(engine: &mut Engine<G>) -> Option<RunState> {
     match engine.guest.state().await {
         Ok(RunState::Running | RunState::Paused) => None,
         Ok(state) => Some(state),
-        Err(error) => Some(RunState::Failed(error.to_string())),
+        Err(GuestError::Gone(why)) => Some(RunState::Failed(why)),
+        Err(_) => None,
     }
 }
 
@@ -162,7 +173,6 @@ async fn pause(orders: &mut Orders, wait: std::time::Duration) -> bool {
             biased;
             command = orders.commands.recv() => match command {
                 Some(Command::Drain(_)) => return true,
-                Some(Command::Checkpoint(reply)) => orders.wanted.push(reply),
                 // Nobody can give orders any more; protection goes on.
                 None => {
                     sleep(until.saturating_duration_since(Instant::now())).await;

@@ -1,17 +1,17 @@
 //! State of the primary role that outlives a link session: the guest, the encoder, what is in flight.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::coder::Coder;
 use super::pacing::Pacing;
 use super::plan::{Memory, Plan, plan};
-use super::{Acked, Meters, PrimaryOptions, PrimaryStatus};
+use super::{Acked, Compression, Meters, PrimaryOptions, PrimaryStatus};
 use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
-use crate::frame::{EncodeOptions, Encoder};
+use crate::frame::{Codec, EncodeOptions, Encoder};
 use crate::guest::{Base, CutId, Guest, GuestError};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase};
@@ -36,18 +36,16 @@ pub(super) struct Engine<G> {
     pub options: PrimaryOptions,
     pub meters: Meters,
     pub status: watch::Sender<PrimaryStatus>,
-    /// Behind a lock because encoding runs on blocking threads, which finish what they began even
-    /// when the session that started it is gone.
-    encoder: Arc<Mutex<Encoder>>,
+    pub coder: Coder,
     /// The encoder's image covers all of RAM.
     pub image_known: bool,
-    /// A frame was begun and not finished.
-    pub frame_open: bool,
     pub base: Option<Base>,
     pub last_epoch: Epoch,
     pub inflight: VecDeque<InFlight>,
     /// Newest checkpoint known to be durable, with our root of it.
     known: Option<(Epoch, ImageRoot)>,
+    /// Newest checkpoint that was handed to a link.
+    pub sent: Option<(Epoch, ImageRoot)>,
     /// A full copy was ordered, and why.
     pub repair: Option<String>,
     /// Many pages may be dirty: copy fuzzily before the next cut.
@@ -64,7 +62,10 @@ impl<G: Guest> Engine<G> {
         status: watch::Sender<PrimaryStatus>,
     ) -> Self {
         let encode = EncodeOptions {
-            codec: options.codec,
+            codec: match options.compression {
+                Compression::Fixed(codec) => codec,
+                Compression::Auto => Codec::Lz4,
+            },
             shadow: options.shadow,
             ..EncodeOptions::default()
         };
@@ -81,17 +82,17 @@ impl<G: Guest> Engine<G> {
             options.interval_max,
         );
         Self {
+            coder: Coder::new(env.clone(), encoder),
             env,
             guest,
             meters,
             status,
-            encoder: Arc::new(Mutex::new(encoder)),
             image_known: false,
-            frame_open: false,
             base,
             last_epoch: base.map_or(Epoch(0), |b| b.epoch),
             inflight: VecDeque::new(),
             known: None,
+            sent: None,
             repair: None,
             round_first: true,
             pacing,
@@ -99,52 +100,38 @@ impl<G: Guest> Engine<G> {
         }
     }
 
-    /// The encoder, to use on a blocking thread.
-    pub fn encoder(&self) -> Arc<Mutex<Encoder>> {
-        self.encoder.clone()
-    }
-
     /// Changes the published status.
     pub fn publish(&self, change: impl FnOnce(&mut PrimaryStatus)) {
         self.status.send_modify(change);
     }
 
-    /// Compares what the standby has with what we remember, settles what turned out durable, makes
-    /// the rest dirty again, and says how to go on.
-    pub async fn adopt(&mut self, opened: &Opened) -> Result<Plan, GuestError> {
-        let newest_sent = self
-            .inflight
-            .back()
-            .map(|f| f.epoch)
-            .or(self.known.map(|k| k.0));
+    /// Compares what the standby has with what we remember, and says how to go on. What was on its way
+    /// when the last session ended was given back then.
+    pub fn adopt(&mut self, opened: &Opened) -> Plan {
+        assert!(
+            self.inflight.is_empty() && !self.coder.is_open(),
+            "the last session was given back"
+        );
         if let Some(newest) = &opened.newest {
-            let ours = self
-                .inflight
-                .iter()
-                .find(|f| f.epoch == newest.epoch)
-                .map(|f| f.root)
-                .or(self.known.filter(|k| k.0 == newest.epoch).map(|k| k.1));
-            if ours.is_some_and(|root| root != newest.root) {
+            let ours = [self.known, self.sent].into_iter().flatten();
+            let differs = |(epoch, root)| epoch == newest.epoch && root != newest.root;
+            if ours.into_iter().any(differs) {
                 self.repair = Some(format!(
                     "the standby's image of #{} differs from ours",
                     newest.epoch
                 ));
-            } else if self.inflight.iter().any(|f| f.epoch == newest.epoch) {
-                self.durable(opened.journal, newest.epoch).await?;
             }
         }
-        let plan = plan(
+        self.last_epoch = self.last_epoch.max(opened.highest_epoch);
+        plan(
             opened,
             Memory {
                 base: self.base,
-                newest_sent,
+                newest_sent: self.sent.map(|(epoch, _)| epoch),
                 image_known: self.image_known,
                 repair: self.repair.as_deref(),
             },
-        );
-        self.give_back().await?;
-        self.last_epoch = self.last_epoch.max(opened.highest_epoch);
-        Ok(plan)
+        )
     }
 
     /// All checkpoints up to `epoch` are durable in `journal`.
@@ -189,18 +176,9 @@ impl<G: Guest> Engine<G> {
     /// Ends what is unfinished: nothing is in flight afterwards, every unsettled bit is dirty again,
     /// and no shadow claims content that the standby may not have.
     pub async fn give_back(&mut self) -> Result<(), GuestError> {
-        if self.frame_open || !self.inflight.is_empty() {
-            let lost: Vec<PageSet> = self.inflight.drain(..).map(|f| f.pages).collect();
-            let (encoder, open) = (self.encoder(), std::mem::take(&mut self.frame_open));
-            self.env
-                .offload(move || {
-                    let mut encoder = lock(&encoder);
-                    if open {
-                        encoder.abandon();
-                    }
-                    lost.iter().for_each(|pages| encoder.invalidate(pages));
-                })
-                .await;
+        if self.coder.is_open() || !self.inflight.is_empty() {
+            let lost = self.inflight.drain(..).map(|f| f.pages).collect();
+            self.coder.reset(lost).await;
             self.round_first = true;
             self.meters.guest.checkpoint(CheckpointResult::Aborted);
             self.meters.guest.set_inflight(0);
@@ -208,9 +186,4 @@ impl<G: Guest> Engine<G> {
         }
         self.guest.give_back().await
     }
-}
-
-/// Locks the encoder. A panic of an earlier holder was passed on already.
-pub(super) fn lock(encoder: &Mutex<Encoder>) -> MutexGuard<'_, Encoder> {
-    encoder.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -11,19 +11,20 @@
 //! that changed after its bit was harvested is not what the standby has; it is dirty again and comes
 //! once more in a later round or the cut, where the encoder ships it whole (see `frame::encode`).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::engine::{Engine, InFlight, lock};
+use super::engine::{Engine, InFlight};
 use super::plan::{Plan, SyncPath};
 use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
-use super::{Phase, Progress};
+use super::{Compression, Phase, Progress};
 use crate::bitmap::PageSet;
-use crate::frame::{EncodeStats, FrameStart, Manifest};
-use crate::guest::{Chunk, Contents, Guest, GuestError};
+use crate::frame::{Codec, EncodeStats, FrameStart, Manifest};
+use crate::guest::{Contents, Guest, GuestError, RunState};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
 use crate::metrics::labels::{
@@ -54,6 +55,8 @@ pub(super) struct Builder<'a, G> {
     pub head: Head,
     /// What the first frame of the session has to do; `None` afterwards.
     pub first: Option<Plan>,
+    /// With automatic compression: whether the denser codec is in use; `None` at first.
+    pub dense: Option<bool>,
 }
 
 /// Whether content of the running guest or of a cut is taken.
@@ -73,10 +76,9 @@ impl<G: Guest> Builder<'_, G> {
         let audit = plan.as_ref().is_some_and(|p| p.audit);
         let epoch = self.begin(full).await;
 
-        let mut pages = PageSet::new(&self.engine.guest.info().layout);
         let everything = full || audit;
         if everything || self.engine.round_first {
-            self.rounds(everything, full, &mut pages).await?;
+            self.rounds(everything, full).await?;
         }
 
         let started = Instant::now();
@@ -89,7 +91,7 @@ impl<G: Guest> Builder<'_, G> {
             self.give_back_cut(dirty).await?;
             return Ok(false);
         }
-        pages.union(&cut.dirty);
+        self.engine.coder.add(&cut.dirty);
         let reading = Instant::now();
         self.take(Taking::Cut, None, 0).await?;
         self.engine
@@ -103,15 +105,12 @@ impl<G: Guest> Builder<'_, G> {
             machine: info.machine.clone(),
             device_state: cut.device_state.to_bytes(),
         };
-        let encoder = self.engine.encoder();
-        let (captured_at, pause) = (cut.captured_at, cut.pause);
-        let finished = self
+        let (finished, pages) = self
             .engine
-            .env
-            .offload(move || lock(&encoder).finish(&manifest, captured_at, pause))
+            .coder
+            .finish(manifest, cut.captured_at, cut.pause)
             .await
             .map_err(|error| SessionEnd::Lost(error.to_string()))?;
-        self.engine.frame_open = false;
         self.engine.image_known = true;
         self.engine.repair = None;
         self.first = None;
@@ -125,6 +124,7 @@ impl<G: Guest> Builder<'_, G> {
             root: finished.root,
             ..self.head
         };
+        self.engine.sent = Some((epoch, finished.root));
         self.engine.inflight.push_back(InFlight {
             epoch,
             cut: cut.id,
@@ -158,22 +158,12 @@ impl<G: Guest> Builder<'_, G> {
             parent_root: self.head.root,
             full,
         };
-        let encoder = self.engine.encoder();
-        self.engine.frame_open = true;
-        self.engine
-            .env
-            .offload(move || lock(&encoder).begin(start))
-            .await;
+        self.engine.coder.begin(start).await;
         epoch
     }
 
     /// Fuzzy rounds until little is dirty or it stops shrinking.
-    async fn rounds(
-        &mut self,
-        everything: bool,
-        full: bool,
-        pages: &mut PageSet,
-    ) -> Result<(), SessionEnd> {
+    async fn rounds(&mut self, everything: bool, full: bool) -> Result<(), SessionEnd> {
         let mut contents = if everything {
             Contents::All
         } else {
@@ -185,9 +175,10 @@ impl<G: Guest> Builder<'_, G> {
             let dirty = round.dirty.count();
             let all = contents == Contents::All;
             if full && all {
-                pages.union(&PageSet::full(&self.engine.guest.info().layout));
+                let all = PageSet::full(&self.engine.guest.info().layout);
+                self.engine.coder.add(&all);
             } else {
-                pages.union(&round.dirty);
+                self.engine.coder.add(&round.dirty);
             }
             let total = if all {
                 self.engine.guest.info().layout.pages()
@@ -218,7 +209,7 @@ impl<G: Guest> Builder<'_, G> {
         ship: Option<PageSet>,
         total: u64,
     ) -> Result<(), SessionEnd> {
-        let ship = ship.map(std::sync::Arc::new);
+        let ship = ship.map(Arc::new);
         let mut done = 0u64;
         loop {
             if taking == Taking::Round {
@@ -228,7 +219,8 @@ impl<G: Guest> Builder<'_, G> {
                 return Ok(());
             };
             done += chunk.pages.len() as u64;
-            let parts = self.push(chunk, ship.clone()).await;
+            let codec = self.codec();
+            let parts = self.engine.coder.push(chunk, ship.clone(), codec).await;
             parts
                 .into_iter()
                 .for_each(|part| self.queue.push(ToStandby::Part(part)));
@@ -249,12 +241,15 @@ impl<G: Guest> Builder<'_, G> {
         }
     }
 
-    async fn push(&mut self, chunk: Chunk, ship: Option<std::sync::Arc<PageSet>>) -> Vec<Vec<u8>> {
-        let encoder = self.engine.encoder();
-        self.engine
-            .env
-            .offload(move || lock(&encoder).push(&chunk, ship.as_deref()))
-            .await
+    /// The codec for what comes next; `None` leaves it as it is.
+    fn codec(&mut self) -> Option<Codec> {
+        if self.engine.options.compression != Compression::Auto {
+            return None;
+        }
+        let max = self.engine.options.max_backlog;
+        let wanted = dense(self.dense == Some(true), self.queue.bytes(), max);
+        let change = self.dense.replace(wanted) != Some(wanted);
+        change.then_some(if wanted { Codec::Zstd1 } else { Codec::Lz4 })
     }
 
     /// Waits until the link took enough, applying what the standby says meanwhile.
@@ -297,12 +292,7 @@ impl<G: Guest> Builder<'_, G> {
         self.queue.push(ToStandby::Abandon {
             epoch: self.engine.last_epoch,
         });
-        let encoder = self.engine.encoder();
-        self.engine.frame_open = false;
-        self.engine
-            .env
-            .offload(move || lock(&encoder).abandon())
-            .await;
+        self.engine.coder.reset(vec![]).await;
         self.engine.guest.give_back().await?;
         self.engine.round_first = true;
         self.engine
@@ -347,6 +337,14 @@ impl<G: Guest> Builder<'_, G> {
     }
 }
 
+/// Whether automatic compression takes the denser codec, given whether it does now and the bytes that
+/// wait for the link.
+fn dense(now: bool, waiting: usize, backlog_max: usize) -> bool {
+    // What a fast link holds for a moment is no pressure: a part or two.
+    let (low, high) = (4 << 20, (16 << 20).min(backlog_max / 2));
+    waiting >= if now { low.min(high) } else { high }
+}
+
 /// Counts what became of a checkpoint's pages.
 fn count(metrics: &GuestMetrics, stats: &EncodeStats) {
     metrics.pages(PageEncoding::Zero, stats.zero);
@@ -361,12 +359,40 @@ impl From<GuestError> for SessionEnd {
         match error {
             GuestError::Abandoned(why) => SessionEnd::Abandoned(why),
             GuestError::State(state) => SessionEnd::GuestEnded(state),
-            GuestError::Gone(why) | GuestError::Failed(why) => {
-                SessionEnd::GuestEnded(crate::guest::RunState::Failed(why))
-            }
+            GuestError::Gone(why) => SessionEnd::GuestEnded(RunState::Failed(why)),
+            // The guest may well run on; its state is asked before the next session.
+            GuestError::Failed(why) => SessionEnd::Lost(format!("the guest's process: {why}")),
         }
     }
 }
 
 /// Time that the next cut waits at least after one was given back.
 pub(super) const RETRY_AFTER: Duration = Duration::from_millis(200);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_denser_codec_is_taken_while_content_waits_for_the_link() {
+        const MIB: usize = 1 << 20;
+        // dense now, MiB waiting, MiB of backlog allowed -> dense
+        let cases = [
+            (false, 0, 256, false),
+            (false, 15, 256, false),
+            (false, 16, 256, true),
+            (true, 15, 256, true),
+            (true, 4, 256, true),
+            (true, 3, 256, false),
+            // A small backlog: half of it is pressure.
+            (false, 3, 8, false),
+            (false, 4, 8, true),
+            (true, 1, 2, true),
+            (true, 0, 2, false),
+        ];
+        for (now, waiting, max, wanted) in cases {
+            let got = dense(now, waiting * MIB, max * MIB);
+            assert_eq!(got, wanted, "{now} {waiting} {max}");
+        }
+    }
+}

@@ -23,6 +23,7 @@
 //!
 //! Not here: who may own the guest and stopping it (daemon), TLS (transport), the journal (standby).
 
+mod coder;
 mod driver;
 mod engine;
 mod epoch;
@@ -33,8 +34,6 @@ mod session;
 
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-
 use crate::clock::Timestamp;
 use crate::frame::Codec;
 use crate::guest::{CutStrategy, RunState};
@@ -43,6 +42,16 @@ use crate::metrics::{GuestMetrics, PeerMetrics};
 
 pub use driver::{Ownership, ask_owner, run};
 pub use plan::SyncPath;
+
+/// How batches are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Always like this.
+    Fixed(Codec),
+    /// lz4, and zstd while content waits for the link: the denser codec costs time that is there
+    /// then.
+    Auto,
+}
 
 /// How one guest is protected.
 #[derive(Debug, Clone)]
@@ -62,7 +71,7 @@ pub struct PrimaryOptions {
     /// How to cut.
     pub strategy: CutStrategy,
     /// Compression of batches.
-    pub codec: Codec,
+    pub compression: Compression,
     /// Keep a copy of the guest's RAM to encode differences against.
     pub shadow: bool,
     /// Most encoded bytes that wait for the link, and most bytes of a cut (1 MiB or more).
@@ -92,9 +101,6 @@ pub struct Meters {
 pub enum Command {
     /// Make no more checkpoints, wait (at most this long) for those on their way, and end.
     Drain(Duration),
-    /// Make a checkpoint now; answered with its epoch once it is durable, or dropped when the link
-    /// is lost first.
-    Checkpoint(oneshot::Sender<Epoch>),
 }
 
 /// Why the role ended. The guest runs on unless it says otherwise.

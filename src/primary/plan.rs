@@ -1,13 +1,12 @@
 //! How a new session goes on: what the standby has, what the guest tracked, what we remember.
 //!
 //! ```text
-//!   standby has no point ........................................ full
+//!   standby has no point, or its newest is damaged .............. full
 //!   guest tracks no base (it was started anew, or never settled)  full
 //!   the base lies in another journal ............................ full
 //!   the standby is behind the base (it lost acked points) ....... full
 //!   a repair was ordered (roots differed) ....................... full
 //!   checkpoints on their way did not all arrive ................. delta
-//!   the standby is ahead of what we know (our ack was lost) ..... delta
 //!   we do not know the image (this process is new) .............. delta, with an audit
 //!   else ........................................................ resume
 //! ```
@@ -50,7 +49,7 @@ impl SyncPath {
 pub(super) struct Memory<'a> {
     /// What the guest's tracked changes are since.
     pub base: Option<Base>,
-    /// Last checkpoint of ours that may have become durable, and whether it is the newest we sent.
+    /// Newest checkpoint that this process handed to a link.
     pub newest_sent: Option<Epoch>,
     /// The encoder's image tree is complete.
     pub image_known: bool,
@@ -86,6 +85,13 @@ pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
             "the standby has no recovery point of this guest".into(),
         );
     };
+    if !newest.intact {
+        let reason = format!(
+            "the standby's newest checkpoint #{} is damaged",
+            newest.epoch
+        );
+        return full(Why::Mismatch, reason);
+    }
     let Some(base) = memory.base else {
         let reason = "this run of the guest has no durable checkpoint yet";
         return full(Why::GuestRestarted, reason.into());
@@ -119,11 +125,7 @@ pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
             audit: false,
             resync: None,
         },
-        Some(_) => delta(Why::LinkLost, "checkpoints were lost on their way"),
-        None => delta(
-            Why::LinkLost,
-            "the standby has a checkpoint whose ack we did not see",
-        ),
+        _ => delta(Why::LinkLost, "checkpoints were lost on their way"),
     }
 }
 
@@ -169,7 +171,10 @@ mod tests {
             (Some(6), base(5), None, false, None, Delta, true),
             (Some(7), base(5), Some(7), true, None, Resume, false),
             (Some(5), base(5), Some(5), true, None, Resume, false),
+            (Some(5), base(5), Some(5), true, None, Full, true),
         ];
+        // The last one's newest checkpoint is damaged.
+        let damaged = cases.len() - 1;
         for (i, (newest, base, newest_sent, image_known, repair, path, audit)) in
             cases.into_iter().enumerate()
         {
@@ -180,6 +185,7 @@ mod tests {
                     epoch: Epoch(epoch),
                     root: ImageRoot([0; 32]),
                     captured_at: Timestamp(0),
+                    intact: i != damaged,
                 }),
                 highest_epoch: Epoch(9),
             };

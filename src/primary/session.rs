@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::engine::Engine;
@@ -76,8 +76,6 @@ pub(super) struct Orders {
     pub commands: mpsc::Receiver<Command>,
     /// No more checkpoints; give up waiting then.
     pub drain_until: Option<Instant>,
-    /// Who waits for a checkpoint that is not cut yet.
-    pub wanted: Vec<oneshot::Sender<Epoch>>,
 }
 
 /// Runs a session to its end. The caller gives back what is unfinished.
@@ -228,7 +226,7 @@ async fn build_inner<G: Guest>(
     opened: Opened,
     orders: &mut Orders,
 ) -> Result<std::convert::Infallible, SessionEnd> {
-    let plan = engine.adopt(&opened).await?;
+    let plan = engine.adopt(&opened);
     tracing::info!(
         guest = %engine.options.guest, path = plan.path.as_str(), reason = plan.reason,
         "session with the standby is up"
@@ -255,6 +253,10 @@ async fn build_inner<G: Guest>(
         }
     });
     let newest = opened.newest.as_ref();
+    if let Some(newest) = newest {
+        // Also after a restart the exposure is known from the first scrape on.
+        engine.meters.guest.acked(newest.captured_at);
+    }
     let head = Head {
         journal: opened.journal,
         epoch: newest.map_or(Epoch(0), |n| n.epoch),
@@ -266,11 +268,11 @@ async fn build_inner<G: Guest>(
         events,
         head,
         first: Some(plan),
+        dense: None,
     };
-    let mut waiting: Vec<(Epoch, oneshot::Sender<Epoch>)> = Vec::new();
     let mut next_cut = Instant::now();
     loop {
-        wait(&mut builder, orders, &mut waiting, next_cut).await?;
+        wait(&mut builder, orders, next_cut).await?;
         let started = Instant::now();
         let built = match builder.build().await {
             Err(SessionEnd::Abandoned(why)) => {
@@ -279,13 +281,10 @@ async fn build_inner<G: Guest>(
             }
             built => built?,
         };
-        if built {
-            let epoch = builder.head.epoch;
-            waiting.extend(orders.wanted.drain(..).map(|reply| (epoch, reply)));
-            next_cut = started + builder.engine.pacing.interval();
-        } else {
-            next_cut = Instant::now() + RETRY_AFTER;
-        }
+        next_cut = match built {
+            true => started + builder.engine.pacing.interval(),
+            false => Instant::now() + RETRY_AFTER,
+        };
     }
 }
 
@@ -293,16 +292,9 @@ async fn build_inner<G: Guest>(
 async fn wait<G: Guest>(
     builder: &mut Builder<'_, G>,
     orders: &mut Orders,
-    waiting: &mut Vec<(Epoch, oneshot::Sender<Epoch>)>,
     next_cut: Instant,
 ) -> Result<(), SessionEnd> {
     loop {
-        if let Some(acked) = builder.engine.status.borrow().acked {
-            for (epoch, reply) in waiting.extract_if(.., |(epoch, _)| *epoch <= acked.epoch) {
-                // Nobody may be waiting any more; that is theirs to know.
-                let _ = reply.send(epoch);
-            }
-        }
         let inflight = builder.engine.inflight.len();
         if orders.drain_until.is_some() && inflight == 0 {
             return Err(SessionEnd::Drained);
@@ -310,11 +302,7 @@ async fn wait<G: Guest>(
         let half = builder.engine.options.max_backlog / 2;
         let slot = inflight < builder.engine.options.max_inflight;
         let room = slot && builder.queue.free() >= half;
-        let due = orders.drain_until.unwrap_or(if orders.wanted.is_empty() {
-            next_cut
-        } else {
-            Instant::now()
-        });
+        let due = orders.drain_until.unwrap_or(next_cut);
         let may_cut = room && orders.drain_until.is_none();
         tokio::select! {
             biased;
@@ -322,10 +310,9 @@ async fn wait<G: Guest>(
                 let event = event.ok_or_else(|| SessionEnd::lost("the link's reader ended"))?;
                 builder.apply(event).await?;
             }
-            Some(command) = orders.commands.recv() => match command {
-                Command::Drain(within) => orders.drain_until = Some(Instant::now() + within),
-                Command::Checkpoint(reply) => orders.wanted.push(reply),
-            },
+            Some(Command::Drain(within)) = orders.commands.recv() => {
+                orders.drain_until = Some(Instant::now() + within);
+            }
             () = sleep_until(due), if may_cut => return Ok(()),
             () = sleep_until(due), if orders.drain_until.is_some() => return Err(SessionEnd::Drained),
             () = note_waiting(builder.engine, next_cut, inflight), if !room => {}

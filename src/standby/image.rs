@@ -130,6 +130,11 @@ impl Image {
         })
     }
 
+    /// What it is an image of.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
     /// The memfd. Whoever maps it privately sees the image as it is and keeps it, as long as this
     /// value is not written to any more.
     pub fn fd(&self) -> Arc<OwnedFd> {

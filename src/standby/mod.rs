@@ -13,18 +13,20 @@
 //! * `Ack` means durable: the frame's last part was written and the segment synced.
 //! * The last part, without which a frame is no frame, is written only after the image root was
 //!   found equal. So no recovery point exists whose image differs from what the source had.
-//! * The image in memory always shows the newest recovery point, except between applying a frame
-//!   and committing it; if that does not come to its end, the image is rebuilt.
+//! * The image in memory shows the newest recovery point, except between applying a frame and
+//!   committing it (if that does not come to its end, the image is rebuilt), and while that point is
+//!   damaged in the journal (then the image shows nothing, is given to nobody, and waits for a full
+//!   copy).
 //! * A lower generation than the journal's is refused, by every message.
 //!
 //! Not here: who may write which guest (the daemon's `lookup` decides), retention's schedule.
 
 mod image;
+mod promote;
 mod replica;
 mod session;
 
 pub use image::{Image, ImageError};
-pub use replica::{
-    Promotion, Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId,
-};
+pub use promote::Promotion;
+pub use replica::{Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId};
 pub use session::{Lookup, Refusal, SessionEnd, serve};

@@ -6,8 +6,8 @@ use tokio::sync::watch;
 
 use super::image::{Image, ImageError};
 use crate::clock::Timestamp;
-use crate::frame::{FrameCheck, FrameError, Manifest, PartView};
-use crate::ids::{Epoch, Generation, GuestId, ImageRoot, SiteId};
+use crate::frame::{FrameCheck, FrameError, PartView};
+use crate::ids::{Epoch, Generation, GuestId, ImageRoot};
 use crate::journal::{
     Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention,
     Store,
@@ -24,8 +24,6 @@ const KEEP_BYTES: usize = 64 << 20;
 /// How a copy is kept.
 #[derive(Debug, Clone)]
 pub struct ReplicaOptions {
-    /// This site.
-    pub site: SiteId,
     /// The journal's.
     pub journal: JournalOptions,
     /// Which points are kept.
@@ -75,6 +73,16 @@ impl ReplicaError {
         matches!(
             self,
             Self::Journal(JournalError::Poisoned { .. } | JournalError::Io { .. })
+        )
+    }
+
+    /// True if a stored checkpoint is damaged, while the journal as such works.
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Self::Root { .. }
+                | Self::Frame(_)
+                | Self::Journal(JournalError::Corrupt { .. } | JournalError::Frame(_))
         )
     }
 
@@ -145,23 +153,15 @@ struct Incoming {
     bytes: usize,
 }
 
-/// What a failover needs to resume a guest.
-pub struct Promotion {
-    /// The point.
-    pub point: RecoveryPoint,
-    /// Layout, machine and device state.
-    pub manifest: Manifest,
-    /// RAM.
-    pub image: Image,
-}
-
 /// See the module.
 pub struct Replica<S: Store> {
-    guest: GuestId,
+    pub(super) guest: GuestId,
     options: ReplicaOptions,
-    journal: Journal<S>,
+    pub(super) journal: Journal<S>,
     /// `None` until the layout is known, or after the image went to a promoted guest.
-    image: Option<Image>,
+    pub(super) image: Option<Image>,
+    /// The checkpoint that the image shows; `None` while it shows none.
+    pub(super) shows: Option<Epoch>,
     incoming: Option<Incoming>,
     session: u64,
     status: watch::Sender<ReplicaStatus>,
@@ -195,12 +195,17 @@ impl<S: Store> Replica<S> {
             options,
             journal,
             image: None,
+            shows: None,
             incoming: None,
             session: 0,
             status: watch::Sender::new(status),
             metrics: None,
         };
-        replica.rebuild_image()?;
+        match replica.rebuild_image() {
+            // Older points may be good, and a primary that comes sends everything.
+            Err(error) if error.is_damage() => replica.problem(&error),
+            rebuilt => rebuilt?,
+        }
         replica.publish();
         Ok((replica, report))
     }
@@ -225,7 +230,7 @@ impl<S: Store> Replica<S> {
         &mut self.journal
     }
 
-    fn publish(&self) {
+    pub(super) fn publish(&self) {
         let points = self.journal.points();
         self.status.send_modify(|s| {
             s.generation = self.journal.generation();
@@ -235,8 +240,18 @@ impl<S: Store> Replica<S> {
         });
     }
 
+    fn problem(&self, error: &ReplicaError) {
+        let text = error.to_string();
+        // Said once: some things are tried again and again.
+        if self.status.borrow().problem.as_ref() != Some(&text) {
+            tracing::warn!(guest = %self.guest, "{text}");
+            self.status.send_modify(|s| s.problem = Some(text));
+        }
+    }
+
+    /// The image of the newest point, if there is a point. After an error there is none.
     fn rebuild_image(&mut self) -> Result<(), ReplicaError> {
-        self.image = None;
+        (self.image, self.shows) = (None, None);
         let Some(layout) = self.journal.layout().cloned() else {
             return Ok(());
         };
@@ -252,6 +267,7 @@ impl<S: Store> Replica<S> {
                     found,
                 });
             }
+            self.shows = Some(newest.epoch);
         }
         self.image = Some(image);
         Ok(())
@@ -294,9 +310,7 @@ impl<S: Store> Replica<S> {
                 .raise_generation(open.generation)
                 .map_err(|e| internal(e.into()))?;
         }
-        if self.image.is_none() {
-            self.ready_image(&open.layout).map_err(internal)?;
-        }
+        self.ready_image(&open.layout).map_err(internal)?;
         self.session += 1;
         self.status.send_modify(|s| {
             s.receiving = true;
@@ -307,6 +321,7 @@ impl<S: Store> Replica<S> {
             epoch: p.epoch,
             root: p.root,
             captured_at: p.captured_at,
+            intact: self.shows == Some(p.epoch),
         });
         let opened = Opened {
             journal: self.journal.id(),
@@ -317,8 +332,15 @@ impl<S: Store> Replica<S> {
         Ok((SessionId(self.session), opened))
     }
 
+    /// An image of the newest point; if it is damaged or there is none, one that shows no point, for
+    /// a full copy.
     fn ready_image(&mut self, layout: &Layout) -> Result<(), ReplicaError> {
-        self.rebuild_image()?;
+        if self.image.is_none() {
+            match self.rebuild_image() {
+                Err(error) if error.is_damage() => self.problem(&error),
+                rebuilt => rebuilt?,
+            }
+        }
         if self.image.is_none() {
             self.image = Some(Image::new(layout)?);
         }
@@ -334,9 +356,16 @@ impl<S: Store> Replica<S> {
     }
 
     fn drop_incoming(&mut self) {
-        if self.incoming.take().is_some() {
-            self.journal.abort();
-        }
+        self.incoming = None;
+        self.journal.abort();
+    }
+
+    /// Ends the session for good: this copy is about to be deleted, or to be opened anew. What its
+    /// primary sends from now on is refused and not acknowledged.
+    pub fn retire(&mut self) {
+        self.drop_incoming();
+        self.session += 1;
+        self.status.send_modify(|s| s.receiving = false);
     }
 
     fn own(&self, session: SessionId) -> Result<(), ReplicaError> {
@@ -381,9 +410,7 @@ impl<S: Store> Replica<S> {
             // A frame that was begun and not ended is void: the source lost interest in it.
             self.drop_incoming();
         }
-        if let Some(layout) = self.journal.layout() {
-            view.check_layout(layout)?;
-        }
+        view.check_layout(self.session_layout())?;
         let mut incoming = self.incoming.take().unwrap_or_else(|| Incoming {
             check: FrameCheck::new(),
             kept: Some(Vec::new()),
@@ -407,6 +434,12 @@ impl<S: Store> Replica<S> {
         self.last_part(incoming, &bytes, &view, now)
     }
 
+    /// The layout that the session was opened with, and that the journal has if it has one.
+    fn session_layout(&self) -> &Layout {
+        let image = self.image.as_ref();
+        image.expect("an open session has an image").layout()
+    }
+
     fn last_part(
         &mut self,
         mut incoming: Incoming,
@@ -417,11 +450,11 @@ impl<S: Store> Replica<S> {
         std::mem::take(&mut incoming.check).finish()?;
         let footer = view.footer().expect("the caller saw the footer");
         let manifest = view.manifest()?;
-        view.check_layout(&manifest.layout)?;
-        if self.journal.layout().is_some_and(|l| *l != manifest.layout) {
-            return Err(FrameError::Manifest("its layout is not the journal's".into()).into());
+        if manifest.layout != *self.session_layout() {
+            return Err(FrameError::Manifest("its layout is not the session's".into()).into());
         }
         let (epoch, expected) = (view.header().epoch, footer.root);
+        self.shows = None;
         let mut image = self.image.take().expect("an open session has an image");
         // From here on the image is not the newest point's any more; it is put back only when the
         // frame is durable.
@@ -434,7 +467,7 @@ impl<S: Store> Replica<S> {
                 if let Some(metrics) = &self.metrics {
                     metrics.journal_sync(started.elapsed());
                 }
-                self.image = Some(image);
+                (self.image, self.shows) = (Some(image), Some(epoch));
                 self.status.send_modify(|s| s.problem = None);
                 self.publish();
                 return Ok(Receipt::Durable(point));
@@ -488,12 +521,7 @@ impl<S: Store> Replica<S> {
     pub fn maintain(&mut self, now: Timestamp) -> Result<bool, ReplicaError> {
         let worked = self.maintain_step(now);
         if let Err(error) = &worked {
-            let text = error.to_string();
-            // Said once: it is tried again and again.
-            if self.status.borrow().problem.as_ref() != Some(&text) {
-                tracing::warn!(guest = %self.guest, %error, "retention cannot go on");
-                self.status.send_modify(|s| s.problem = Some(text));
-            }
+            self.problem(error);
         }
         worked
     }
@@ -511,63 +539,5 @@ impl<S: Store> Replica<S> {
         }
         self.publish();
         Ok(more)
-    }
-
-    /// Raises the generation durably, ends the session, and hands out the image of the newest or of
-    /// an older point. From now on lower generations are refused.
-    pub fn promote(
-        &mut self,
-        generation: Generation,
-        point: Option<Epoch>,
-    ) -> Result<Promotion, ReplicaError> {
-        let points = self.journal.points();
-        let chosen = match point {
-            None => points.last(),
-            Some(epoch) => points.iter().find(|p| p.epoch == epoch),
-        };
-        let missing = || point.map(|e| format!(" #{e}")).unwrap_or_default();
-        let chosen = chosen
-            .cloned()
-            .ok_or_else(|| ReplicaError::NoPoint(self.guest.clone(), missing()))?;
-        self.drop_incoming();
-        self.journal.raise_generation(generation)?;
-        self.session += 1;
-        self.status.send_modify(|s| s.receiving = false);
-        let newest = points.last().is_some_and(|p| p.epoch == chosen.epoch);
-        let image = if newest { self.image.take() } else { None };
-        let promotion = match image {
-            Some(image) => Promotion {
-                manifest: self.journal.manifest(chosen.epoch)?,
-                image,
-                point: chosen,
-            },
-            None => self.materialise(&chosen)?,
-        };
-        self.publish();
-        Ok(promotion)
-    }
-
-    /// The image of a point, apart from the one that is kept. Compares its root.
-    pub fn materialise(&self, point: &RecoveryPoint) -> Result<Promotion, ReplicaError> {
-        let layout = self
-            .journal
-            .layout()
-            .ok_or_else(|| ReplicaError::NoPoint(self.guest.clone(), String::new()))?;
-        let mut image = Image::new(layout)?;
-        let manifest = self.journal.replay(point.epoch, &mut image)?;
-        let found = image.root();
-        if found != point.root {
-            let (epoch, expected) = (point.epoch, point.root);
-            return Err(ReplicaError::Root {
-                epoch,
-                expected,
-                found,
-            });
-        }
-        Ok(Promotion {
-            manifest,
-            image,
-            point: point.clone(),
-        })
     }
 }

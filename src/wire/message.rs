@@ -62,6 +62,8 @@ pub struct Newest {
     pub root: ImageRoot,
     /// When the guest was paused for it, by the primary's clock.
     pub captured_at: Timestamp,
+    /// The standby has its content undamaged. If not, everything must be sent.
+    pub intact: bool,
 }
 
 /// The standby holds a journal for the guest and is ready for parts.

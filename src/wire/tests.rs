@@ -83,6 +83,7 @@ fn to_primary() -> Vec<(&'static str, ToPrimary)> {
                     epoch: Epoch(299),
                     root,
                     captured_at: AT,
+                    intact: true,
                 }),
                 highest_epoch: Epoch(301),
             }),

@@ -9,7 +9,9 @@ use lifeboat::frame::Codec;
 use lifeboat::guest::CutStrategy;
 use lifeboat::guest::fake::FakeMachine;
 use lifeboat::ids::{Generation, GuestId, SiteId};
-use lifeboat::primary::{self, Command, Meters, Outcome, PrimaryOptions, PrimaryStatus};
+use lifeboat::primary::{
+    self, Command, Compression, Meters, Outcome, PrimaryOptions, PrimaryStatus,
+};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
@@ -38,7 +40,11 @@ pub fn options(
         interval_min: Duration::from_millis(dice.pick(20..200)),
         interval_max: Duration::from_millis(dice.pick(300..3000)),
         strategy: CutStrategy::Auto,
-        codec: [Codec::None, Codec::Lz4, Codec::Zstd1][dice.pick(0..3) as usize],
+        compression: [
+            Compression::Fixed(Codec::None),
+            Compression::Fixed(Codec::Zstd1),
+            Compression::Auto,
+        ][dice.pick(0..3) as usize],
         shadow: !dice.one_in(3),
         max_backlog: BACKLOG_BYTES,
         max_inflight: dice.pick(1..5) as usize,
@@ -92,10 +98,17 @@ impl Daemon {
         guest: (Dice, Manners, Arc<Mutex<Book>>),
         trace: Trace,
     ) -> Option<Self> {
-        let (dice, manners, book) = guest;
+        let (mut dice, manners, book) = guest;
+        let threads = Mutex::new(dice.fork());
         let guest = SimGuest::connect(machine, dice, manners, book).ok()?;
         let clock: Arc<dyn Clock> = clock.clone();
-        let env = Env::simulated(clock);
+        // Threads are quick, and now and then one is not.
+        let lag = move || {
+            let mut dice = threads.lock().unwrap();
+            let most = if dice.one_in(50) { 60_000 } else { 40 };
+            dice.micros(0..most)
+        };
+        let env = Env::simulated_late(clock, Arc::new(lag));
         let dialer = SimDialer(net.clone());
         let (commands, orders) = mpsc::channel(4);
         let (published, status) = watch::channel(PrimaryStatus::default());

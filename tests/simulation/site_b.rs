@@ -176,9 +176,8 @@ async fn listen(site: &SiteB, mut dice: Dice, replica: Shared) -> String {
 }
 
 /// How the copy is kept.
-pub fn replica_options(site: &SiteId) -> ReplicaOptions {
+pub fn replica_options() -> ReplicaOptions {
     ReplicaOptions {
-        site: site.clone(),
         journal: JournalOptions {
             segment_bytes: 2 << 20,
             min_free_bytes: 0,

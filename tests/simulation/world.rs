@@ -119,7 +119,7 @@ impl World {
         let site_b = SiteB {
             store: MemStore::new(),
             catalogue: MemCatalogue::new(),
-            options: site_b::replica_options(&site_b),
+            options: site_b::replica_options(),
             guest,
             site: site_b,
             peer: site_a,

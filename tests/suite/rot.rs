@@ -5,10 +5,12 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use lifeboat::frame::{BLOCK, HEADER_BYTES};
 use lifeboat::ids::Epoch;
+use lifeboat::metrics::labels::GuestState;
 
 use crate::harness::image::{self, Capture};
-use crate::harness::{Options, Pair, kvm};
+use crate::harness::{GUEST, Options, Pair, epochs, kvm, wait};
 use crate::kills::Dice;
 
 /// Flips of a random bit of a random file, and flips of a bit of a random byte that is not zero.
@@ -47,6 +49,14 @@ fn files(journal: &Path) -> Vec<PathBuf> {
     files
 }
 
+/// A file to be damaged. Superblocks are small, and there are two of each, so they come rarely.
+fn victim<'a>(files: &'a [PathBuf], dice: &mut Dice) -> &'a Path {
+    let is_super = |file: &&PathBuf| file.to_string_lossy().contains("super.");
+    let (supers, others): (Vec<_>, Vec<_>) = files.iter().partition(is_super);
+    let from = if dice.below(8) == 0 { supers } else { others };
+    from[dice.below(from.len() as u64) as usize]
+}
+
 /// Where a bit is flipped. `used`: a byte that is not zero, as far as there is one.
 fn place(file: &Path, used: bool, dice: &mut Dice) -> u64 {
     let bytes = fs::read(file).unwrap();
@@ -76,9 +86,19 @@ fn a_flipped_bit_never_makes_another_image() {
     if !kvm("a_flipped_bit_never_makes_another_image") {
         return;
     }
-    let mut pair = Pair::protected(Options {
+    let mut pair = Pair::new(Options {
         memory_mib: 32,
         ..Options::default()
+    });
+    // Short, so that old points are folded into the base, which then can be damaged too.
+    let retention = "[defaults.retention]\ncontinuous = \"1s\"\nminutely = 0\nhourly = 0\ndaily = 0\nmin_points = 3\n";
+    pair.b.edit("[journal]", &format!("{retention}[journal]"));
+    pair.protect();
+    wait("a base", || {
+        pair.more_points(1);
+        let names: Vec<_> = files(&pair.b.journal());
+        let base = |file: &PathBuf| file.to_string_lossy().contains("/base.");
+        names.iter().any(base).then_some(())
     });
     pair.more_points(POINTS);
     pair.a.kill();
@@ -98,7 +118,7 @@ fn a_flipped_bit_never_makes_another_image() {
     for (used, count) in FLIPS {
         for _ in 0..count {
             let files = files(&journal);
-            let file = &files[dice.below(files.len() as u64) as usize];
+            let file = victim(&files, &mut dice);
             let (at, bit) = (place(file, used, &mut dice), dice.below(8));
             flip(file, at, bit);
             let found = contents(&journal);
@@ -130,4 +150,83 @@ fn a_flipped_bit_never_makes_another_image() {
     );
     assert!(refused + failed + shortened > 0, "no flip was noticed");
     assert_eq!(contents(&journal).unwrap(), truth, "the test changed it");
+}
+
+/// Flips a bit in the content of the frame of this checkpoint.
+fn damage(journal: &Path, epoch: Epoch, dice: &mut Dice) {
+    // A frame's first part: magic, ..., at 12 the part's number, at 40 the epoch (frame::format).
+    let first_part = |block: &[u8]| {
+        block.starts_with(b"LBFRAME1")
+            && block[12..16] == [0; 4]
+            && block[40..48] == epoch.0.to_le_bytes()
+    };
+    for file in files(journal) {
+        let bytes = fs::read(&file).unwrap();
+        let found = bytes.chunks(BLOCK).position(first_part);
+        if let (Some(block), true) = (found, file.to_string_lossy().contains("/seg.")) {
+            let at = (block * BLOCK + HEADER_BYTES) as u64 + dice.below(2000);
+            println!("{}: byte {at} of #{epoch}", file.display());
+            return flip(&file, at, dice.below(8));
+        }
+    }
+    panic!("no frame of #{epoch} in {}", journal.display());
+}
+
+/// Damage is shown and never resumed; a primary that comes back heals it by a full copy, which leaves
+/// older points alone; without a primary an older point can be resumed.
+#[test]
+fn a_damaged_point_is_reported_healed_and_never_resumed() {
+    if !kvm("a_damaged_point_is_reported_healed_and_never_resumed") {
+        return;
+    }
+    let mut dice = Dice::from_environment();
+    let mut pair = Pair::protected(Options::default());
+    pair.more_points(POINTS);
+    pair.a.kill();
+    let damage_third_newest = |pair: &mut Pair, dice: &mut Dice| {
+        let points = epochs(&pair.b.points());
+        pair.b.terminate();
+        damage(&pair.b.journal(), points[2], dice);
+        pair.b.start();
+        // Those that need the damaged one may be gone from the list; the one before it is not.
+        let left = epochs(&pair.b.points());
+        assert!(left.contains(&points[3]) && left.iter().all(|e| points.contains(e)));
+        points
+    };
+    let before = damage_third_newest(&mut pair, &mut dice);
+
+    let shown = pair.at_b();
+    let why = shown.blocked_on.clone().unwrap_or_default();
+    assert!(
+        shown.state != GuestState::Protected && why.contains("damaged"),
+        "{shown:?}"
+    );
+    let verified = pair.b.cli(&["verify", GUEST]);
+    assert!(
+        verified.code == 7 && verified.out.contains("damaged"),
+        "{verified:?}"
+    );
+    let checked = pair.b.cli(&["journal", "check", GUEST]);
+    assert_eq!(checked.code, 7, "{checked:?}");
+
+    pair.a.start();
+    let healed = pair.point_after(before[0]);
+    let path = pair.at_a().sync.map(|sync| sync.reason).unwrap_or_default();
+    assert!(path.contains("damaged"), "{path}");
+    pair.b.ok(&["verify", GUEST]);
+    pair.b
+        .ok(&["verify", GUEST, "--point", &before[3].0.to_string()]);
+    assert!(epochs(&pair.b.points()).contains(&before[3]));
+
+    pair.point_after(Epoch(healed.0 + 2));
+    pair.a.end_everything();
+    let points = damage_third_newest(&mut pair, &mut dice);
+    let refused = pair.failover(&[]);
+    assert!(
+        refused.code != 0 && refused.out.contains("damaged"),
+        "{refused:?}"
+    );
+    assert_eq!(pair.at_b().pid, None);
+    let resumed = pair.failover(&["--point", &points[3].0.to_string()]);
+    assert_eq!(resumed.code, 0, "{resumed:?}");
 }

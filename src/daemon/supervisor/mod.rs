@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use super::context::{SiteContext, machine_spec, primary_options};
 use super::orders::{Handle, Order, Resume, View};
@@ -30,6 +30,8 @@ use crate::primary::{self, Command, Outcome, PrimaryStatus};
 
 /// How long checkpoints on their way are waited for when replication ends on purpose.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Time between two attempts to ask the other site whether the guest may be started.
+const START_AGAIN: Duration = Duration::from_secs(5);
 /// How often a guest without a role is asked how it is.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
@@ -50,6 +52,8 @@ struct Supervisor {
     process: Process,
     view: watch::Sender<View>,
     primary: watch::Sender<PrimaryStatus>,
+    /// The guest is to be started as soon as the other site can be asked whether it may.
+    start_later: Option<Instant>,
 }
 
 /// Starts the supervisor of a guest.
@@ -70,6 +74,7 @@ pub(super) fn spawn(
         process,
         view,
         primary,
+        start_later: None,
     };
     let task = tokio::spawn(supervisor.run(inbox));
     (
@@ -130,9 +135,21 @@ impl Supervisor {
             Some(record) => record.standing == Standing::Active,
         };
         if autostart && ours {
-            self.start(false).await?;
+            self.autostart().await?;
         }
         Ok(())
+    }
+
+    /// Starts the guest, now or as soon as the other site answers.
+    async fn autostart(&mut self) -> Result<(), ApiError> {
+        self.start_later = None;
+        match self.start(false).await {
+            Err(error) if error.reason == Reason::PeerUnreachable => {
+                self.start_later = Some(Instant::now() + START_AGAIN);
+                Err(error)
+            }
+            started => started.map(|_| ()),
+        }
     }
 
     async fn adopted(&mut self, mut guest: BuiltinGuest) -> Result<(), ApiError> {
@@ -223,7 +240,10 @@ impl Supervisor {
         // Whoever asked may have gone; what was done stays done.
         match order {
             Order::Start { force, reply } => drop(reply.send(self.start(force).await)),
-            Order::Stop { reply } => drop(reply.send(self.stop().await)),
+            Order::Stop { reply } => {
+                self.start_later = None;
+                drop(reply.send(self.stop().await));
+            }
             Order::Protect {
                 peer,
                 rpo_target,
@@ -447,20 +467,36 @@ impl Supervisor {
         }
     }
 
-    /// Asks a guest without a role how it is.
+    /// Asks a guest without a role how it is, and does what could not be done before.
     async fn look(&mut self) {
-        let Process::Held(guest) = &mut self.process else {
-            return;
-        };
-        match guest.state().await {
-            Ok(state) => self.view.send_modify(|v| v.run_state = Some(state)),
-            Err(error) => {
-                let state = RunState::Failed(error.to_string());
-                tracing::error!(guest = %self.guest, %error, "the guest's process is gone");
-                self.process = Process::Absent;
-                self.publish();
-                self.view.send_modify(|v| v.run_state = Some(state));
+        match &mut self.process {
+            Process::Protecting { .. } => return,
+            Process::Absent if self.start_later.is_some_and(|at| at <= Instant::now()) => {
+                if let Err(error) = self.autostart().await {
+                    self.problem(error.to_string());
+                }
+                return;
             }
+            Process::Absent => return,
+            Process::Held(guest) => match guest.state().await {
+                Ok(state) => self.view.send_modify(|v| v.run_state = Some(state)),
+                Err(GuestError::Gone(why)) => {
+                    tracing::error!(guest = %self.guest, why, "the guest's process is gone");
+                    self.process = Process::Absent;
+                    self.publish();
+                    let state = RunState::Failed(why);
+                    return self.view.send_modify(|v| v.run_state = Some(state));
+                }
+                Err(error) => return self.problem(error.to_string()),
+            },
+        }
+        // A role can end while its guest lives, when the guest's process could not do its part.
+        let alive = matches!(
+            self.view.borrow().run_state,
+            Some(RunState::Running | RunState::Paused)
+        );
+        if alive && let Err(error) = self.protect_if_wanted() {
+            self.problem(error.to_string());
         }
     }
 

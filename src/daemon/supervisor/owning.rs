@@ -28,6 +28,12 @@ impl Supervisor {
                 _ => Ok(Did::AlreadyRunning),
             };
         }
+        let copy = self.site.journal_dir.join(self.guest.as_str());
+        if self.record.is_none() && !force && copy.exists() {
+            let text = "this site keeps a copy of the guest for the site that owns it";
+            return Err(ApiError::new(Reason::WrongState, text)
+                .hint(format!("lifeboat failover {}", self.guest)));
+        }
         let record = self.record.clone().unwrap_or_else(GuestRecord::first);
         match &record.standing {
             Standing::Active => {}

@@ -270,3 +270,51 @@ fn a_journal_that_lost_all_points_can_be_seeded_anew() {
     }
     world.verify();
 }
+
+/// Damage before a full copy takes the points that need it, and neither those before nor those after.
+#[test]
+fn history_goes_on_after_a_hole_with_the_next_full_copy() {
+    for with_catalogue in [true, false] {
+        let mut world = World::new(8);
+        for i in 0..12 {
+            world.commit(12, i == 0 || i == 8).unwrap();
+        }
+        if with_catalogue {
+            world.journal().flush_catalogue();
+        } else {
+            world.catalogue.clear();
+        }
+        // Number 6 is damaged, and number 12, which no full copy follows.
+        for index in [5, 11] {
+            let loc = world.journal.as_ref().unwrap().frames[index].parts[0];
+            let name = format!("seg.{:06}", loc.segment);
+            world.store.flip(&name, u64::from(loc.offset) + 200, 1);
+        }
+        let report = world.open().unwrap();
+        let points = |world: &World| -> Vec<u64> {
+            let journal = world.journal.as_ref().unwrap();
+            journal.points().iter().map(|p| p.epoch.0).collect()
+        };
+        assert_eq!(points(&world), [1, 2, 3, 4, 5, 9, 10, 11], "{report:?}");
+        // Without the catalogue the newest looks like a commit that was cut off.
+        let gone = report.lost.iter().chain(&report.torn);
+        let gone: Vec<u64> = gone.map(|e| e.0).collect();
+        assert_eq!(gone, [6, 7, 8, 12], "{report:?}");
+        assert_eq!(report.lost.len(), if with_catalogue { 4 } else { 3 });
+        world.acked = report.newest;
+        world.resync();
+        world.verify();
+        // It works on as ever: commits, retention across the gap, crashes.
+        world.retention.minutely = 0;
+        for i in 0..30 {
+            world.commit(12, false).unwrap();
+            while world.maintain().unwrap() {}
+            if i % 10 == 5 {
+                world.crash(i % 20 == 5);
+                world.verify();
+            }
+        }
+        assert!(world.journal().stat().base_epoch.0 > 9);
+        world.verify();
+    }
+}

@@ -158,12 +158,17 @@ impl Pair {
     /// Both daemons run, the guest runs at site-a and has its first recovery point at site-b.
     pub fn protected(options: Options) -> Pair {
         let mut pair = Pair::new(options);
-        pair.b.start();
-        pair.a.start();
-        pair.a.ok(&["guest", "start", GUEST]);
-        let run = pair.a.ok(&["--timeout", "60s", "protect", GUEST]);
-        assert!(run.out.contains("\"result\""), "{run:?}");
+        pair.protect();
         pair
+    }
+
+    /// Starts both daemons and the guest, and waits for its first recovery point.
+    pub fn protect(&mut self) {
+        self.b.start();
+        self.a.start();
+        self.a.ok(&["guest", "start", GUEST]);
+        let run = self.a.ok(&["--timeout", "60s", "protect", GUEST]);
+        assert!(run.out.contains("\"result\""), "{run:?}");
     }
 
     /// The directory of both sites.

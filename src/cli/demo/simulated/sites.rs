@@ -23,13 +23,12 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::super::workspace::{GUEST, LOOPBACK};
 use crate::clock::Env;
-use crate::frame::Codec;
 use crate::guest::CutStrategy;
 use crate::guest::fake::FakeMachine;
 use crate::ids::{Generation, GuestId, SiteId};
 use crate::journal::{DirStore, JournalOptions, Retention, SledCatalogue};
 use crate::metrics::{GuestMetrics, Metrics};
-use crate::primary::{self, Command, Meters, Outcome, PrimaryOptions, PrimaryStatus};
+use crate::primary::{self, Command, Compression, Meters, Outcome, PrimaryOptions, PrimaryStatus};
 use crate::standby::{Lookup, Refusal, Replica, ReplicaOptions, serve};
 use crate::transport::{
     DialTarget, LinkTimes, ListenOptions, TlsDialer, TlsListener, TlsMaterial, TlsPaths,
@@ -211,7 +210,7 @@ fn options(site: &SiteId, peer: &SiteId, generation: Generation) -> PrimaryOptio
         interval_min: Duration::from_millis(20),
         interval_max: Duration::from_millis(500),
         strategy: CutStrategy::Auto,
-        codec: Codec::Lz4,
+        compression: Compression::Auto,
         shadow: true,
         max_backlog: 64 << 20,
         max_inflight: 4,
@@ -269,7 +268,7 @@ impl SiteB {
     ) -> anyhow::Result<SiteB> {
         let env = Env::system();
         let site = material.site().clone();
-        let options = replica_options(&site, &env);
+        let options = replica_options(&env);
         let opened = env.offload(move || open(&journals, options)).await?;
         let copy = Arc::new(Mutex::new(opened));
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -325,12 +324,11 @@ fn open(journals: &Path, options: ReplicaOptions) -> anyhow::Result<Replica<DirS
     Ok(replica)
 }
 
-fn replica_options(site: &SiteId, env: &Env) -> ReplicaOptions {
+fn replica_options(env: &Env) -> ReplicaOptions {
     ReplicaOptions {
-        site: site.clone(),
         journal: JournalOptions {
             min_free_bytes: 1 << 20,
-            owner: format!("the demo's site {site}"),
+            owner: "the demo".to_owned(),
             opened_at: env.now(),
             ..JournalOptions::default()
         },

@@ -1,0 +1,76 @@
+//! Leaving the standby role: the generation is raised, the session ends, and the image of a point is
+//! handed out.
+
+use super::image::Image;
+use super::replica::{Replica, ReplicaError};
+use crate::frame::Manifest;
+use crate::ids::{Epoch, Generation};
+use crate::journal::{RecoveryPoint, Store};
+
+/// What a failover needs to resume a guest.
+pub struct Promotion {
+    /// The point.
+    pub point: RecoveryPoint,
+    /// Layout, machine and device state.
+    pub manifest: Manifest,
+    /// RAM.
+    pub image: Image,
+}
+
+impl<S: Store> Replica<S> {
+    /// Raises the generation durably, ends the session, and hands out the image of the newest or of
+    /// an older point. From now on lower generations are refused.
+    pub fn promote(
+        &mut self,
+        generation: Generation,
+        point: Option<Epoch>,
+    ) -> Result<Promotion, ReplicaError> {
+        let points = self.journal.points();
+        let chosen = match point {
+            None => points.last(),
+            Some(epoch) => points.iter().find(|p| p.epoch == epoch),
+        };
+        let missing = || point.map(|e| format!(" #{e}")).unwrap_or_default();
+        let chosen = chosen
+            .cloned()
+            .ok_or_else(|| ReplicaError::NoPoint(self.guest.clone(), missing()))?;
+        self.retire();
+        self.journal.raise_generation(generation)?;
+        let shown = self.shows.take_if(|epoch| *epoch == chosen.epoch);
+        let image = shown.and_then(|_| self.image.take());
+        let promotion = match image {
+            Some(image) => Promotion {
+                manifest: self.journal.manifest(chosen.epoch)?,
+                image,
+                point: chosen,
+            },
+            None => self.materialise(&chosen)?,
+        };
+        self.publish();
+        Ok(promotion)
+    }
+
+    /// The image of a point, apart from the one that is kept. Compares its root.
+    pub fn materialise(&self, point: &RecoveryPoint) -> Result<Promotion, ReplicaError> {
+        let layout = self
+            .journal
+            .layout()
+            .ok_or_else(|| ReplicaError::NoPoint(self.guest.clone(), String::new()))?;
+        let mut image = Image::new(layout)?;
+        let manifest = self.journal.replay(point.epoch, &mut image)?;
+        let found = image.root();
+        if found != point.root {
+            let (epoch, expected) = (point.epoch, point.root);
+            return Err(ReplicaError::Root {
+                epoch,
+                expected,
+                found,
+            });
+        }
+        Ok(Promotion {
+            manifest,
+            image,
+            point: point.clone(),
+        })
+    }
+}
