@@ -36,6 +36,7 @@
 //! | `journal` | `bitmap`, `clock`, `durable`, `frame`, `ids`, `page` |
 //! | `failover` | `clock`, `durable`, `frame`, `guest`, `ids`, `journal`, `page` |
 //! | `config` | `guest`, `ids`, `page` |
+//! | `nbd` | `bitmap`, `clock`, `ids`, `page` |
 //! | `control` | `clock`, `guest`, `ids`, `metrics` |
 //! | `cli` | anything |
 //! | `daemon` | anything |
@@ -56,6 +57,7 @@ pub mod guest;
 pub mod ids;
 pub mod journal;
 pub mod metrics;
+pub mod nbd;
 pub mod page;
 pub mod pki;
 pub mod primary;

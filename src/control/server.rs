@@ -12,6 +12,9 @@
 //! | POST | `/v1/guests/G/failover` | `FailoverRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/move` | `MoveRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/verify` | `{"point": N}` | `lifeboat.run/v1`, 202 |
+//! | POST | `/v1/guests/G/export` | `ExportRequest` | `lifeboat.run/v1`, 202 |
+//! | POST | `/v1/guests/G/export/stop` | | `lifeboat.done/v1` |
+//! | GET | `/v1/exports` | | `lifeboat.exports/v1` |
 //! | GET | `/v1/guests/G/journal` | | `lifeboat.journal_stat/v1` |
 //! | POST | `/v1/guests/G/journal/check`, `.../rebuild` | | `lifeboat.run/v1`, 202 |
 //! | GET | `/v1/runs`, `/v1/runs/ID` | | `lifeboat.runs/v1`, `lifeboat.run/v1` |
@@ -43,7 +46,8 @@ use super::codes::Reason;
 use super::page::{self, History};
 use super::socket::AdminSocket;
 use super::types::{
-    ApiError, Document, Envelope, FailoverRequest, MoveRequest, ProtectRequest, Run, RunId,
+    ApiError, Document, Envelope, ExportRequest, FailoverRequest, MoveRequest, ProtectRequest, Run,
+    RunId,
 };
 use crate::ids::{Epoch, GuestId};
 use crate::metrics::Metrics;
@@ -195,6 +199,9 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/guests/{guest}/failover", post(failover))
         .route("/v1/guests/{guest}/move", post(move_guest))
         .route("/v1/guests/{guest}/verify", post(verify))
+        .route("/v1/guests/{guest}/export", post(export))
+        .route("/v1/guests/{guest}/export/stop", post(export_stop))
+        .route("/v1/exports", get(exports))
         .route("/v1/guests/{guest}/journal", get(journal_stat))
         .route("/v1/guests/{guest}/journal/check", post(journal_check))
         .route("/v1/guests/{guest}/journal/rebuild", post(journal_rebuild))
@@ -331,6 +338,7 @@ struct Nothing {}
 
 read!(status, "/v1/status", |backend| backend.status());
 read!(runs, "/v1/runs", |backend| backend.runs());
+read!(exports, "/v1/exports", |backend| backend.exports());
 read!(console, "/v1/guests/{guest}/console", |backend, guest| {
     backend.console(&guest)
 });
@@ -390,6 +398,20 @@ verb!(
     ACCEPTED,
     VerifyRequest,
     |backend, guest, request| backend.verify(&guest, request.point)
+);
+verb!(
+    export,
+    "/v1/guests/{guest}/export",
+    ACCEPTED,
+    ExportRequest,
+    |backend, guest, request| backend.export(&guest, request)
+);
+verb!(
+    export_stop,
+    "/v1/guests/{guest}/export/stop",
+    OK,
+    Nothing,
+    |backend, guest, _request| backend.export_stop(&guest)
 );
 verb!(
     journal_check,

@@ -12,6 +12,7 @@
 //!   cli           every verb: its JSON, its exit codes
 //!   observability rules, dashboards, and what Prometheus sees of two sites
 //!   runbooks      every command of the runbooks, executed
+//!   nbd           exports of disks and recovery points, read and written by qemu-img and nbdcopy
 //!   flush         one flush per commit, counted by strace
 //!   readme        README and command line say the same
 //! ```
@@ -27,6 +28,7 @@ mod kills;
 mod link;
 mod monitor;
 mod moving;
+mod nbd;
 mod observability;
 mod readme;
 mod restart;
