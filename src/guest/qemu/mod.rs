@@ -1,0 +1,5 @@
+//! A guest of stock QEMU.
+
+pub mod compose;
+pub mod qmp;
+pub mod stream;
