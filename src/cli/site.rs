@@ -1,6 +1,8 @@
-//! The two verbs that are processes of their own: the daemon of a site, and a guest's monitor.
+//! The verbs that are processes of their own: the daemon of a site, a guest's monitor, and the
+//! watchdog of a QEMU guest.
 
 use std::path::Path;
+use std::time::Duration;
 
 use super::{logging, workers};
 use crate::config::{DEFAULT_FILE, Files, load};
@@ -28,6 +30,15 @@ pub(super) fn run(file: Option<&Path>, verbose: u8) -> Result<ExitCode, ApiError
 /// `lifeboat vmm`: until the guest was stopped. It keeps a log of its own.
 pub(super) fn monitor(guest: &GuestId, run_dir: &Path) -> Result<ExitCode, ApiError> {
     crate::vmm::process::run(guest, run_dir)
+        .map_err(|error| ApiError::new(Reason::Failed, error.to_string()))?;
+    Ok(ExitCode::Ok)
+}
+
+/// `lifeboat qemu-watchdog`: until its standard input ends. What it says goes to the daemon's log.
+pub(super) fn watchdog(monitor: &Path, bound_ms: u64) -> Result<ExitCode, ApiError> {
+    logging::start_for_command(0);
+    let bound = Duration::from_millis(bound_ms.max(1));
+    crate::guest::qemu::watchdog::run(std::io::stdin(), monitor, bound)
         .map_err(|error| ApiError::new(Reason::Failed, error.to_string()))?;
     Ok(ExitCode::Ok)
 }

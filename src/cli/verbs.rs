@@ -125,6 +125,7 @@ pub async fn run(
         }
         Verb::Site
         | Verb::Vmm { .. }
+        | Verb::QemuWatchdog { .. }
         | Verb::Demo { .. }
         | Verb::Pki(_)
         | Verb::Config(_)

@@ -11,6 +11,7 @@
 //!   monitor       one guest's process: cuts, kills of its daemon, restore, signals
 //!   cli           every verb: its JSON, its exit codes
 //!   flush         one flush per commit, counted by strace
+//!   qemu/         stock QEMU: checkpoints, kills, resumed guests; watchdog
 //!   readme        README and command line say the same
 //! ```
 //!
@@ -24,6 +25,7 @@ mod harness;
 mod kills;
 mod link;
 mod monitor;
+mod qemu;
 mod readme;
 mod restart;
 mod rot;
