@@ -109,6 +109,9 @@ pub enum Verb {
         /// A monitor of the guest.
         #[arg(long, value_name = "SOCKET")]
         monitor: PathBuf,
+        /// The monitor is for the watchdog alone.
+        #[arg(long)]
+        own: bool,
         /// How long a checkpoint may stand still, in milliseconds.
         #[arg(long, value_name = "N")]
         bound_ms: u64,

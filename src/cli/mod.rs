@@ -101,7 +101,11 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
     match verb {
         Verb::Site => return site::run(file, global.verbose),
         Verb::Vmm { guest, run_dir } => return site::monitor(&guest, &run_dir),
-        Verb::QemuWatchdog { monitor, bound_ms } => return site::watchdog(&monitor, bound_ms),
+        Verb::QemuWatchdog {
+            monitor,
+            own,
+            bound_ms,
+        } => return site::watchdog(monitor, own, bound_ms),
         _ => logging::start_for_command(global.verbose),
     }
     match verb {

@@ -74,16 +74,18 @@ impl Colo {
         loop {
             match self.told(context).await? {
                 Told::Head => return Ok(()),
-                Told::Stream { .. } => self.streamed(),
+                Told::Stream { .. } => self.streamed(context).await?,
                 Told::Asked | Told::Checkpoint { .. } => {}
                 Told::Failed(why) => return Err(self.failed(context, why).await),
             }
         }
     }
 
-    fn streamed(&mut self) {
+    /// The whole copy was read; waits until QEMU has let the guest run.
+    async fn streamed(&mut self, context: &Context) -> Result<(), GuestError> {
         self.ready = true;
         self.synced = Instant::now();
+        context.over().await
     }
 
     async fn told(&mut self, context: &Context) -> Result<Told, GuestError> {
@@ -102,7 +104,7 @@ impl Colo {
         while !self.ready || self.ordered {
             match timeout(RAISE_AFTER, self.told(context)).await {
                 Ok(told) => match told? {
-                    Told::Stream { .. } => self.streamed(),
+                    Told::Stream { .. } => self.streamed(context).await?,
                     Told::Checkpoint { .. } => self.ordered = false,
                     Told::Failed(why) => return Err(self.failed(context, why).await),
                     Told::Head | Told::Asked => {}

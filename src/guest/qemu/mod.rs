@@ -60,7 +60,7 @@ use self::session::Shared;
 use super::{
     Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round, RunState,
 };
-use crate::bitmap::PageSet;
+use crate::bitmap::{PageBitmap, PageSet};
 
 /// How long a QEMU that was told to quit may take (it flushes disks).
 const STOP_WITHIN: Duration = Duration::from_secs(60);
@@ -83,9 +83,9 @@ pub struct Options {
 pub struct WatchdogOptions {
     /// This program.
     pub exe: PathBuf,
-    /// The monitor it uses. One of its own (a second -qmp) lets it act while the daemon hangs; with
-    /// the daemon's it acts when the daemon is dead.
-    pub monitor: PathBuf,
+    /// A monitor for it alone (a second -qmp): it can act while the daemon hangs. Without one it uses
+    /// the daemon's, when the daemon is dead.
+    pub monitor: Option<PathBuf>,
     /// How long a checkpoint may stand still.
     pub bound: Duration,
 }
@@ -117,13 +117,12 @@ impl QemuGuest {
     /// one short pause.
     pub async fn attach(options: Options) -> Result<Self, GuestError> {
         let qmp = Qmp::connect(&options.qmp).await?;
-        if let Some(watchdog) = &options.watchdog
-            && watchdog.monitor != options.qmp
-        {
-            drop(Qmp::connect(&watchdog.monitor).await?);
+        let own = options.watchdog.as_ref().and_then(|w| w.monitor.as_ref());
+        if let Some(own) = own {
+            drop(Qmp::connect(own).await?);
         }
         let shared = Arc::new(Shared::new(options.disks));
-        let context = Arc::new(Context::new(qmp, shared, options.watchdog));
+        let context = Arc::new(Context::new(qmp, options.qmp, shared, options.watchdog));
         let foreign = matches!(
             probe::migration(&context.qmp).await?.as_deref(),
             Some("setup" | "active" | "device" | "pre-switchover" | "cancelling")
@@ -206,7 +205,7 @@ impl QemuGuest {
     }
 
     /// Moves what is pending into the debt of a round or cut.
-    fn take(&self, id: CutId, disks: Vec<(u64, crate::bitmap::PageBitmap)>) -> PageSet {
+    fn take(&self, id: CutId, disks: Vec<(u64, PageBitmap)>) -> PageSet {
         let mut content = self.context.shared.content();
         let content = content.as_mut().expect("its table was read");
         content.store.take(id, disks)

@@ -6,6 +6,7 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use super::probe::{self, Method, X_COLO};
 use super::qmp::{Event, Qmp, QmpError};
 use super::session::Shared;
 use super::watchdog::{self, Lifeline};
+use crate::bitmap::PageBitmap;
 use crate::clock::{Clock, SystemClock, Timestamp};
 use crate::guest::{GuestError, RunState};
 
@@ -40,6 +42,8 @@ const RESUME_WITHIN: Duration = Duration::from_secs(2);
 /// Everything about a guest that outlives its sessions.
 pub(super) struct Context {
     pub qmp: Qmp,
+    /// Where it listens.
+    path: PathBuf,
     pub shared: Arc<Shared>,
     watchdog: Option<WatchdogOptions>,
     lifeline: Mutex<Option<Arc<Lifeline>>>,
@@ -49,7 +53,7 @@ pub(super) struct Context {
 pub(super) struct Taken {
     pub devices: Vec<u8>,
     /// Of each disk: the epoch that it closed, and what was written in it.
-    pub disks: Vec<(u64, crate::bitmap::PageBitmap)>,
+    pub disks: Vec<(u64, PageBitmap)>,
     pub captured_at: Timestamp,
     pub pause: Duration,
 }
@@ -88,9 +92,15 @@ struct YankInstance {
 }
 
 impl Context {
-    pub fn new(qmp: Qmp, shared: Arc<Shared>, watchdog: Option<WatchdogOptions>) -> Self {
+    pub fn new(
+        qmp: Qmp,
+        path: PathBuf,
+        shared: Arc<Shared>,
+        watchdog: Option<WatchdogOptions>,
+    ) -> Self {
         Self {
             qmp,
+            path,
             shared,
             watchdog,
             lifeline: Mutex::new(None),
@@ -109,7 +119,11 @@ impl Context {
             }
             tracing::warn!("the watchdog of a QEMU guest has ended; another is started");
         }
-        let lifeline = Lifeline::spawn(&options.exe, &options.monitor, options.bound)
+        let (monitor, own) = match &options.monitor {
+            Some(own) => (own, true),
+            None => (&self.path, false),
+        };
+        let lifeline = Lifeline::spawn(&options.exe, monitor, own, options.bound)
             .map_err(|e| GuestError::Failed(format!("the watchdog cannot be started: {e}")))?;
         let lifeline = Arc::new(lifeline);
         *self.lock_lifeline() = Some(lifeline.clone());
@@ -193,6 +207,22 @@ impl Context {
         let parameters = json!({ parameter: value });
         let set = self.qmp.call("migrate-set-parameters", parameters).await;
         set.map(drop)
+    }
+
+    /// Waits until QEMU is out of the moments in which it stops the guest by itself.
+    pub async fn over(&self) -> Result<(), GuestError> {
+        let deadline = Instant::now() + RESUME_WITHIN;
+        while matches!(
+            probe::status(&self.qmp).await?.as_str(),
+            "colo" | "finish-migrate"
+        ) {
+            if Instant::now() > deadline {
+                let text = "QEMU does not let the guest run after its copy was read";
+                return Err(GuestError::Failed(text.into()));
+            }
+            sleep(LOOK_EVERY).await;
+        }
+        Ok(())
     }
 
     /// From QEMU's own clock: when the guest was stopped, and for how long. Waits until it runs.

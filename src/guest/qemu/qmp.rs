@@ -6,6 +6,9 @@
 //!                                                         ◀─ {"event", "timestamp", "data"}
 //! ```
 //!
+//! QEMU's main loop runs the calls, so they wait while it is busy or blocked. A few may be called *out
+//! of band* (`yank`): those are run at once.
+//!
 //! A monitor socket serves one client at a time; a second one may connect but is not greeted. Answers
 //! are told apart by number, so a call may be dropped. Lines are bounded, and so is the queue of
 //! events: who reads too slowly loses the oldest.
@@ -194,7 +197,11 @@ impl Qmp {
             reader: reading.abort_handle(),
             version,
         };
-        qmp.call("qmp_capabilities", json!({})).await?;
+        let offered = greeting.pointer("/QMP/capabilities");
+        let offered = offered.and_then(Value::as_array).into_iter().flatten();
+        let wanted: Vec<&Value> = offered.filter(|name| *name == "oob").collect();
+        qmp.call("qmp_capabilities", json!({ "enable": wanted }))
+            .await?;
         Ok(qmp)
     }
 
@@ -221,13 +228,32 @@ impl Qmp {
         descriptor: Option<BorrowedFd<'_>>,
         within: Duration,
     ) -> Result<Value, QmpError> {
+        let call = json!({ "execute": command, "arguments": arguments });
+        self.exchange(command, call, descriptor, within).await
+    }
+
+    /// Asks out of band: QEMU answers even while its main loop is blocked. For the few commands that
+    /// allow it.
+    pub async fn call_now(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let call = json!({ "exec-oob": command, "arguments": arguments });
+        self.exchange(command, call, None, CALL_WITHIN).await
+    }
+
+    async fn exchange(
+        &self,
+        command: &str,
+        mut call: Value,
+        descriptor: Option<BorrowedFd<'_>>,
+        within: Duration,
+    ) -> Result<Value, QmpError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
         lock(&self.waiting).insert(id, reply);
         if self.ended.borrow().is_some() {
             return Err(self.gone());
         }
-        let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
+        call["id"] = json!(id);
+        let mut line = call.to_string();
         line.push('\n');
         let asking = async {
             self.send(line.as_bytes(), descriptor)

@@ -17,16 +17,18 @@
 //!   in COLO while the pipe ended .................. x-colo-lost-heartbeat: leaves COLO
 //!   migrated to us (`postmigrate`), pause open .... cont
 //!   stuck in the end of a migration, pause open ... migrate_cancel
+//!   no answer: its main loop waits for the daemon . yank (out of band): its migration fails
 //!   anything else ................................. nothing
 //! ```
 //!
-//! It connects to the monitor only when it acts. With a monitor of its own it can act while the daemon
-//! hangs; with the daemon's monitor, which serves one client at a time, when the daemon is dead.
+//! With a monitor of its own it is connected all the time, because a connection that is made when QEMU
+//! is blocked is of no use, and it acts while the daemon hangs. With the daemon's monitor, which serves
+//! one client at a time, it connects when it acts, and gets through only when the daemon is dead.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -47,6 +49,8 @@ const OVER: u8 = b'c';
 const RESCUE_WITHIN: Duration = Duration::from_secs(60);
 /// Time between two attempts.
 const RETRY: Duration = Duration::from_millis(20);
+/// How long QEMU's main loop may take to answer before it counts as blocked.
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);
 
 /// The daemon's end of the pipe. Dropping it ends the watchdog, which first makes sure that the guest
 /// runs outside of COLO.
@@ -56,8 +60,9 @@ pub struct Lifeline {
 }
 
 impl Lifeline {
-    /// Starts the watchdog of a guest: `exe` is this program, `monitor` a monitor of the guest.
-    pub fn spawn(exe: &Path, monitor: &Path, bound: Duration) -> io::Result<Self> {
+    /// Starts the watchdog of a guest: `exe` is this program, `monitor` a monitor of the guest, which
+    /// is the watchdog's `own` or the daemon's. `bound` is how long a checkpoint may stand still.
+    pub fn spawn(exe: &Path, monitor: &Path, own: bool, bound: Duration) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         // A watchdog that does not read may not hold up a checkpoint.
         ours.set_nonblocking(true)?;
@@ -66,6 +71,7 @@ impl Lifeline {
             .arg(bound.as_millis().to_string())
             .arg("--monitor")
             .arg(monitor)
+            .args(own.then_some("--own"))
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             // Signals for the daemon's group are not for it.
@@ -165,15 +171,46 @@ pub(super) async fn in_colo(qmp: &Qmp) -> Result<bool, QmpError> {
     }
 }
 
-/// Looks and acts once; true if nothing (more) is to be done.
-async fn rescue(monitor: &Path, open: bool, ended: bool) -> Result<bool, QmpError> {
-    let qmp = Qmp::connect(monitor).await?;
-    let status = probe::status(&qmp).await?;
-    let migration = probe::migration(&qmp).await?.unwrap_or_default();
+/// The process's view of QEMU.
+struct Watchdog {
+    monitor: PathBuf,
+    own: bool,
+    qmp: Option<Qmp>,
+}
+
+impl Watchdog {
+    async fn connected(&mut self) -> Result<&Qmp, QmpError> {
+        if self.qmp.is_none() {
+            self.qmp = Some(Qmp::connect(&self.monitor).await?);
+        }
+        Ok(self.qmp.as_ref().expect("it was just made"))
+    }
+
+    /// Looks and acts once; true if nothing (more) is to be done.
+    async fn rescue(&mut self, open: bool, ended: bool) -> Result<bool, QmpError> {
+        let qmp = self.connected().await?;
+        let result = match timeout(ANSWER_WITHIN, look_and_act(qmp, open, ended)).await {
+            Ok(result) => result,
+            Err(_) => {
+                tracing::warn!("QEMU's main loop waits for its migration, which is ended");
+                let instances = json!({ "instances": [{ "type": "migration" }] });
+                qmp.call_now("yank", instances).await.map(|_| false)
+            }
+        };
+        if !self.own || matches!(result, Err(QmpError::Gone(_))) {
+            self.qmp = None;
+        }
+        result
+    }
+}
+
+async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpError> {
+    let status = probe::status(qmp).await?;
+    let migration = probe::migration(qmp).await?.unwrap_or_default();
     let seen = Seen {
         status: &status,
         migration: &migration,
-        colo: in_colo(&qmp).await?,
+        colo: in_colo(qmp).await?,
     };
     let Some(command) = action(seen, open, ended).command() else {
         return Ok(true);
@@ -191,10 +228,12 @@ async fn rescue(monitor: &Path, open: bool, ended: bool) -> Result<bool, QmpErro
     }
 }
 
-/// The process: until the pipe ends. `input` is its standard input.
+/// The process: until `input` ends, which is the other end of a [`Lifeline`]. `own` says that the
+/// monitor is for it alone.
 pub fn run(
     mut input: impl Read + Send + 'static,
-    monitor: &Path,
+    monitor: PathBuf,
+    own: bool,
     bound: Duration,
 ) -> io::Result<()> {
     let (tell, told) = mpsc::channel(64);
@@ -218,14 +257,24 @@ pub fn run(
                 }
             }
         })?;
+    let watchdog = Watchdog {
+        monitor,
+        own,
+        qmp: None,
+    };
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(watch(told, monitor, bound));
+        .block_on(watch(told, watchdog, bound));
     Ok(())
 }
 
-async fn watch(mut told: mpsc::Receiver<u8>, monitor: &Path, bound: Duration) {
+async fn watch(mut told: mpsc::Receiver<u8>, mut watchdog: Watchdog, bound: Duration) {
+    if watchdog.own
+        && let Err(error) = watchdog.connected().await
+    {
+        tracing::warn!(%error, "the watchdog cannot use its monitor");
+    }
     let mut open = false;
     loop {
         let heard = if open {
@@ -239,7 +288,7 @@ async fn watch(mut told: mpsc::Receiver<u8>, monitor: &Path, bound: Duration) {
             Ok(Some(_)) => {}
             Ok(None) => break,
             Err(_) => {
-                if let Err(error) = rescue(monitor, open, false).await {
+                if let Err(error) = watchdog.rescue(open, false).await {
                     tracing::warn!(%error, "the daemon stalls in a checkpoint and QEMU cannot be asked");
                 }
             }
@@ -247,7 +296,7 @@ async fn watch(mut told: mpsc::Receiver<u8>, monitor: &Path, bound: Duration) {
     }
     let deadline = Instant::now() + RESCUE_WITHIN;
     while Instant::now() < deadline {
-        match rescue(monitor, open, true).await {
+        match watchdog.rescue(open, true).await {
             Ok(true) | Err(QmpError::Missing { .. }) => return,
             // The next daemon is there already, and looks after the guest.
             Err(QmpError::Busy(_)) => return,

@@ -231,6 +231,7 @@ async fn a_guest_in_the_wrong_state_is_refused() {
     qmp.call("cont", json!({})).await.unwrap();
     guest.cut(CutStrategy::Auto).await.unwrap();
     guest.detach().await.unwrap();
+    drop(qmp);
     assert_eq!(status(&vm).await, "running");
 }
 

@@ -202,7 +202,7 @@ pub fn options_at(dir: &Path, name: &str, mode: Mode) -> Options {
         disks: Vec::new(),
         watchdog: Some(WatchdogOptions {
             exe: EXE.into(),
-            monitor: socket(dir, name, "b"),
+            monitor: Some(socket(dir, name, "b")),
             bound: BOUND,
         }),
     }
