@@ -37,6 +37,7 @@
 //! | `journal` | `bitmap`, `clock`, `durable`, `frame`, `ids`, `page` |
 //! | `failover` | `clock`, `durable`, `frame`, `guest`, `ids`, `journal`, `page` |
 //! | `config` | `guest`, `ids`, `page` |
+//! | `nbd` | `bitmap`, `clock`, `ids`, `page` |
 //! | `control` | `clock`, `guest`, `ids`, `metrics` |
 //! | `cli` | anything |
 //! | `daemon` | anything |
@@ -57,6 +58,7 @@ pub mod guest;
 pub mod ids;
 pub mod journal;
 pub mod metrics;
+pub mod nbd;
 pub mod page;
 pub mod pki;
 pub mod primary;

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::units;
 use crate::control::codes::EXIT_CODES;
-use crate::ids::{GuestId, SiteId};
+use crate::ids::{DiskId, GuestId, SiteId};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -187,6 +187,27 @@ pub enum Verb {
         /// This point (otherwise the newest).
         #[arg(long, value_name = "N")]
         point: Option<u64>,
+    },
+    /// Serve the disks of a recovery point read-only over NBD, for qemu-img, nbdmount and the like.
+    Export {
+        /// The guest.
+        #[arg(required_unless_present = "list")]
+        name: Option<GuestId>,
+        /// This point (otherwise the newest).
+        #[arg(long, value_name = "N")]
+        point: Option<u64>,
+        /// Only this disk (otherwise all).
+        #[arg(long, value_name = "ID")]
+        disk: Option<DiskId>,
+        /// Where the socket is to be, on the host of the daemon.
+        #[arg(long, value_name = "PATH")]
+        at: Option<PathBuf>,
+        /// End the export of the guest.
+        #[arg(long, conflicts_with_all = ["point", "disk", "at"])]
+        stop: bool,
+        /// List the exports of this site.
+        #[arg(long, conflicts_with_all = ["name", "point", "disk", "at", "stop"])]
+        list: bool,
     },
     /// Look at, check and mend journals.
     #[command(subcommand)]

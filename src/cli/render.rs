@@ -4,8 +4,8 @@ use super::text::{Paint, Toned, facts, table};
 use super::units;
 use crate::clock::Timestamp;
 use crate::control::types::{
-    Done, GuestStatus, JournalStat, Outcome, PeerStatus, PointStatus, Points, Reloaded, Run,
-    RunResult, RunStatus, Runs, SiteStatus,
+    Done, Exports, GuestStatus, JournalStat, Outcome, PeerStatus, PointStatus, Points, Reloaded,
+    Run, RunResult, RunStatus, Runs, SiteStatus,
 };
 use crate::guest::RunState;
 use crate::metrics::labels::{GuestState, Label};
@@ -362,6 +362,8 @@ pub fn done(done: &Done) -> String {
         Outcome::AlreadyStopped => "was stopped already",
         Outcome::Unprotected => "not protected any more",
         Outcome::AlreadyUnprotected => "was not protected",
+        Outcome::Unexported => "not exported any more",
+        Outcome::AlreadyUnexported => "was not exported",
     };
     match &done.detail {
         Some(detail) => format!("{}  {what}: {detail}\n", done.guest),
@@ -379,6 +381,30 @@ pub fn reloaded(reloaded: &Reloaded) -> String {
         text += &format!("needs a restart: {}\n", reloaded.restart_needed.join(", "));
     }
     text
+}
+
+/// `lifeboat export --list`.
+pub fn exports(exports: &Exports, paint: Paint) -> String {
+    if exports.exports.is_empty() {
+        return "no exports\n".to_owned();
+    }
+    let rows = exports.exports.iter().flat_map(|export| {
+        export.disks.iter().map(|disk| {
+            vec![
+                paint.plain(export.guest.to_string()),
+                paint.plain(format!("#{}", export.point.epoch)),
+                paint.plain(disk.id.to_string()),
+                paint.plain(units::bytes(disk.bytes)),
+                match &export.ended {
+                    None => paint.plain(export.clients.to_string()),
+                    Some(_) => paint.bad("ENDED"),
+                },
+                paint.plain(export.ended.as_ref().unwrap_or(&disk.uri).clone()),
+            ]
+        })
+    });
+    let header = ["GUEST", "POINT", "DISK", "SIZE", "CLIENTS", "WHERE"];
+    table(&header, &[3, 4], rows, paint)
 }
 
 /// `lifeboat runs`.
@@ -475,6 +501,17 @@ pub fn result(run: &Run, paint: Paint) -> String {
                 text += &format!("  {difference}\n");
             }
             text
+        }
+        Some(RunResult::Export(r)) => {
+            let disks = r.disks.iter().map(|disk| {
+                let size = units::bytes(disk.bytes);
+                format!("  {}  {size}  {}\n", disk.id, disk.uri)
+            });
+            format!(
+                "{guest}  point {} is served read-only until \"lifeboat export {guest} --stop\"\n{}",
+                point(&r.point),
+                disks.collect::<String>()
+            )
         }
         Some(RunResult::JournalCheck(r)) => problems(
             &format!(

@@ -14,7 +14,8 @@ use super::text::Paint;
 use crate::control::client::Client;
 use crate::control::codes::{ExitCode, Reason};
 use crate::control::types::{
-    ApiError, Document, FailoverRequest, GuestStatus, ProtectRequest, Run, RunId, SiteStatus,
+    ApiError, Document, ExportRequest, FailoverRequest, GuestStatus, ProtectRequest, Run, RunId,
+    SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
 
@@ -108,6 +109,39 @@ pub async fn run(
         }
         Verb::Verify { name, point } => {
             let run = client.verify(&name, point.map(Epoch)).await?;
+            follow(client, run, timeout, out).await?;
+        }
+        Verb::Export { name: None, .. } => {
+            let exports = client.exports().await?;
+            out.result(exports, |exports| render::exports(exports, paint));
+        }
+        Verb::Export {
+            name: Some(name),
+            stop: true,
+            ..
+        } => {
+            let done = client.export_stop(&name).await?;
+            out.result(done, render::done);
+        }
+        Verb::Export {
+            name: Some(name),
+            point,
+            disk,
+            at,
+            ..
+        } => {
+            let socket = at.map(std::path::absolute).transpose().map_err(|error| {
+                ApiError::new(
+                    Reason::Usage,
+                    format!("--at cannot be made absolute: {error}"),
+                )
+            })?;
+            let request = ExportRequest {
+                point: point.map(Epoch),
+                disk,
+                socket,
+            };
+            let run = client.export(&name, &request).await?;
             follow(client, run, timeout, out).await?;
         }
         Verb::Journal(verb) => journal(verb, client, timeout, out).await?,

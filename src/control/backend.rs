@@ -3,8 +3,8 @@
 use std::future::Future;
 
 use super::types::{
-    ApiError, ConsoleInfo, Done, FailoverRequest, JournalStat, Points, ProtectRequest, Reloaded,
-    Run, RunId, Runs, SiteStatus,
+    ApiError, ConsoleInfo, Done, ExportRequest, Exports, FailoverRequest, JournalStat, Points,
+    ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
 
@@ -66,6 +66,20 @@ pub trait Backend: Send + Sync + 'static {
         guest: &GuestId,
         point: Option<Epoch>,
     ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Exports the disks of a recovery point, read-only. The run ends when clients can connect; the
+    /// export goes on until it is ended or the daemon ends.
+    fn export(
+        &self,
+        guest: &GuestId,
+        request: ExportRequest,
+    ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Ends the export of a guest.
+    fn export_stop(&self, guest: &GuestId) -> impl Future<Output = Result<Done, ApiError>> + Send;
+
+    /// The exports of the site.
+    fn exports(&self) -> impl Future<Output = Result<Exports, ApiError>> + Send;
 
     /// Figures of a journal.
     fn journal_stat(

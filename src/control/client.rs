@@ -14,8 +14,8 @@ use tokio::net::UnixStream;
 use super::codes::Reason;
 use super::server::{StartRequest, UnprotectRequest, VerifyRequest};
 use super::types::{
-    ApiError, ConsoleInfo, Document, Done, Envelope, FailoverRequest, JournalStat, Points,
-    ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
+    ApiError, ConsoleInfo, Document, Done, Envelope, ExportRequest, Exports, FailoverRequest,
+    JournalStat, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
 
@@ -101,6 +101,21 @@ impl Client {
     pub async fn verify(&self, guest: &GuestId, point: Option<Epoch>) -> Result<Run, ApiError> {
         self.post(&verb(guest, "verify"), &VerifyRequest { point })
             .await
+    }
+
+    /// Exports the disks of a recovery point.
+    pub async fn export(&self, guest: &GuestId, request: &ExportRequest) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "export"), request).await
+    }
+
+    /// Ends the export of a guest.
+    pub async fn export_stop(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.post(&verb(guest, "export/stop"), &Nothing {}).await
+    }
+
+    /// The exports of the site.
+    pub async fn exports(&self) -> Result<Exports, ApiError> {
+        self.get("/v1/exports").await
     }
 
     /// Figures of a journal.

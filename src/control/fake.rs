@@ -122,6 +122,21 @@ fn points(guest: &GuestId) -> Vec<PointStatus> {
     vec![point_at(9120, age), point_at(9042, 104_000), tagged]
 }
 
+fn export_socket(guest: &GuestId) -> PathBuf {
+    PathBuf::from(format!("/run/lifeboat/{guest}/export.sock"))
+}
+
+fn export(guest: &GuestId, point: PointStatus, socket: PathBuf) -> ExportStatus {
+    ExportStatus {
+        guest: guest.clone(),
+        point,
+        disks: vec![ExportedDisk::new("root".parse().unwrap(), 1 << 30, &socket)],
+        socket,
+        clients: 1,
+        ended: None,
+    }
+}
+
 fn guests() -> Vec<GuestStatus> {
     let db1 = GuestStatus {
         name: "db1".parse().unwrap(),
@@ -365,6 +380,42 @@ impl Backend for Fake {
                 return run.fail_with(result, error.hint("use an older point"));
             }
             run.finish(Ok(result));
+        })
+    }
+
+    async fn export(&self, guest: &GuestId, request: ExportRequest) -> Result<Run, ApiError> {
+        let point = self.point(guest, request.point)?;
+        let socket = request.socket.unwrap_or_else(|| export_socket(guest));
+        let status = export(guest, point, socket);
+        self.begin(Operation::Export, guest, |run| {
+            run.finish(Ok(RunResult::Export(status)));
+        })
+    }
+
+    async fn export_stop(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.guest(guest)?;
+        Ok(Done {
+            guest: guest.clone(),
+            outcome: match guest.as_str() {
+                "db1" => Outcome::Unexported,
+                _ => Outcome::AlreadyUnexported,
+            },
+            detail: None,
+        })
+    }
+
+    async fn exports(&self) -> Result<Exports, ApiError> {
+        let of = |name: &str| {
+            let guest: GuestId = name.parse().unwrap();
+            export(&guest, point_at(9042, 104_000), export_socket(&guest))
+        };
+        let broken = ExportStatus {
+            clients: 0,
+            ended: Some("the disk was full".to_owned()),
+            ..of("web1")
+        };
+        Ok(Exports {
+            exports: vec![of("db1"), broken],
         })
     }
 

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::exports::ExportStatus;
 use super::types::{PointStatus, SyncStatus};
 use crate::ids::{Generation, SiteId};
 
@@ -15,6 +16,8 @@ pub enum RunResult {
     Failover(FailoverReport),
     /// A recovery point was verified.
     Verify(VerifyReport),
+    /// A recovery point is exported.
+    Export(ExportStatus),
     /// A journal was checked.
     JournalCheck(JournalCheckReport),
     /// A catalogue was made anew.

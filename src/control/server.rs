@@ -11,6 +11,9 @@
 //! | GET | `/v1/guests/G/points` | | `lifeboat.points/v1` |
 //! | POST | `/v1/guests/G/failover` | `FailoverRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/verify` | `{"point": N}` | `lifeboat.run/v1`, 202 |
+//! | POST | `/v1/guests/G/export` | `ExportRequest` | `lifeboat.run/v1`, 202 |
+//! | POST | `/v1/guests/G/export/stop` | | `lifeboat.done/v1` |
+//! | GET | `/v1/exports` | | `lifeboat.exports/v1` |
 //! | GET | `/v1/guests/G/journal` | | `lifeboat.journal_stat/v1` |
 //! | POST | `/v1/guests/G/journal/check`, `.../rebuild` | | `lifeboat.run/v1`, 202 |
 //! | GET | `/v1/runs`, `/v1/runs/ID` | | `lifeboat.runs/v1`, `lifeboat.run/v1` |
@@ -39,7 +42,9 @@ use tokio::net::{TcpListener, UnixListener};
 use super::backend::Backend;
 use super::codes::Reason;
 use super::socket::AdminSocket;
-use super::types::{ApiError, Document, Envelope, FailoverRequest, ProtectRequest, Run, RunId};
+use super::types::{
+    ApiError, Document, Envelope, ExportRequest, FailoverRequest, ProtectRequest, Run, RunId,
+};
 use crate::ids::{Epoch, GuestId};
 use crate::metrics::Metrics;
 
@@ -170,6 +175,9 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/guests/{guest}/points", get(points))
         .route("/v1/guests/{guest}/failover", post(failover))
         .route("/v1/guests/{guest}/verify", post(verify))
+        .route("/v1/guests/{guest}/export", post(export))
+        .route("/v1/guests/{guest}/export/stop", post(export_stop))
+        .route("/v1/exports", get(exports))
         .route("/v1/guests/{guest}/journal", get(journal_stat))
         .route("/v1/guests/{guest}/journal/check", post(journal_check))
         .route("/v1/guests/{guest}/journal/rebuild", post(journal_rebuild))
@@ -306,6 +314,7 @@ struct Nothing {}
 
 read!(status, "/v1/status", |backend| backend.status());
 read!(runs, "/v1/runs", |backend| backend.runs());
+read!(exports, "/v1/exports", |backend| backend.exports());
 read!(console, "/v1/guests/{guest}/console", |backend, guest| {
     backend.console(&guest)
 });
@@ -358,6 +367,20 @@ verb!(
     ACCEPTED,
     VerifyRequest,
     |backend, guest, request| backend.verify(&guest, request.point)
+);
+verb!(
+    export,
+    "/v1/guests/{guest}/export",
+    ACCEPTED,
+    ExportRequest,
+    |backend, guest, request| backend.export(&guest, request)
+);
+verb!(
+    export_stop,
+    "/v1/guests/{guest}/export/stop",
+    OK,
+    Nothing,
+    |backend, guest, _request| backend.export_stop(&guest)
 );
 verb!(
     journal_check,

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::codes::{ExitCode, Reason};
+pub use super::exports::{ExportRequest, ExportStatus, ExportedDisk, Exports};
 pub use super::reports::{
     FailoverReport, JournalCheckReport, JournalRebuildReport, ProtectReport, RunResult,
     VerifyReport,
@@ -43,6 +44,7 @@ documents! {
     Done = "lifeboat.done/v1";
     ConsoleInfo = "lifeboat.console/v1";
     JournalStat = "lifeboat.journal_stat/v1";
+    Exports = "lifeboat.exports/v1";
     Reloaded = "lifeboat.reload/v1";
     ApiError = "lifeboat.error/v1";
 }
@@ -327,6 +329,10 @@ pub enum Outcome {
     Unprotected,
     /// It was not before.
     AlreadyUnprotected,
+    /// Its recovery point is not exported any more.
+    Unexported,
+    /// None was.
+    AlreadyUnexported,
 }
 
 /// Where a guest's terminal is.

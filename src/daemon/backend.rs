@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::context::{SiteContext, run_dir, writer_of};
+use super::exports;
 use super::orders::{Handle, Order};
 use super::promotion::Failover;
 use super::record;
@@ -22,9 +23,9 @@ use crate::control::backend::Backend;
 use crate::control::codes::Reason;
 use crate::control::runs::RunBook;
 use crate::control::types::{
-    ApiError, CertificateStatus, ConsoleInfo, Done, FailoverRequest, GuestStatus, JournalStat,
-    Outcome, PeerStatus, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
-    StoreStatus,
+    ApiError, CertificateStatus, ConsoleInfo, Done, ExportRequest, Exports, FailoverRequest,
+    GuestStatus, JournalStat, Outcome, PeerStatus, Points, ProtectRequest, Reloaded, Run, RunId,
+    Runs, SiteStatus, StoreStatus,
 };
 use crate::ids::{Epoch, GuestId, SiteId};
 use crate::metrics::labels::Operation;
@@ -39,6 +40,7 @@ pub(super) struct Site {
     config: watch::Sender<Arc<SiteConfig>>,
     runs: RunBook,
     guests: Mutex<BTreeMap<GuestId, (Handle, JoinHandle<()>)>>,
+    exports: Arc<exports::Exports>,
     material: Option<Arc<TlsMaterial>>,
     ready: AtomicBool,
 }
@@ -64,6 +66,7 @@ impl Site {
             config,
             runs,
             guests,
+            exports: Arc::default(),
             material,
             ready,
         }
@@ -119,6 +122,7 @@ impl Site {
     /// The daemon ends: primaries drain, guests live on.
     pub async fn release_guests(&self) {
         self.ready.store(false, Ordering::Release);
+        self.exports.stop_all();
         let guests = std::mem::take(&mut *self.guests());
         let mut waits = Vec::new();
         for (handle, _) in guests.values() {
@@ -368,6 +372,7 @@ impl Backend for Site {
         };
         let mut detail = None;
         if purge {
+            self.exports.stop(guest);
             self.standbys.close(guest);
             let directory = self.standbys.directory(guest);
             if directory.exists() {
@@ -432,6 +437,34 @@ impl Backend for Site {
         let metrics = self.context.metrics.guest(guest);
         let run = self.runs.begin(Operation::Verify, guest)?;
         Ok(verbs::verify(run, env, metrics, copy, owned, point))
+    }
+
+    async fn export(&self, guest: &GuestId, request: ExportRequest) -> Result<Run, ApiError> {
+        let begin = exports::Begin {
+            exports: self.exports.clone(),
+            env: self.context.env.clone(),
+            copy: self.copy(guest).await?,
+            guest: guest.clone(),
+            request,
+            socket: run_dir(&self.context.state_dir, guest).join("export.sock"),
+        };
+        self.exports.check_free(guest)?;
+        let run = self.runs.begin(Operation::Export, guest)?;
+        Ok(begin.spawn(run))
+    }
+
+    async fn export_stop(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.known(guest)?;
+        let outcome = match self.exports.stop(guest) {
+            true => Outcome::Unexported,
+            false => Outcome::AlreadyUnexported,
+        };
+        Ok(done(guest, outcome))
+    }
+
+    async fn exports(&self) -> Result<Exports, ApiError> {
+        let exports = self.exports.list(self.context.env.now());
+        Ok(Exports { exports })
     }
 
     async fn journal_stat(&self, guest: &GuestId) -> Result<JournalStat, ApiError> {

@@ -12,6 +12,7 @@
 
 mod backend;
 mod context;
+mod exports;
 mod listener;
 mod orders;
 mod promotion;

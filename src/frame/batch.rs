@@ -75,19 +75,19 @@ impl BatchKind {
 
 /// A batch within its part.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Batch {
-    pub codec: Codec,
-    pub kind: BatchKind,
+pub struct Batch {
+    pub(super) codec: Codec,
+    pub(super) kind: BatchKind,
     /// Decoded bytes, 1 to [`BATCH_RAW_MAX`].
-    pub raw_len: u32,
+    pub(super) raw_len: u32,
     /// Stored bytes, 1 to `raw_len`.
-    pub len: u32,
+    pub(super) len: u32,
     /// Where the stored bytes begin in the part.
-    pub at: u32,
+    pub(super) at: u32,
 }
 
 impl Batch {
-    pub fn pack_header(&self) -> [u8; BATCH_HEADER_BYTES] {
+    pub(super) fn pack_header(&self) -> [u8; BATCH_HEADER_BYTES] {
         let mut bytes = [0; BATCH_HEADER_BYTES];
         bytes[0] = self.codec.tag();
         bytes[1] = self.kind.tag();
@@ -97,7 +97,12 @@ impl Batch {
     }
 
     /// Reads the header at `at` of a part's bytes, for a batch that must end at or before `end`.
-    pub fn parse(bytes: &[u8], at: usize, end: usize, number: usize) -> Result<Self, FrameError> {
+    pub(super) fn parse(
+        bytes: &[u8],
+        at: usize,
+        end: usize,
+        number: usize,
+    ) -> Result<Self, FrameError> {
         let wrong = |why| FrameError::Batch { batch: number, why };
         if at + BATCH_HEADER_BYTES > end {
             return Err(wrong("its header is cut off"));
@@ -120,6 +125,27 @@ impl Batch {
             return Err(wrong("it is longer than its part"));
         }
         Ok(batch)
+    }
+
+    /// Where its stored bytes lie in its part.
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.at as usize..(self.at + self.len) as usize
+    }
+
+    /// True if its rows are whole pages, false if they are deltas.
+    pub fn is_raw(&self) -> bool {
+        self.kind == BatchKind::Raw
+    }
+
+    /// Decodes its stored bytes into `out`, which then holds exactly what the rows' places refer to.
+    /// The error says what is wrong with them.
+    pub fn decode(
+        &self,
+        decoder: &mut Decompressor,
+        stored: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), &'static str> {
+        decoder.decode(self.codec, stored, self.raw_len as usize, out)
     }
 }
 
@@ -176,14 +202,14 @@ impl Compressor {
 
 /// Decompresses, with a context that is kept from call to call.
 #[derive(Default)]
-pub(super) struct Decompressor {
+pub struct Decompressor {
     zstd: Option<zstd::bulk::Decompressor<'static>>,
 }
 
 impl Decompressor {
     /// Decodes `stored` into `out`, which then holds exactly `raw_len` bytes. The caller has bounded
     /// `raw_len`; more is never allocated, whatever the bytes say.
-    pub fn decode(
+    pub(super) fn decode(
         &mut self,
         codec: Codec,
         stored: &[u8],

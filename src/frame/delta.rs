@@ -126,8 +126,9 @@ pub(super) fn runs(
     Ok(())
 }
 
-/// Applies a delta. On an error the page may hold a part of it.
-pub(super) fn apply(delta: &[u8], page: &mut [u8; PAGE_SIZE]) -> Result<(), &'static str> {
+/// Applies a delta, which may be any bytes. The error says why they are none; the page may hold a part
+/// of it then.
+pub fn apply(delta: &[u8], page: &mut [u8; PAGE_SIZE]) -> Result<(), &'static str> {
     runs(delta, |at, run| {
         page[at..at + run.len()].copy_from_slice(run)
     })

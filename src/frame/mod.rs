@@ -72,8 +72,9 @@ mod tests;
 mod tree;
 mod writer;
 
-pub use batch::Codec;
+pub use batch::{Batch, Codec, Decompressor};
 pub use check::FrameCheck;
+pub use delta::apply as apply_delta;
 pub use encode::{EncodeOptions, EncodeStats, Encoder, Finished};
 pub use error::{EncodeError, FrameError};
 pub use format::{FORMAT_VERSION, Footer, HEADER_BYTES, PartHeader};

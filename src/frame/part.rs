@@ -217,6 +217,11 @@ impl<'a> PartView<'a> {
         self.hash
     }
 
+    /// The batches, in order.
+    pub fn batches(&self) -> &[Batch] {
+        &self.batches
+    }
+
     /// The part's bytes.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
@@ -295,9 +300,9 @@ impl<'a> PartView<'a> {
         out: &mut Vec<u8>,
     ) -> Result<(), FrameError> {
         let batch = &self.batches[usize::from(number)];
-        let stored = &self.bytes[batch.at as usize..][..batch.len as usize];
-        decoder
-            .decode(batch.codec, stored, batch.raw_len as usize, out)
+        let stored = &self.bytes[batch.range()];
+        batch
+            .decode(decoder, stored, out)
             .map_err(|why| FrameError::Batch {
                 batch: usize::from(number),
                 why,
@@ -352,6 +357,12 @@ fn parse_batches(bytes: &[u8], header: &PartHeader) -> Result<Vec<Batch>, FrameE
 }
 
 impl Row {
+    /// Where its content lies: number of the batch, position and length within its decoded bytes. Of
+    /// no meaning for zeros.
+    pub fn place(&self) -> (u16, u16, u16) {
+        (self.batch, self.off, self.len)
+    }
+
     /// Reads a row; `None` if its fields are impossible whatever the part holds.
     fn parse(bytes: &[u8; ROW_BYTES]) -> Option<Self> {
         let short = |at: usize| u16::from_le_bytes(array_at(bytes, at));

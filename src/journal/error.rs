@@ -184,6 +184,12 @@ pub enum JournalError {
     /// A tag or record that is too long or one too many.
     #[error("the mark cannot be stored: {0}")]
     Mark(String),
+    /// The journal needed the space of what a view held, or was closed.
+    #[error(
+        "the view of recovery point {0} has ended: the journal was closed, or its disk was full and \
+         the space was needed for new points; make a new view"
+    )]
+    ViewEnded(Epoch),
     /// The catalogue failed where it is needed.
     #[error("the catalogue failed: {0}")]
     Catalogue(#[from] super::CatalogueError),

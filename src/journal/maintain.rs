@@ -11,6 +11,8 @@
 //!   epochs are merged a batch at a time, so that a page is rewritten a logarithmic number of times.
 //! * When the disk is full only the newest points are wanted, and merging, which needs space, waits.
 //!
+//! * What a view holds stays: then nothing is folded, unless the disk is full (`view.rs`).
+//!
 //! Every step is atomic: a merged frame is durable before the frames it replaces are forgotten.
 
 use std::ops::RangeInclusive;
@@ -85,6 +87,7 @@ impl<S: Store> Journal<S> {
         self.writable("maintenance")?;
         self.tick(now)?;
         self.watch_space()?;
+        self.tend_holds();
         let work = self.step(retention)?;
         Ok(Maintained {
             work,
@@ -113,7 +116,11 @@ impl<S: Store> Journal<S> {
     }
 
     fn step(&mut self, retention: &Retention) -> Result<Work, JournalError> {
+        let held = self.base_is_held();
         if self.fold.is_some() {
+            if held {
+                return Ok(Work::Nothing);
+            }
             let to = self.super_.floor;
             let done = self.fold_step()?;
             return Ok(Work::Fold { to, done });
@@ -129,7 +136,7 @@ impl<S: Store> Journal<S> {
             .map(|p| (p.durable_at, self.marks.pinned(p.epoch)))
             .collect();
         let verdicts = judge(&judged, &retention);
-        if let Some(to) = self.fold_target(&verdicts) {
+        if let Some(to) = self.fold_target(&verdicts).filter(|_| !held) {
             self.begin_fold(to)?;
             let done = self.fold_step()?;
             return Ok(Work::Fold { to, done });

@@ -48,6 +48,7 @@ mod mark;
 mod marks;
 mod mem;
 mod open;
+mod page_index;
 mod recover;
 mod replay;
 mod retention;
@@ -59,6 +60,7 @@ mod store;
 mod superblock;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::time::Duration;
 
@@ -76,6 +78,7 @@ pub use recover::RecoveryReport;
 pub use retention::Retention;
 pub use sled::SledCatalogue;
 pub use store::{Access, LockError, Store, StoreFile};
+pub use view::{Held, View};
 
 use crate::clock::Timestamp;
 use crate::ids::{Epoch, Generation, ImageRoot};

@@ -10,6 +10,7 @@ use super::rows::Rows;
 use super::segment::{self, Lane, Loc, Segments};
 use super::store::{LockError, Store};
 use super::superblock::{self, Super, Verdict};
+use super::view::Holds;
 use super::{JournalOptions, RecoveryPoint};
 use crate::clock::Timestamp;
 use crate::frame::{FrameError, Manifest, PartView};
@@ -33,6 +34,8 @@ pub struct Journal<S: Store> {
     pub(super) marks_at: Option<Loc>,
     pub(super) pending: Option<Pending>,
     pub(super) fold: Option<Fold>,
+    /// Dropped before the lock: nobody can change what a view reads before it has ended.
+    pub(super) holds: Holds,
     /// Growing failed for want of space.
     pub(super) pressed: bool,
     pub(super) poisoned: Option<String>,
@@ -127,6 +130,7 @@ impl<S: Store> Journal<S> {
             marks_at: None,
             pending: None,
             fold: None,
+            holds: Holds::default(),
             pressed: false,
             poisoned: None,
             counters: Counters::default(),

@@ -5,4 +5,5 @@ mod dir;
 mod features;
 mod rot;
 mod segments;
+mod views;
 mod world;

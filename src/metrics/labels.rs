@@ -232,6 +232,8 @@ label!(
         Failover = "failover",
         /// Replay of a recovery point with every checksum compared.
         Verify = "verify",
+        /// Index of a recovery point whose disks are exported.
+        Export = "export",
         /// Check of all of a journal.
         JournalCheck = "journal_check",
         /// The catalogue made anew from the segments.

@@ -35,6 +35,7 @@ const VERBS: &[(At, &str, &[&str], &str)] = &[
     (At::A, "reload", &[], "reload"),
     (At::B, "points", &[GUEST, "--last", "2"], "points"),
     (At::B, "verify", &[GUEST], "run"),
+    (At::B, "export", &[GUEST], "run"),
     (At::B, "journal stat", &[GUEST], "journal_stat"),
     (At::B, "journal check", &[GUEST], "run"),
     (At::B, "journal rebuild-index", &[GUEST], "run"),

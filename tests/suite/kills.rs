@@ -15,6 +15,10 @@ const DELAY_MS: u64 = 300;
 pub struct Dice(u64);
 
 impl Dice {
+    pub fn new(seed: u64) -> Dice {
+        Dice(seed)
+    }
+
     /// By LIFEBOAT_SEED, or by the time. The seed is printed.
     pub fn from_environment() -> Dice {
         let seed = number("LIFEBOAT_SEED").unwrap_or_else(|| {

@@ -10,6 +10,7 @@
 //!   bad_input     what an operator or a stranger can get wrong
 //!   monitor       one guest's process: cuts, kills of its daemon, restore, signals
 //!   cli           every verb: its JSON, its exit codes
+//!   nbd           exports of disks and recovery points, read and written by qemu-img and nbdcopy
 //!   flush         one flush per commit, counted by strace
 //!   qemu/         stock QEMU: checkpoints, kills, resumed guests; watchdog
 //!   readme        README and command line say the same
@@ -25,6 +26,7 @@ mod harness;
 mod kills;
 mod link;
 mod monitor;
+mod nbd;
 mod qemu;
 mod readme;
 mod restart;

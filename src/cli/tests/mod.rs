@@ -209,6 +209,22 @@ const CASES: &[(&str, &str, ExitCode)] = &[
         "failover db1 --yes --fenced-by-operator -q",
         ExitCode::Ok,
     ),
+    ("export", "export db1", ExitCode::Ok),
+    (
+        "export-json",
+        "export db1 --point 9042 --disk root --at /tmp/x.sock --json",
+        ExitCode::Ok,
+    ),
+    (
+        "export-no-point",
+        "export db1 --point 1",
+        ExitCode::NotFound,
+    ),
+    ("export-list", "export --list", ExitCode::Ok),
+    ("export-list-json", "export --list --json", ExitCode::Ok),
+    ("export-stop", "export db1 --stop", ExitCode::Ok),
+    ("export-stop-already", "export web1 --stop", ExitCode::Ok),
+    ("export-usage", "export", ExitCode::Usage),
     ("verify", "verify db1", ExitCode::Ok),
     ("verify-difference", "verify torn1", ExitCode::Difference),
     (

@@ -1,0 +1,410 @@
+//! Views: single pages of a recovery point, straight from the journal, without replaying all of it.
+//!
+//! ```text
+//!   Journal::view ──> Held ── index ──> View ── read_page ──> base page | zeros
+//!   (short, locked)   (reads and verifies      │              then the rows of the page that follow,
+//!                      every frame once)       │              each from its batch
+//!                                              v
+//!                                       Index (page_index.rs)
+//! ```
+//!
+//! What a view reads stays where it is although the journal goes on (the *hold*):
+//!
+//! * The segments of its frames are retained, so that they are not recycled. Frames may be merged
+//!   meanwhile; the view has those that it was made of.
+//! * While a view that needs the base image lives, nothing is folded into it. A fold that is under way
+//!   is finished before.
+//! * Protection goes first: when the disk is full, the journal ends all holds. It does so too when it
+//!   is closed, because the one that is opened next knows nothing of them. A view whose hold ended
+//!   fails from then on. It looks *after* it has read, so that nothing is handed out that was read
+//!   while something changed.
+//! * Dropping the view ends the hold; the next step of maintenance lets go of what it held.
+//!
+//! A view has descriptors of its own and needs neither the journal nor its lock. Everything it hands
+//! out was compared with a checksum after it was read: base pages with their leaf, batches with the
+//! blake3 that was taken when their whole part was verified.
+//!
+//! Dropped alternative: to replay the point into a file and export that. It takes the space of the
+//! whole guest once more, and minutes before the first byte can be read.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::RecoveryPoint;
+use super::base::{self, Base, Chunk, Stored};
+use super::catalogue::FrameInfo;
+use super::error::JournalError;
+use super::open::Journal;
+use super::page_index::{Entry, Index};
+use super::segment::{Loc, file_name};
+use super::store::{Access, Store, StoreFile};
+use crate::frame::{Decompressor, FrameCheck, FrameError, Manifest, PartView, apply_delta};
+use crate::ids::Epoch;
+use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
+
+/// Decoded batches that are kept: 4 MiB.
+const CACHED_BATCHES: usize = 64;
+/// As segments want it.
+const BLOCK: u64 = crate::frame::BLOCK as u64;
+/// Pages of the base that are read together.
+const BASE_PAGES: u32 = 64;
+
+/// Shared by a view and its journal.
+struct Token {
+    ended: AtomicBool,
+}
+
+struct Hold {
+    token: Weak<Token>,
+    parts: Vec<Loc>,
+    base: bool,
+}
+
+/// What a journal holds for its views. Dropped with it.
+#[derive(Default)]
+pub(super) struct Holds(Vec<Hold>);
+
+impl Drop for Holds {
+    fn drop(&mut self) {
+        self.0.iter().for_each(Hold::end);
+    }
+}
+
+impl Hold {
+    fn end(&self) {
+        if let Some(token) = self.token.upgrade() {
+            token.ended.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl<S: Store> Journal<S> {
+    /// Holds a point for a view. [`Held::index`] makes the view, without the journal.
+    ///
+    /// Fails if there is no such point, or a file cannot be opened. A fold that is under way is
+    /// finished first, which can fail as maintenance can.
+    pub fn view(&mut self, upto: Epoch) -> Result<Held<S>, JournalError> {
+        self.usable()?;
+        let needs_base = |frames: &[FrameInfo]| !frames.iter().any(|f| f.full);
+        let mut end = self.frame(upto)?;
+        if self.fold.is_some() && needs_base(&self.frames[..=end]) {
+            self.writable("finishing a fold")?;
+            while !self.fold_step()? {}
+            end = self.frame(upto)?;
+        }
+        let layout = self.layout.clone().expect("a point has a layout");
+        let start = self.frames[..=end].iter().rposition(|f| f.full);
+        let base = match start {
+            None => Some(Base::open(&self.store, &layout, false)?),
+            Some(_) => None,
+        };
+        let frames = self.frames[start.unwrap_or(0)..=end].to_vec();
+        let parts: Vec<Loc> = frames.iter().flat_map(|f| f.parts.clone()).collect();
+        let mut files = BTreeMap::new();
+        for number in parts.iter().map(|loc| loc.segment) {
+            if let std::collections::btree_map::Entry::Vacant(entry) = files.entry(number) {
+                let name = file_name(number);
+                let file = self.store.open(&name, Access::Blocks, false);
+                entry.insert(file.map_err(|e| JournalError::io("open", &name, e))?);
+            }
+        }
+        let token = Arc::new(Token {
+            ended: AtomicBool::new(false),
+        });
+        parts.iter().for_each(|loc| self.segments.retain(*loc));
+        self.holds.0.push(Hold {
+            token: Arc::downgrade(&token),
+            parts,
+            base: base.is_some(),
+        });
+        Ok(Held {
+            point: self.point(&self.frames[end]),
+            token,
+            layout,
+            base,
+            files,
+            frames,
+        })
+    }
+
+    /// Lets go of what dropped views held, or of everything if the disk is full.
+    pub(super) fn tend_holds(&mut self) {
+        let full = self.pressed;
+        let mut gone = Vec::new();
+        self.holds.0.retain_mut(|hold| {
+            let keep = hold.token.strong_count() > 0 && !full;
+            if !keep {
+                hold.end();
+                gone.append(&mut hold.parts);
+            }
+            keep
+        });
+        gone.into_iter().for_each(|loc| self.segments.release(loc));
+    }
+
+    /// True if a view needs the base as it is.
+    pub(super) fn base_is_held(&self) -> bool {
+        self.holds.0.iter().any(|hold| hold.base)
+    }
+}
+
+/// A point that is held. See the module's documentation.
+pub struct Held<S: Store> {
+    point: RecoveryPoint,
+    token: Arc<Token>,
+    layout: Layout,
+    base: Option<Base<S>>,
+    files: BTreeMap<u32, S::File>,
+    frames: Vec<FrameInfo>,
+}
+
+/// Random access to the pages of a recovery point. See the module's documentation.
+pub struct View<S: Store> {
+    point: RecoveryPoint,
+    token: Arc<Token>,
+    layout: Layout,
+    manifest: Manifest,
+    base: Option<Base<S>>,
+    files: BTreeMap<u32, S::File>,
+    index: Index,
+    cache: Mutex<Cache>,
+}
+
+#[derive(Default)]
+struct Cache {
+    decoder: Decompressor,
+    stored: Vec<u8>,
+    /// The most recently used one first.
+    batches: VecDeque<(u32, Vec<u8>)>,
+    base: Option<(RegionId, Chunk)>,
+}
+
+impl<S: Store> Held<S> {
+    /// The guest's content.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Bytes that [`index`](Self::index) reads.
+    pub fn bytes(&self) -> u64 {
+        self.frames.iter().map(|f| f.bytes).sum()
+    }
+
+    /// Reads and verifies all frames of the point and notes where every page is. `progress` gets the
+    /// bytes that were read so far.
+    ///
+    /// Fails if a frame is damaged or the hold ended. Takes 16 bytes of memory per changed page.
+    pub fn index(self, progress: &mut dyn FnMut(u64)) -> Result<View<S>, JournalError> {
+        let mut index = Index::new(&self.layout);
+        let (mut buffer, mut done) = (Vec::new(), 0);
+        let mut manifest = None;
+        for info in &self.frames {
+            let mut check = FrameCheck::new();
+            for (number, loc) in info.parts.iter().enumerate() {
+                let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
+                buffer.resize(loc.len as usize, 0);
+                read(&self.files, loc.segment, u64::from(loc.offset), &mut buffer)?;
+                let view = PartView::verify(&buffer).map_err(damaged)?;
+                check.add(&view).map_err(damaged)?;
+                if !info.owns(view.header(), number) {
+                    return Err(JournalError::corrupt(
+                        loc.to_string(),
+                        "it is another frame",
+                    ));
+                }
+                view.check_layout(&self.layout).map_err(damaged)?;
+                index.add(&view, *loc)?;
+                if info.epoch == self.point.epoch && view.footer().is_some() {
+                    manifest = Some(view.manifest().map_err(damaged)?);
+                }
+                done += u64::from(loc.len);
+                progress(done);
+            }
+            if check.finish()?.root != info.root {
+                let place = format!("epoch {}", info.epoch);
+                return Err(JournalError::corrupt(place, "its root is another one"));
+            }
+        }
+        index.finish();
+        let manifest = manifest.expect("the last part of the last frame has one");
+        if manifest.layout != self.layout {
+            return Err(JournalError::LayoutChanged);
+        }
+        let view = View {
+            point: self.point,
+            token: self.token,
+            layout: self.layout,
+            manifest,
+            base: self.base,
+            files: self.files,
+            index,
+            cache: Mutex::default(),
+        };
+        view.alive()?;
+        Ok(view)
+    }
+}
+
+fn read<F: StoreFile>(
+    files: &BTreeMap<u32, F>,
+    segment: u32,
+    at: u64,
+    into: &mut [u8],
+) -> Result<(), JournalError> {
+    let file = files
+        .get(&segment)
+        .expect("the files of all parts are open");
+    file.read_at(at, into).map_err(|e| {
+        JournalError::corrupt(
+            file_name(segment),
+            format!("it cannot be read at {at}: {e}"),
+        )
+    })
+}
+
+impl<S: Store> View<S> {
+    /// The point.
+    pub fn point(&self) -> &RecoveryPoint {
+        &self.point
+    }
+
+    /// Its manifest: layout, machine, device state.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The journal let go of what this view needs; it fails from now on.
+    pub fn ended(&self) -> bool {
+        self.token.ended.load(Ordering::SeqCst)
+    }
+
+    fn alive(&self) -> Result<(), JournalError> {
+        match self.ended() {
+            true => Err(JournalError::ViewEnded(self.point.epoch)),
+            false => Ok(()),
+        }
+    }
+
+    /// The content of a page, which must be one of the layout.
+    ///
+    /// Fails if what is stored is damaged or cannot be read, or if the hold ended; `into` is of no use
+    /// then.
+    pub fn read_page(
+        &self,
+        addr: PageAddr,
+        into: &mut [u8; PAGE_SIZE],
+    ) -> Result<(), JournalError> {
+        let read = self.compose(addr, into);
+        // What was let go of may look like damage.
+        self.alive()?;
+        read
+    }
+
+    fn compose(&self, addr: PageAddr, into: &mut [u8; PAGE_SIZE]) -> Result<(), JournalError> {
+        let region = self
+            .layout
+            .get(addr.region)
+            .expect("a region of the layout");
+        assert!(
+            addr.page < region.pages,
+            "page {} of {}",
+            addr.page,
+            region.pages
+        );
+        let (zeroed, rows) = self.index.find(addr);
+        let whole = |row: &Entry| self.index.batches[row.batch as usize].whole;
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if zeroed || rows.first().is_some_and(whole) {
+            into.fill(0);
+        } else {
+            self.read_base(&mut cache, addr, into)?;
+        }
+        for row in rows {
+            let batch = self.batch(&mut cache, row.batch)?;
+            let content = &batch[usize::from(row.off)..][..usize::from(row.len)];
+            if whole(row) {
+                into.copy_from_slice(content);
+            } else {
+                apply_delta(content, into).map_err(|why| self.damaged(row.batch, why))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn damaged(&self, number: u32, why: impl ToString) -> JournalError {
+        let place = &self.index.batches[number as usize];
+        let location = format!("{} at byte {}", file_name(place.segment), place.at);
+        JournalError::corrupt(location, why)
+    }
+
+    /// A batch, verified and decoded.
+    fn batch<'c>(&self, cache: &'c mut Cache, number: u32) -> Result<&'c [u8], JournalError> {
+        let Cache {
+            decoder,
+            stored,
+            batches,
+            ..
+        } = cache;
+        let decoded = match batches.iter().position(|(n, _)| *n == number) {
+            Some(at) => batches.remove(at).expect("found above").1,
+            None => {
+                let place = &self.index.batches[number as usize];
+                // Segments are read in whole blocks; a part consists of whole blocks.
+                let (start, len) = (place.at - place.at % BLOCK, place.batch.range().len());
+                let skip = (place.at - start) as usize;
+                stored.resize((skip + len).next_multiple_of(BLOCK as usize), 0);
+                read(&self.files, place.segment, start, stored)?;
+                let stored = &stored[skip..skip + len];
+                if *blake3::hash(stored).as_bytes() != place.hash {
+                    return Err(self.damaged(number, "its checksum is wrong"));
+                }
+                let mut decoded = match batches.len() {
+                    CACHED_BATCHES.. => batches.pop_back().expect("there are some").1,
+                    _ => Vec::new(),
+                };
+                let result = place.batch.decode(decoder, stored, &mut decoded);
+                result.map_err(|why| self.damaged(number, why))?;
+                decoded
+            }
+        };
+        batches.push_front((number, decoded));
+        Ok(&batches[0].1)
+    }
+
+    fn read_base(
+        &self,
+        cache: &mut Cache,
+        addr: PageAddr,
+        into: &mut [u8; PAGE_SIZE],
+    ) -> Result<(), JournalError> {
+        let Some(base) = &self.base else {
+            // What a full frame does not have is zero.
+            into.fill(0);
+            return Ok(());
+        };
+        let region = self
+            .layout
+            .get(addr.region)
+            .expect("a region of the layout");
+        let start = addr.page - addr.page % BASE_PAGES;
+        let end = (start + BASE_PAGES).min(region.pages);
+        let there = |(id, chunk): &&(RegionId, Chunk)| *id == addr.region && chunk.start == start;
+        if cache.base.as_ref().filter(there).is_none() {
+            let chunk = base.read(addr.region, PageRange { start, end }, false)?;
+            cache.base = Some((addr.region, chunk));
+        }
+        let (_, chunk) = cache.base.as_ref().expect("set above");
+        match base.judge(addr.region, chunk, (addr.page - start) as usize) {
+            Stored::Zero => into.fill(0),
+            Stored::Page(content) => *into = *content,
+            Stored::Damaged(_) => {
+                return Err(JournalError::corrupt(
+                    base::place(addr),
+                    "its checksum is wrong",
+                ));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,4 @@
+mod client;
+mod hostile;
+mod mirror;
+mod model;
