@@ -124,7 +124,7 @@ impl Colo {
         self.session = None;
         self.ready = false;
         self.ordered = false;
-        context.shared.disks.iter().for_each(|d| d.give_back());
+        context.shared.disks.give_back();
         match context.idle().await {
             Ok(()) => GuestError::Abandoned(why),
             Err(error) => error,

@@ -91,7 +91,7 @@ pub(super) fn read(
         let RegionId(region) = addr.region;
         match usize::from(region).checked_sub(ram) {
             None => *copy = *content.store.page(*addr),
-            Some(disk) => shared.disks[disk].read_cut(addr.page, copy)?,
+            Some(disk) => shared.disks.read_cut(disk, addr.page, copy)?,
         }
     }
     let memory = Box::new(Lent {

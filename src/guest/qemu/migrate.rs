@@ -57,7 +57,7 @@ impl Plain {
         self.running = Some(tokio::spawn(checkpoint(context.clone(), hold)));
         let result = self.finish().await.expect("it was just begun");
         if result.is_err() {
-            context.shared.disks.iter().for_each(|d| d.give_back());
+            context.shared.disks.give_back();
         }
         result
     }
@@ -131,7 +131,7 @@ async fn migrated(context: &Arc<Context>, hold: bool) -> Result<Taken, GuestErro
             Some(_) => sleep(LOOK_EVERY).await,
         }
     }
-    let disks = context.shared.cut_disks();
+    let disks = context.shared.disks.cut();
     let (captured_at, pause) = if hold {
         (before_now(Duration::ZERO), ended.elapsed())
     } else {

@@ -5,7 +5,7 @@
 //!   probe ─▶ ┌──────┐ ──── migrate ────▶ ┌─────────────────────┐
 //!   attach   │ QEMU │                    │ session (a thread)  │ ─▶ store: image, pending, debts
 //!            └──────┘ ◀── COLO answers ─ └─────────────────────┘        │
-//!               ▲ nbd mirror ─────────────▶ DiskCut (one per disk) ─────┴─▶ handout ─▶ chunks
+//!               ▲ nbd mirror ─────────────▶ disks: MirrorDisk each ──┴─▶ handout ─▶ chunks
 //!               └── x-colo-lost-heartbeat ── watchdog (a process)
 //! ```
 //!
@@ -49,7 +49,8 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use self::colo::Colo;
-pub use self::disks::DiskCut;
+use self::disks::Disks;
+pub use self::disks::{DiskOptions, MirrorOptions};
 use self::handout::{CHUNKS_LENT_MAX, Handout};
 use self::machine::Machine;
 use self::migrate::Plain;
@@ -71,8 +72,10 @@ pub struct Options {
     pub qmp: PathBuf,
     /// How to take checkpoints.
     pub mode: Mode,
-    /// Targets of its disks' mirrors, which are in sync.
-    pub disks: Vec<Arc<dyn DiskCut>>,
+    /// Its disks that are to be protected.
+    pub disks: Vec<DiskOptions>,
+    /// Where their mirrors are kept; needed if there are disks.
+    pub mirrors: Option<MirrorOptions>,
     /// The watchdog. Without one, a daemon that is killed in the middle of a checkpoint leaves the
     /// guest paused until the next daemon attaches.
     pub watchdog: Option<WatchdogOptions>,
@@ -121,7 +124,8 @@ impl QemuGuest {
         if let Some(own) = own {
             drop(Qmp::connect(own).await?);
         }
-        let shared = Arc::new(Shared::new(options.disks));
+        let disks = Disks::open(&qmp, options.disks, options.mirrors.as_ref()).await?;
+        let shared = Arc::new(Shared::new(disks));
         let context = Arc::new(Context::new(qmp, options.qmp, shared, options.watchdog));
         let foreign = matches!(
             probe::migration(&context.qmp).await?.as_deref(),
@@ -155,7 +159,7 @@ impl QemuGuest {
             Source::Colo(colo) => colo.enter(&context).await?,
             Source::Plain(plain) => {
                 plain.cut(&context, false).await?;
-                context.shared.disks.iter().for_each(|d| d.give_back());
+                context.shared.disks.give_back();
             }
         }
         let info = {
@@ -194,9 +198,11 @@ impl QemuGuest {
             self.resume().await?;
         }
         match &mut self.source {
-            Source::Colo(colo) => colo.leave(&self.context).await,
-            Source::Plain(plain) => plain.leave(&self.context).await,
+            Source::Colo(colo) => colo.leave(&self.context).await?,
+            Source::Plain(plain) => plain.leave(&self.context).await?,
         }
+        self.context.shared.disks.remove(&self.context.qmp).await?;
+        Ok(())
     }
 
     fn next_id(&mut self) -> CutId {
@@ -241,12 +247,14 @@ impl Guest for QemuGuest {
         self.current = None;
         if !self.paused {
             self.check_state().await?;
+            let (qmp, shared) = (&self.context.qmp, &self.context.shared);
+            shared.disks.ready(qmp).await?;
             if let Source::Colo(colo) = &mut self.source {
                 colo.sync(&self.context).await?;
             }
         }
         let id = self.next_id();
-        let dirty = self.take(id, self.context.shared.cut_disks());
+        let dirty = self.take(id, self.context.shared.disks.cut());
         let pages = match contents {
             Contents::Dirty => dirty.clone(),
             Contents::All => PageSet::full(&self.info.layout),
@@ -258,6 +266,8 @@ impl Guest for QemuGuest {
     async fn cut(&mut self, _: CutStrategy) -> Result<Cut, GuestError> {
         self.current = None;
         self.check_state().await?;
+        let (qmp, shared) = (&self.context.qmp, &self.context.shared);
+        shared.disks.ready(qmp).await?;
         let hold = self.paused;
         let taken = match &mut self.source {
             Source::Colo(colo) => colo.cut(&self.context, hold).await,
@@ -270,6 +280,11 @@ impl Guest for QemuGuest {
             pause,
         } = taken?;
         self.held = hold;
+        if !shared.disks.in_sync(qmp).await? {
+            shared.disks.give_back();
+            let text = "the mirror of a disk failed; it starts over";
+            return Err(GuestError::Abandoned(text.into()));
+        }
         let id = self.next_id();
         let dirty = self.take(id, disks);
         self.current = Some(Handout::new(dirty.clone()));
@@ -311,10 +326,9 @@ impl Guest for QemuGuest {
             let content = content.as_mut().expect("its table was read");
             content.store.settle(id)
         };
-        let disks = self.context.shared.disks.iter();
-        disks
-            .zip(epochs.unwrap_or_default())
-            .for_each(|(disk, epoch)| disk.settle(epoch));
+        if let Some(epochs) = epochs {
+            self.context.shared.disks.settle(&epochs);
+        }
         self.info.base = Some(base);
         Ok(())
     }
@@ -324,8 +338,7 @@ impl Guest for QemuGuest {
         let mut content = self.context.shared.content();
         let content = content.as_mut().expect("its table was read");
         content.store.give_back();
-        let disks = self.context.shared.disks.iter();
-        disks.for_each(|disk| disk.give_back());
+        self.context.shared.disks.give_back();
         Ok(())
     }
 

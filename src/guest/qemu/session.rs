@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc as told;
 
-use super::disks::DiskCut;
+use super::disks::Disks;
 use super::machine;
 use super::probe::Method;
 use super::store::Store;
@@ -45,13 +45,13 @@ pub(super) struct Content {
 
 /// What the adapter and the thread share.
 pub(super) struct Shared {
-    pub disks: Vec<Arc<dyn DiskCut>>,
+    pub disks: Disks,
     /// `None` until the first stream has told which memory there is.
     content: Mutex<Option<Content>>,
 }
 
 impl Shared {
-    pub fn new(disks: Vec<Arc<dyn DiskCut>>) -> Self {
+    pub fn new(disks: Disks) -> Self {
         Self {
             disks,
             content: Mutex::new(None),
@@ -61,11 +61,6 @@ impl Shared {
     /// The content. A page is put or not before anything can panic.
     pub fn content(&self) -> MutexGuard<'_, Option<Content>> {
         self.content.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Closes the open epochs of all disks.
-    pub fn cut_disks(&self) -> Vec<(u64, PageBitmap)> {
-        self.disks.iter().map(|disk| disk.cut()).collect()
     }
 }
 
@@ -221,12 +216,7 @@ impl Pages for Taker {
                 );
             }
             None => {
-                let disks: Vec<_> = self
-                    .shared
-                    .disks
-                    .iter()
-                    .map(|disk| (disk.id().clone(), disk.pages()))
-                    .collect();
+                let disks = self.shared.disks.regions();
                 let layout = machine::layout(head, &disks).map_err(|error| error.to_string())?;
                 let mib = layout.ram_pages() >> 8;
                 let store = Store::new(layout)
@@ -308,7 +298,7 @@ impl Peer {
         let devices = self.reader.checkpoint(&mut self.taker)?;
         // All writes of the guest so far were answered by the targets, and none is issued before
         // LOADED: the epochs end at the instant of the device state.
-        let disks = self.taker.shared.cut_disks();
+        let disks = self.taker.shared.disks.cut();
         let told = |took| Told::Checkpoint {
             devices,
             disks,

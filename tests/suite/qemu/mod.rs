@@ -14,7 +14,7 @@ use lifeboat::guest::{Contents, CutStrategy, Guest, GuestError, RunState};
 use serde_json::json;
 
 use crate::harness::wait;
-use vm::{BOUND, Standby, TESTED_FROM, Vm, base, have_qemu, workspace};
+use vm::{BOUND, Standby, TESTED_FROM, Vm, base, disk, have_qemu, workspace};
 
 /// What `query-status` says, over the monitor of the test.
 async fn status(vm: &Vm) -> String {
@@ -55,7 +55,7 @@ async fn chain(test: &str, mode: Mode, method: Method) {
         drop(guest);
 
         vm = standby.resume(dir.path(), &format!("vm{number}")).await;
-        let lines = vm.lines(4);
+        let lines = vm.lines(8);
         assert!(lines[0] > at_cut, "{lines:?} goes on after {at_cut:?}");
         assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
     }
@@ -95,6 +95,71 @@ async fn a_checkpoint_without_some_of_its_pages_is_noticed() {
     let vm = standby.resume(dir.path(), "torn").await;
     let lines = vm.lines(4);
     assert!(lines.iter().any(|said| said.bad > 0), "{lines:?}");
+}
+
+/// The same for the disk: one that has seen writes after the checkpoint is not the checkpoint's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_newer_than_the_checkpoint_is_noticed() {
+    if !have_qemu("a_disk_that_is_newer_than_the_checkpoint_is_noticed") {
+        return;
+    }
+    let dir = workspace();
+    let mut vm = Vm::boot(dir.path(), "vm");
+    let mut guest = vm.attach(Mode::Colo).await;
+    let mut standby = Standby::new(&guest);
+    standby.seed(&mut guest).await.unwrap();
+    let mut said = vm.progress(None);
+    for _ in 0..3 {
+        standby.checkpoint(&mut guest).await.unwrap();
+        said = vm.progress(Some(said));
+    }
+    for _ in 0..3 {
+        said = vm.progress(Some(said));
+    }
+    vm.kill();
+    std::fs::rename(disk(dir.path(), "vm"), disk(dir.path(), "newer")).unwrap();
+    let newer = standby.resume_on(dir.path(), "newer").await;
+    let lines = newer.lines(8);
+    assert!(lines.iter().any(|said| said.bad > 0), "{lines:?}");
+    let right = standby.resume(dir.path(), "right").await;
+    let lines = right.lines(8);
+    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+}
+
+/// A mirror that is lost costs a new copy of the disk, never a wrong checkpoint.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_mirror_starts_over() {
+    if !have_qemu("a_lost_mirror_starts_over") {
+        return;
+    }
+    let dir = workspace();
+    let mut vm = Vm::boot(dir.path(), "vm");
+    let mut guest = vm.attach(Mode::Colo).await;
+    let mut standby = Standby::new(&guest);
+    standby.seed(&mut guest).await.unwrap();
+    let mut said = vm.progress(None);
+    let mut abandoned = 0;
+    for number in 0..12 {
+        match standby.checkpoint(&mut guest).await {
+            Ok(_) => {}
+            Err(GuestError::Abandoned(_)) => abandoned += 1,
+            Err(other) => panic!("{other}"),
+        }
+        if number % 3 == 1 {
+            let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+            let job = json!({ "device": "lifeboat-mirror-0", "force": true });
+            qmp.call("block-job-cancel", job).await.unwrap();
+        }
+        said = vm.progress(Some(said));
+    }
+    println!("{abandoned} cuts were abandoned");
+    standby.checkpoint(&mut guest).await.unwrap();
+    vm.progress(Some(said));
+    vm.kill();
+    let vm = standby.resume(dir.path(), "resumed").await;
+    let lines = vm.lines(8);
+    assert!(lines[0] > said, "{lines:?} goes on after {said:?}");
+    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
 }
 
 /// Pages that were not settled come again, whatever happened to the calls that took them.

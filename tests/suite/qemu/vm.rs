@@ -12,7 +12,7 @@ use lifeboat::guest::qemu::compose::PageSource;
 use lifeboat::guest::qemu::machine::{self, Machine};
 use lifeboat::guest::qemu::probe::Mode;
 use lifeboat::guest::qemu::restore::restore;
-use lifeboat::guest::qemu::{Options, QemuGuest, WatchdogOptions};
+use lifeboat::guest::qemu::{DiskOptions, MirrorOptions, Options, QemuGuest, WatchdogOptions};
 use lifeboat::guest::{Base, Contents, Cut, CutStrategy, Guest, GuestError};
 use lifeboat::ids::{Epoch, Generation, JournalId};
 use lifeboat::page::{PAGE_SIZE, PageAddr};
@@ -24,6 +24,9 @@ const EXE: &str = env!("CARGO_BIN_EXE_lifeboat");
 const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/qemu");
 /// The guest's pages under test begin here (see guest.c).
 pub const TESTED_FROM: u32 = (16 << 20) / PAGE_SIZE as u32;
+const DISK_BYTES: u64 = 1 << 20;
+/// QEMU's name of the disk.
+const NODE: &str = "root-node";
 /// How long a checkpoint may stand still before the watchdog acts.
 pub const BOUND: Duration = Duration::from_millis(300);
 
@@ -85,14 +88,16 @@ pub struct Said {
 }
 
 impl Vm {
-    /// Boots the guest.
+    /// Boots the guest with an empty disk.
     pub fn boot(dir: &Path, name: &str) -> Self {
+        let disk = File::create_new(disk(dir, name)).unwrap();
+        disk.set_len(DISK_BYTES).unwrap();
         let vm = Self::start(dir, name, &[]);
         vm.progress(None);
         vm
     }
 
-    /// A QEMU that waits for a checkpoint.
+    /// A QEMU that waits for a checkpoint; its disk is there.
     pub fn waiting(dir: &Path, name: &str) -> Self {
         Self::start(dir, name, &["-incoming", "defer"])
     }
@@ -110,6 +115,13 @@ impl Vm {
                 "file:{}",
                 dir.join(format!("{name}.out")).display()
             ));
+        let file = disk(dir, name);
+        let file = format!("driver=file,node-name=file,filename={}", file.display());
+        command
+            .args(["-blockdev", &file, "-blockdev"])
+            .arg(format!("driver=raw,node-name={NODE},file=file"))
+            .arg("-device")
+            .arg(format!("ide-hd,bus=ide.0,drive={NODE}"));
         for monitor in ["a", "b", "c"] {
             let path = socket(dir, name, monitor);
             command
@@ -199,13 +211,25 @@ pub fn options_at(dir: &Path, name: &str, mode: Mode) -> Options {
     Options {
         qmp: socket(dir, name, "a"),
         mode,
-        disks: Vec::new(),
+        disks: vec![DiskOptions {
+            id: "root".parse().unwrap(),
+            node: NODE.into(),
+        }],
+        mirrors: Some(MirrorOptions {
+            socket: socket(dir, name, "nbd"),
+            dir: dir.to_owned(),
+        }),
         watchdog: Some(WatchdogOptions {
             exe: EXE.into(),
             monitor: Some(socket(dir, name, "b")),
             bound: BOUND,
         }),
     }
+}
+
+/// The image of its disk.
+pub fn disk(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.img"))
 }
 
 fn socket(dir: &Path, name: &str, monitor: &str) -> PathBuf {
@@ -299,8 +323,15 @@ impl Standby {
         Ok(cut)
     }
 
-    /// A new QEMU that goes on from here.
+    /// A new QEMU that goes on from here, memory and disk.
     pub async fn resume(&self, dir: &Path, name: &str) -> Vm {
+        let content = self.blocks.lock().unwrap().last().unwrap().clone();
+        fs::write(disk(dir, name), content).unwrap();
+        self.resume_on(dir, name).await
+    }
+
+    /// The same with a disk that is there already.
+    pub async fn resume_on(&self, dir: &Path, name: &str) -> Vm {
         let vm = Vm::waiting(dir, name);
         let pages = Blocks(self.blocks.clone());
         let head = self.machine.head.clone();
