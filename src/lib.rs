@@ -29,6 +29,7 @@
 //! | `vmm` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `page` |
 //! | `guest` | `bitmap`, `clock`, `device_state`, `ids`, `page` |
 //! | `guest::builtin` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `page`, `vmm` |
+//! | `guest::qemu` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `nbd`, `page` |
 //! | `pki` | `clock`, `durable`, `ids` |
 //! | `transport` | `clock`, `ids`, `metrics`, `pki`, `wire` |
 //! | `primary` | `bitmap`, `clock`, `frame`, `guest`, `ids`, `metrics`, `page`, `retry`, `wire` |

@@ -103,6 +103,19 @@ pub enum Verb {
         #[arg(long, value_name = "DIR")]
         run_dir: PathBuf,
     },
+    /// Make a QEMU guest run again when the daemon leaves it alone; started by the daemon.
+    #[command(hide = true)]
+    QemuWatchdog {
+        /// A monitor of the guest.
+        #[arg(long, value_name = "SOCKET")]
+        monitor: PathBuf,
+        /// The monitor is for the watchdog alone.
+        #[arg(long)]
+        own: bool,
+        /// How long a checkpoint may stand still, in milliseconds.
+        #[arg(long, value_name = "N")]
+        bound_ms: u64,
+    },
     /// Show the site, its peers and its guests.
     Status {
         /// Only this guest.

@@ -102,10 +102,17 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
     match verb {
         Verb::Site => return site::run(file, global.verbose),
         Verb::Vmm { guest, run_dir } => return site::monitor(&guest, &run_dir),
+        Verb::QemuWatchdog {
+            monitor,
+            own,
+            bound_ms,
+        } => return site::watchdog(monitor, own, bound_ms),
         _ => logging::start_for_command(global.verbose),
     }
     match verb {
-        Verb::Site | Verb::Vmm { .. } => unreachable!("they were run above"),
+        Verb::Site | Verb::Vmm { .. } | Verb::QemuWatchdog { .. } => {
+            unreachable!("they were run above")
+        }
         Verb::Demo { keep, no_kvm } => {
             let options = demo::DemoOptions {
                 keep,

@@ -1,6 +1,9 @@
-//! The two verbs that are processes of their own: the daemon of a site, and a guest's monitor.
+//! The verbs that are processes of their own: the daemon of a site, a guest's monitor, and the
+//! watchdog of a QEMU guest.
 
-use std::path::Path;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::{logging, workers};
 use crate::config::{DEFAULT_FILE, Files, load};
@@ -29,5 +32,17 @@ pub(super) fn run(file: Option<&Path>, verbose: u8) -> Result<ExitCode, ApiError
 pub(super) fn monitor(guest: &GuestId, run_dir: &Path) -> Result<ExitCode, ApiError> {
     crate::vmm::process::run(guest, run_dir)
         .map_err(|error| ApiError::new(Reason::Failed, error.to_string()))?;
+    Ok(ExitCode::Ok)
+}
+
+/// `lifeboat qemu-watchdog`: until its standard input ends. What it says goes to the daemon's log.
+pub(super) fn watchdog(monitor: PathBuf, own: bool, bound_ms: u64) -> Result<ExitCode, ApiError> {
+    logging::start_for_command(0);
+    let failed = |error: std::io::Error| ApiError::new(Reason::Failed, error.to_string());
+    // The lock of the standard input is held by this thread.
+    let input = std::io::stdin().as_fd().try_clone_to_owned();
+    let input = std::fs::File::from(input.map_err(failed)?);
+    let bound = Duration::from_millis(bound_ms.max(1));
+    crate::guest::qemu::watchdog::run(input, monitor, own, bound).map_err(failed)?;
     Ok(ExitCode::Ok)
 }

@@ -167,6 +167,7 @@ pub async fn run(
         }
         Verb::Site
         | Verb::Vmm { .. }
+        | Verb::QemuWatchdog { .. }
         | Verb::Demo { .. }
         | Verb::Pki(_)
         | Verb::Config(_)

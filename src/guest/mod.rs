@@ -21,6 +21,7 @@
 pub mod fake;
 
 pub mod builtin;
+pub mod qemu;
 
 use std::future::Future;
 use std::time::Duration;

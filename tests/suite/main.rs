@@ -14,6 +14,7 @@
 //!   runbooks      every command of the runbooks, executed
 //!   nbd           exports of disks and recovery points, read and written by qemu-img and nbdcopy
 //!   flush         one flush per commit, counted by strace
+//!   qemu/         stock QEMU: checkpoints, kills, resumed guests; watchdog
 //!   readme        README and command line say the same
 //! ```
 //!
@@ -30,6 +31,7 @@ mod monitor;
 mod moving;
 mod nbd;
 mod observability;
+mod qemu;
 mod readme;
 mod restart;
 mod rot;

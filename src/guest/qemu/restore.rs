@@ -1,0 +1,118 @@
+//! Resumes a checkpoint in a fresh QEMU.
+//!
+//! That QEMU was started with the same machine type, devices, CPU and memory as the one that was lost,
+//! with its disks at the checkpoint's content, and with `-incoming defer`:
+//!
+//! ```text
+//!   getfd, migrate-incoming ─▶ compose into the socket ─▶ RESUME (cont, if it was saved paused)
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::time::{Instant, sleep};
+
+use super::compose::{PageSource, compose};
+use super::probe;
+use super::qmp::Qmp;
+use super::stream::Head;
+use crate::guest::GuestError;
+use crate::page::PAGE_SIZE;
+
+/// Name under which QEMU knows our end of its socket.
+const DESCRIPTOR: &str = "lifeboat-incoming";
+/// How long QEMU may take after the last byte.
+const RESUME_WITHIN: Duration = Duration::from_secs(60);
+/// Time between two looks.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+
+/// A RAM image as the journal materialises it: all regions one after the other.
+pub struct ImageFile {
+    file: File,
+    /// Where each block begins.
+    starts: Vec<u64>,
+}
+
+impl ImageFile {
+    /// The image of a guest with this memory.
+    pub fn new(file: File, head: &Head) -> Self {
+        let mut next = 0;
+        let starts = head.blocks.iter().map(|block| {
+            let start = next;
+            next += u64::from(block.pages()) * PAGE_SIZE as u64;
+            start
+        });
+        Self {
+            starts: starts.collect(),
+            file,
+        }
+    }
+}
+
+impl PageSource for ImageFile {
+    fn read(&mut self, block: usize, page: u32, into: &mut [u8; PAGE_SIZE]) -> io::Result<()> {
+        let at = self.starts[block] + u64::from(page) * PAGE_SIZE as u64;
+        self.file.read_exact_at(into, at)
+    }
+}
+
+/// Resumes in the QEMU whose monitor is at `monitor`; returns when the guest runs. `devices` is
+/// QEMU's part of a device state, see [`machine::devices`](super::machine::devices).
+pub async fn restore(
+    monitor: &Path,
+    head: Head,
+    mut pages: impl PageSource + Send + 'static,
+    devices: Vec<u8>,
+) -> Result<(), GuestError> {
+    let qmp = Qmp::connect(monitor).await?;
+    let status = probe::status(&qmp).await?;
+    if status != "inmigrate" {
+        return Err(GuestError::Failed(format!(
+            "the QEMU at {} is {status}, it does not wait for a guest: start it with -incoming defer",
+            monitor.display()
+        )));
+    }
+    let failed = |error: io::Error| GuestError::Failed(format!("writing to QEMU: {error}"));
+    let (mut ours, theirs) = UnixStream::pair().map_err(failed)?;
+    let name = json!({ "fdname": DESCRIPTOR });
+    qmp.call_with("getfd", name, Some(theirs.as_fd()), Duration::from_secs(20))
+        .await?;
+    let uri = json!({ "uri": format!("fd:{DESCRIPTOR}") });
+    qmp.call("migrate-incoming", uri).await?;
+    drop(theirs);
+    let writing = tokio::task::spawn_blocking(move || {
+        let written = compose(&mut ours, &head, &mut pages, &devices);
+        // Kept open until the guest runs: QEMU may look for more.
+        written.map(|_| ours)
+    });
+    let refused =
+        "QEMU refused the checkpoint (its log says why): is it started as the one that was lost?";
+    let _socket = match writing.await {
+        Ok(Ok(socket)) => socket,
+        Ok(Err(error)) => return Err(GuestError::Failed(format!("{refused} ({error})"))),
+        Err(error) => return Err(GuestError::Failed(error.to_string())),
+    };
+    let deadline = Instant::now() + RESUME_WITHIN;
+    loop {
+        match probe::status(&qmp).await {
+            Ok(status) => match status.as_str() {
+                "running" => return Ok(()),
+                "paused" => {
+                    qmp.call("cont", json!({})).await?;
+                }
+                _ => {}
+            },
+            Err(error) => return Err(GuestError::Failed(format!("{refused} ({error})"))),
+        }
+        if Instant::now() > deadline {
+            return Err(GuestError::Failed(refused.into()));
+        }
+        sleep(LOOK_EVERY).await;
+    }
+}

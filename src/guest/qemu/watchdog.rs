@@ -1,0 +1,352 @@
+//! Makes the guest run again when the daemon stalls or dies in the middle of a checkpoint.
+//!
+//! ```text
+//!   daemon ── pipe ──▶ lifeboat qemu-watchdog ── monitor ──▶ QEMU
+//!
+//!   'o'  a pause may begin            nothing after 'o' or 'p' for the bound ─▶ look, and act
+//!   'p'  it goes on, bytes arrive     the pipe ends                          ─▶ look, act, end
+//!   'c'  it is over
+//! ```
+//!
+//! COLO has no timeout of its own: if its peer vanishes between REPLY and LOADED, the guest stays paused
+//! for ever. The watchdog is a process of its own, so that neither a panic nor a kill of the daemon
+//! takes it along, and it acts only on what QEMU says of itself:
+//!
+//! ```text
+//!   paused in COLO ................................ x-colo-lost-heartbeat: runs after ~3 ms
+//!   in COLO while the pipe ended .................. x-colo-lost-heartbeat: leaves COLO
+//!   migrated to us (`postmigrate`), pause open .... cont
+//!   stuck in the end of a migration, pause open ... migrate_cancel
+//!   no answer: its main loop waits for the daemon . yank (out of band): its migration fails
+//!   anything else ................................. nothing
+//! ```
+//!
+//! With a monitor of its own it is connected all the time, because a connection that is made when QEMU
+//! is blocked is of no use, and it acts while the daemon hangs. With the daemon's monitor, which serves
+//! one client at a time, it connects when it acts, and gets through only when the daemon is dead.
+
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::json;
+use tokio::process::{Child, Command};
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::probe;
+use super::qmp::{Qmp, QmpError};
+
+const OPEN: u8 = b'o';
+const PROGRESS: u8 = b'p';
+const OVER: u8 = b'c';
+
+/// How long a watchdog that lost its daemon tries to reach QEMU.
+const RESCUE_WITHIN: Duration = Duration::from_secs(60);
+/// Time between two attempts.
+const RETRY: Duration = Duration::from_millis(20);
+/// How long QEMU's main loop may take to answer before it counts as blocked.
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);
+
+/// The daemon's end of the pipe. Dropping it ends the watchdog, which first makes sure that the guest
+/// runs outside of COLO.
+pub struct Lifeline {
+    pipe: UnixStream,
+    child: Mutex<Child>,
+}
+
+impl Lifeline {
+    /// Starts the watchdog of a guest: `exe` is this program, `monitor` a monitor of the guest, which
+    /// is the watchdog's `own` or the daemon's. `bound` is how long a checkpoint may stand still.
+    pub fn spawn(exe: &Path, monitor: &Path, own: bool, bound: Duration) -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        // A watchdog that does not read may not hold up a checkpoint.
+        ours.set_nonblocking(true)?;
+        let child = Command::new(exe)
+            .args(["qemu-watchdog", "--bound-ms"])
+            .arg(bound.as_millis().to_string())
+            .arg("--monitor")
+            .arg(monitor)
+            .args(own.then_some("--own"))
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            // Signals for the daemon's group are not for it.
+            .process_group(0)
+            .spawn()?;
+        Ok(Self {
+            pipe: ours,
+            child: Mutex::new(child),
+        })
+    }
+
+    /// True if the process has ended.
+    pub async fn is_dead(&self) -> bool {
+        !matches!(self.child.lock().await.try_wait(), Ok(None))
+    }
+
+    /// A pause of the guest may begin.
+    pub(super) fn open(&self) {
+        self.tell(OPEN);
+    }
+
+    /// It goes on.
+    pub(super) fn progress(&self) {
+        self.tell(PROGRESS);
+    }
+
+    /// It is over, or meant to last.
+    pub(super) fn over(&self) {
+        self.tell(OVER);
+    }
+
+    fn tell(&self, what: u8) {
+        // A watchdog that is dead or slow: the guest goes first. The adapter looks at its next cut.
+        let _ = (&self.pipe).write(&[what]);
+    }
+}
+
+/// What QEMU says of itself.
+#[derive(Debug, Clone, Copy)]
+struct Seen<'a> {
+    /// `query-status`.
+    status: &'a str,
+    /// `query-migrate`.
+    migration: &'a str,
+    /// `query-colo-status`: it is the primary of a COLO session.
+    colo: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Action {
+    Nothing,
+    LeaveColo,
+    Continue,
+    Cancel,
+}
+
+impl Action {
+    fn command(self) -> Option<&'static str> {
+        match self {
+            Self::Nothing => None,
+            Self::LeaveColo => Some("x-colo-lost-heartbeat"),
+            Self::Continue => Some("cont"),
+            Self::Cancel => Some("migrate_cancel"),
+        }
+    }
+}
+
+/// The table above. `open`: a pause had begun; `ended`: the daemon is gone.
+fn action(seen: Seen<'_>, open: bool, ended: bool) -> Action {
+    let paused = matches!(seen.status, "colo" | "finish-migrate");
+    if seen.colo || seen.migration == "colo" {
+        return if ended || open && paused {
+            Action::LeaveColo
+        } else {
+            Action::Nothing
+        };
+    }
+    match seen.status {
+        "postmigrate" if open => Action::Continue,
+        "finish-migrate" if open => Action::Cancel,
+        _ => Action::Nothing,
+    }
+}
+
+#[derive(Deserialize)]
+struct ColoStatus {
+    mode: String,
+}
+
+/// True if QEMU is the primary of a COLO session.
+pub(super) async fn in_colo(qmp: &Qmp) -> Result<bool, QmpError> {
+    match qmp.ask::<ColoStatus>("query-colo-status").await {
+        Ok(status) => Ok(status.mode == "primary"),
+        // Built without COLO.
+        Err(QmpError::Refused { .. }) => Ok(false),
+        Err(other) => Err(other),
+    }
+}
+
+/// The process's view of QEMU.
+struct Watchdog {
+    monitor: PathBuf,
+    own: bool,
+    qmp: Option<Qmp>,
+}
+
+impl Watchdog {
+    async fn connected(&mut self) -> Result<&Qmp, QmpError> {
+        if self.qmp.is_none() {
+            self.qmp = Some(Qmp::connect(&self.monitor).await?);
+        }
+        Ok(self.qmp.as_ref().expect("it was just made"))
+    }
+
+    /// Looks and acts once; true if nothing (more) is to be done.
+    async fn rescue(&mut self, open: bool, ended: bool) -> Result<bool, QmpError> {
+        let qmp = self.connected().await?;
+        let result = match timeout(ANSWER_WITHIN, look_and_act(qmp, open, ended)).await {
+            Ok(result) => result,
+            Err(_) => {
+                tracing::warn!("QEMU's main loop waits for its migration, which is ended");
+                let instances = json!({ "instances": [{ "type": "migration" }] });
+                qmp.call_now("yank", instances).await.map(|_| false)
+            }
+        };
+        if !self.own || matches!(result, Err(QmpError::Gone(_))) {
+            self.qmp = None;
+        }
+        result
+    }
+}
+
+async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpError> {
+    let status = probe::status(qmp).await?;
+    let migration = probe::migration(qmp).await?.unwrap_or_default();
+    let seen = Seen {
+        status: &status,
+        migration: &migration,
+        colo: in_colo(qmp).await?,
+    };
+    let Some(command) = action(seen, open, ended).command() else {
+        return Ok(true);
+    };
+    tracing::warn!(
+        status,
+        migration,
+        command,
+        "the guest was left alone in a checkpoint"
+    );
+    match qmp.call(command, json!({})).await {
+        // Somebody else was faster, or it takes a moment: look again.
+        Ok(_) | Err(QmpError::Refused { .. }) => Ok(false),
+        Err(other) => Err(other),
+    }
+}
+
+/// The process: until `input` ends, which is the other end of a [`Lifeline`]. `own` says that the
+/// monitor is for it alone.
+pub fn run(
+    mut input: impl Read + Send + 'static,
+    monitor: PathBuf,
+    own: bool,
+    bound: Duration,
+) -> io::Result<()> {
+    let (tell, told) = mpsc::channel(64);
+    std::thread::Builder::new()
+        .name("pipe".into())
+        .spawn(move || {
+            let mut bytes = [0; 64];
+            loop {
+                match input.read(&mut bytes) {
+                    Ok(0) => return,
+                    Ok(read) => {
+                        // Of beginnings and ends only the newest counts.
+                        let words = bytes[..read].iter().rev();
+                        let word = words.copied().find(|word| *word != PROGRESS);
+                        if tell.blocking_send(word.unwrap_or(PROGRESS)).is_err() {
+                            return;
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(_) => return,
+                }
+            }
+        })?;
+    let watchdog = Watchdog {
+        monitor,
+        own,
+        qmp: None,
+    };
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(watch(told, watchdog, bound));
+    Ok(())
+}
+
+async fn watch(mut told: mpsc::Receiver<u8>, mut watchdog: Watchdog, bound: Duration) {
+    if watchdog.own
+        && let Err(error) = watchdog.connected().await
+    {
+        tracing::warn!(%error, "the watchdog cannot use its monitor");
+    }
+    let mut open = false;
+    loop {
+        let heard = if open {
+            timeout(bound, told.recv()).await
+        } else {
+            Ok(told.recv().await)
+        };
+        match heard {
+            Ok(Some(OPEN)) => open = true,
+            Ok(Some(OVER)) => open = false,
+            Ok(Some(_)) => {}
+            Ok(None) => break,
+            Err(_) => {
+                if let Err(error) = watchdog.rescue(open, false).await {
+                    tracing::warn!(%error, "the daemon stalls in a checkpoint and QEMU cannot be asked");
+                }
+            }
+        }
+    }
+    let deadline = Instant::now() + RESCUE_WITHIN;
+    while Instant::now() < deadline {
+        match watchdog.rescue(open, true).await {
+            Ok(true) | Err(QmpError::Missing { .. }) => return,
+            // The next daemon is there already, and looks after the guest.
+            Err(QmpError::Busy(_)) => return,
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "QEMU cannot be asked, trying again"),
+        }
+        sleep(RETRY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_of_the_table() {
+        use Action::{Cancel, Continue, LeaveColo, Nothing};
+        // status, migration, colo -> action when open, when the daemon is gone (open), (not open)
+        let cases = [
+            ("running", "", false, [Nothing, Nothing, Nothing]),
+            ("running", "active", false, [Nothing, Nothing, Nothing]),
+            ("running", "colo", true, [Nothing, LeaveColo, LeaveColo]),
+            ("colo", "colo", true, [LeaveColo, LeaveColo, LeaveColo]),
+            (
+                "finish-migrate",
+                "colo",
+                false,
+                [LeaveColo, LeaveColo, LeaveColo],
+            ),
+            ("finish-migrate", "device", false, [Cancel, Cancel, Nothing]),
+            (
+                "postmigrate",
+                "completed",
+                false,
+                [Continue, Continue, Nothing],
+            ),
+            ("paused", "completed", false, [Nothing, Nothing, Nothing]),
+            ("io-error", "", false, [Nothing, Nothing, Nothing]),
+        ];
+        for (status, migration, colo, wanted) in cases {
+            let seen = Seen {
+                status,
+                migration,
+                colo,
+            };
+            let found = [(true, false), (true, true), (false, true)]
+                .map(|(open, ended)| action(seen, open, ended));
+            assert_eq!(found, wanted, "{status} {migration} {colo}");
+            // Without a pause and with its daemon alive, nothing is touched.
+            assert_eq!(action(seen, false, false), Nothing);
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! Stock QEMU under KVM, through the adapter: checkpoints, kills, resumed guests that check themselves.
+
+mod vm;
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use lifeboat::guest::qemu::QemuGuest;
+use lifeboat::guest::qemu::probe::{Method, Mode};
+use lifeboat::guest::qemu::qmp::Qmp;
+use lifeboat::guest::{Contents, CutStrategy, Guest, GuestError, RunState};
+use serde_json::json;
+
+use crate::harness::wait;
+use vm::{BOUND, Standby, TESTED_FROM, Vm, base, disk, have_qemu, workspace};
+
+/// What `query-status` says, over the monitor of the test.
+async fn status(vm: &Vm) -> String {
+    let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+    let status = qmp.call("query-status", json!({})).await.unwrap();
+    status["status"].as_str().unwrap().to_owned()
+}
+
+/// Kill and resume, over and over: each resumed guest is protected in its turn.
+async fn chain(test: &str, mode: Mode, method: Method) {
+    if !have_qemu(test) {
+        return;
+    }
+    let dir = workspace();
+    let mut vm = Vm::boot(dir.path(), "vm0");
+    for number in 1..=3 {
+        let mut guest = vm.attach(mode).await;
+        assert_eq!(guest.choice().method, method, "{:?}", guest.choice());
+        let mut standby = Standby::new(&guest);
+        standby.seed(&mut guest).await.unwrap();
+        let all = guest.info().layout.pages();
+        let mut said = vm.progress(None);
+        for _ in 0..6 {
+            let cut = standby.checkpoint(&mut guest).await.unwrap();
+            assert!(cut.pause > Duration::ZERO);
+            // The tested pages and a few of the kernel's; never all.
+            let dirty = cut.dirty.count();
+            assert!(dirty > 0 && dirty < all / 2, "{dirty} of {all}");
+            println!("{test}: {dirty} pages, pause {:?}", cut.pause);
+            said = vm.progress(Some(said));
+        }
+        standby.checkpoint(&mut guest).await.unwrap();
+        let at_cut = said;
+        vm.progress(Some(said));
+        vm.kill();
+        let error = standby.cut(&mut guest).await.unwrap_err();
+        assert!(matches!(error, GuestError::Gone(_)), "{error}");
+        drop(guest);
+
+        vm = standby.resume(dir.path(), &format!("vm{number}")).await;
+        let lines = vm.lines(8);
+        assert!(lines[0] > at_cut, "{lines:?} goes on after {at_cut:?}");
+        assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_qemu_is_resumed_from_colo_checkpoints() {
+    let test = "a_killed_qemu_is_resumed_from_colo_checkpoints";
+    chain(test, Mode::Auto, Method::Colo).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_qemu_is_resumed_from_migrations() {
+    let test = "a_killed_qemu_is_resumed_from_migrations";
+    chain(test, Mode::Migrate, Method::Migrate).await;
+}
+
+/// The guest's own check sees it when pages are missing, so that its silence means something.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_without_some_of_its_pages_is_noticed() {
+    if !have_qemu("a_checkpoint_without_some_of_its_pages_is_noticed") {
+        return;
+    }
+    let dir = workspace();
+    let mut vm = Vm::boot(dir.path(), "vm");
+    let mut guest = vm.attach(Mode::Colo).await;
+    let mut standby = Standby::new(&guest);
+    standby.seed(&mut guest).await.unwrap();
+    standby.checkpoint(&mut guest).await.unwrap();
+    vm.progress(vm.said().last().copied());
+    let lost = |addr: lifeboat::page::PageAddr| addr.region.0 == 0 && addr.page >= TESTED_FROM;
+    standby
+        .cut_but(&mut guest, |addr| !lost(addr))
+        .await
+        .unwrap();
+    vm.kill();
+    let vm = standby.resume(dir.path(), "torn").await;
+    let lines = vm.lines(4);
+    assert!(lines.iter().any(|said| said.bad > 0), "{lines:?}");
+}
+
+/// The same for the disk: one that has seen writes after the checkpoint is not the checkpoint's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_newer_than_the_checkpoint_is_noticed() {
+    if !have_qemu("a_disk_that_is_newer_than_the_checkpoint_is_noticed") {
+        return;
+    }
+    let dir = workspace();
+    let mut vm = Vm::boot(dir.path(), "vm");
+    let mut guest = vm.attach(Mode::Colo).await;
+    let mut standby = Standby::new(&guest);
+    standby.seed(&mut guest).await.unwrap();
+    let mut said = vm.progress(None);
+    for _ in 0..3 {
+        standby.checkpoint(&mut guest).await.unwrap();
+        said = vm.progress(Some(said));
+    }
+    for _ in 0..3 {
+        said = vm.progress(Some(said));
+    }
+    vm.kill();
+    std::fs::rename(disk(dir.path(), "vm"), disk(dir.path(), "newer")).unwrap();
+    let newer = standby.resume_on(dir.path(), "newer").await;
+    let lines = newer.lines(8);
+    assert!(lines.iter().any(|said| said.bad > 0), "{lines:?}");
+    let right = standby.resume(dir.path(), "right").await;
+    let lines = right.lines(8);
+    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+}
+
+/// A mirror that is lost costs a new copy of the disk, never a wrong checkpoint.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_mirror_starts_over() {
+    if !have_qemu("a_lost_mirror_starts_over") {
+        return;
+    }
+    let dir = workspace();
+    let mut vm = Vm::boot(dir.path(), "vm");
+    let mut guest = vm.attach(Mode::Colo).await;
+    let mut standby = Standby::new(&guest);
+    standby.seed(&mut guest).await.unwrap();
+    let mut said = vm.progress(None);
+    let mut abandoned = 0;
+    for number in 0..12 {
+        match standby.checkpoint(&mut guest).await {
+            Ok(_) => {}
+            Err(GuestError::Abandoned(_)) => abandoned += 1,
+            Err(other) => panic!("{other}"),
+        }
+        if number % 3 == 1 {
+            let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+            let job = json!({ "device": "lifeboat-mirror-0", "force": true });
+            qmp.call("block-job-cancel", job).await.unwrap();
+        }
+        said = vm.progress(Some(said));
+    }
+    println!("{abandoned} cuts were abandoned");
+    standby.checkpoint(&mut guest).await.unwrap();
+    vm.progress(Some(said));
+    vm.kill();
+    let vm = standby.resume(dir.path(), "resumed").await;
+    let lines = vm.lines(8);
+    assert!(lines[0] > said, "{lines:?} goes on after {said:?}");
+    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+}
+
+/// Pages that were not settled come again, whatever happened to the calls that took them.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_by_dropped_calls_lost_sessions_and_given_back_cuts() {
+    let test = "nothing_is_lost_by_dropped_calls_lost_sessions_and_given_back_cuts";
+    if !have_qemu(test) {
+        return;
+    }
+    let dir = workspace();
+    let mut vm = Vm::boot(dir.path(), "vm");
+    let mut guest = vm.attach(Mode::Colo).await;
+    let mut standby = Standby::new(&guest);
+    standby.seed(&mut guest).await.unwrap();
+    standby.checkpoint(&mut guest).await.unwrap();
+    let rss = vm.rss_kib();
+    for number in 0..30u64 {
+        match number % 5 {
+            // A cut that nobody waits for.
+            0 => {
+                let within = Duration::from_micros(400 * (number + 1));
+                drop(tokio::time::timeout(within, guest.cut(CutStrategy::Auto)).await);
+            }
+            // A cut of which a part was handed out.
+            1 => {
+                guest.cut(CutStrategy::Auto).await.unwrap();
+                guest.next_chunk().await.unwrap();
+            }
+            // A fuzzy round that is not finished.
+            2 => {
+                guest.round(Contents::Dirty).await.unwrap();
+                guest.next_chunk().await.unwrap();
+            }
+            // The session is lost: the next cut is abandoned or has entered anew.
+            3 => {
+                let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+                qmp.call("x-colo-lost-heartbeat", json!({})).await.unwrap();
+                match guest.cut(CutStrategy::Auto).await {
+                    Ok(_) | Err(GuestError::Abandoned(_)) => {}
+                    Err(other) => panic!("{other}"),
+                }
+            }
+            // Two cuts in flight, of which the first gets durable.
+            _ => {
+                let first = standby.cut(&mut guest).await.unwrap();
+                standby.cut_but(&mut guest, |_| false).await.unwrap();
+                guest.settle(first.id, base(100 + number)).await.unwrap();
+            }
+        }
+        guest.give_back().await.unwrap();
+        assert_eq!(guest.state().await.unwrap(), RunState::Running);
+    }
+    println!("{test}: QEMU grew from {rss} to {} KiB", vm.rss_kib());
+    let said = vm.progress(vm.said().last().copied());
+    standby.checkpoint(&mut guest).await.unwrap();
+    vm.progress(Some(said));
+    vm.kill();
+    let vm = standby.resume(dir.path(), "resumed").await;
+    let lines = vm.lines(4);
+    assert!(lines[0] > said, "{lines:?} goes on after {said:?}");
+    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+}
+
+/// A planned move: the guest is paused, cut for the last time, and goes on elsewhere or here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_guest_is_cut_and_stays_paused() {
+    if !have_qemu("a_paused_guest_is_cut_and_stays_paused") {
+        return;
+    }
+    for mode in [Mode::Colo, Mode::Migrate] {
+        let dir = workspace();
+        let mut vm = Vm::boot(dir.path(), "vm");
+        let mut guest = vm.attach(mode).await;
+        let mut standby = Standby::new(&guest);
+        standby.seed(&mut guest).await.unwrap();
+        for _ in 0..2 {
+            standby.checkpoint(&mut guest).await.unwrap();
+            guest.pause().await.unwrap();
+            assert_eq!(guest.state().await.unwrap(), RunState::Paused);
+            standby.checkpoint(&mut guest).await.unwrap();
+            assert_eq!(guest.state().await.unwrap(), RunState::Paused);
+            // Longer than the watchdog waits: this pause is meant.
+            tokio::time::sleep(BOUND * 2).await;
+            assert_ne!(status(&vm).await, "running");
+            let paused = vm.said();
+            guest.resume().await.unwrap();
+            vm.progress(paused.last().copied());
+            assert_eq!(guest.state().await.unwrap(), RunState::Running);
+        }
+        guest.pause().await.unwrap();
+        standby.checkpoint(&mut guest).await.unwrap();
+        let last = vm.said();
+        guest.stop().await.unwrap();
+        wait("QEMU ends", || (!vm.monitor("a").exists()).then_some(()));
+        assert_eq!(vm.said(), last);
+        vm.kill();
+        let vm = standby.resume(dir.path(), "moved").await;
+        let lines = vm.lines(4);
+        assert!(Some(&lines[0]) > last.last(), "{lines:?} after {last:?}");
+        assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+    }
+}
+
+/// What may not be protected is refused with a reason, and not touched.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_in_the_wrong_state_is_refused() {
+    if !have_qemu("a_guest_in_the_wrong_state_is_refused") {
+        return;
+    }
+    let dir = workspace();
+    let vm = Vm::boot(dir.path(), "vm");
+    let refused = async || {
+        let result = QemuGuest::attach(vm.options(Mode::Auto)).await;
+        result.err().expect("it is refused").to_string()
+    };
+    let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+    qmp.call("stop", json!({})).await.unwrap();
+    let text = refused().await;
+    assert!(text.contains("is paused"), "{text}");
+    qmp.call("cont", json!({})).await.unwrap();
+    let holder = Qmp::connect(&vm.monitor("a")).await.unwrap();
+    let text = refused().await;
+    assert!(text.contains("another client"), "{text}");
+    drop(holder);
+    // An operator's stop under a session is respected.
+    let mut guest = vm.attach(Mode::Auto).await;
+    guest.round(Contents::All).await.unwrap();
+    qmp.call("stop", json!({})).await.unwrap();
+    let error = guest.cut(CutStrategy::Auto).await.unwrap_err();
+    assert!(
+        matches!(error, GuestError::State(RunState::Paused)),
+        "{error}"
+    );
+    qmp.call("cont", json!({})).await.unwrap();
+    guest.cut(CutStrategy::Auto).await.unwrap();
+    guest.detach().await.unwrap();
+    drop(qmp);
+    assert_eq!(status(&vm).await, "running");
+}
+
+/// Names the directory in which [`daemon_that_ends`] acts.
+const VICTIM: &str = "LIFEBOAT_TEST_QEMU_VICTIM";
+
+/// Not a test by itself: what [`a_dead_or_hanging_daemon_does_not_stop_the_guest`] kills.
+#[tokio::test(flavor = "multi_thread")]
+async fn daemon_that_ends() {
+    let Some(victim) = std::env::var_os(VICTIM).map(PathBuf::from) else {
+        return;
+    };
+    let mode = match std::env::var("LIFEBOAT_TEST_QEMU_MODE").as_deref() {
+        Ok("migrate") => Mode::Migrate,
+        _ => Mode::Colo,
+    };
+    let mut guest = QemuGuest::attach(vm::options_at(&victim, "vm", mode))
+        .await
+        .unwrap();
+    println!("\nready");
+    std::io::stdout().flush().unwrap();
+    loop {
+        guest.cut(CutStrategy::Auto).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_or_hanging_daemon_does_not_stop_the_guest() {
+    let test = "a_dead_or_hanging_daemon_does_not_stop_the_guest";
+    if !have_qemu(test) {
+        return;
+    }
+    let dir = workspace();
+    let mut vm = Vm::boot(dir.path(), "vm");
+    let mut rescued = 0;
+    for number in 0..12u64 {
+        let mut daemon = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "qemu::daemon_that_ends", "--nocapture"])
+            .env(VICTIM, dir.path())
+            .env(
+                "LIFEBOAT_TEST_QEMU_MODE",
+                if number % 3 == 2 { "migrate" } else { "colo" },
+            )
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = BufReader::new(daemon.stdout.take().unwrap());
+        let ready = |line: std::io::Result<String>| line.unwrap() == "ready";
+        assert!(output.lines().any(ready), "round {number}");
+        tokio::time::sleep(Duration::from_millis(7 + number * 3)).await;
+        let pid = daemon.id() as i32;
+        if number % 2 == 1 {
+            // SAFETY: a signal to a child that was not waited for.
+            assert_eq!(unsafe { libc::kill(pid, libc::SIGSTOP) }, 0);
+            let state = status(&vm).await;
+            rescued += u32::from(state != "running");
+            println!("{test}: the daemon hangs, the guest is {state}");
+            vm.lines(2);
+        }
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        vm.lines(2);
+    }
+    println!("{test}: {rescued} times the guest was paused");
+    // And the next daemon finds a guest that can be protected.
+    let mut guest = vm.attach(Mode::Auto).await;
+    let mut standby = Standby::new(&guest);
+    standby.seed(&mut guest).await.unwrap();
+    standby.checkpoint(&mut guest).await.unwrap();
+    vm.kill();
+    let vm = standby.resume(dir.path(), "resumed").await;
+    let lines = vm.lines(4);
+    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+}
