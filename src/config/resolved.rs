@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::guest::CutStrategy;
+use crate::guest::qemu::probe::Mode;
 use crate::ids::{DiskId, GuestId, SiteId};
 
 /// Everything that a site is told.
@@ -195,6 +196,26 @@ pub struct GuestConfig {
     pub name: GuestId,
     /// Where it is replicated to; `None`: nowhere until `lifeboat protect --peer`.
     pub peer: Option<SiteId>,
+    /// What runs it.
+    pub machine: MachineConfig,
+    /// Start it with the daemon, if this site is its active site.
+    pub autostart: bool,
+    /// How it is replicated.
+    pub replication: ReplicationConfig,
+}
+
+/// What runs a guest.
+#[derive(Debug, Clone, PartialEq)]
+pub enum MachineConfig {
+    /// Our own monitor.
+    Builtin(BuiltinConfig),
+    /// A QEMU that somebody else started.
+    Qemu(QemuConfig),
+}
+
+/// A guest of our own monitor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BuiltinConfig {
     /// Size of its memory, a multiple of 4096.
     pub memory_bytes: u64,
     /// Its virtual CPUs.
@@ -203,10 +224,19 @@ pub struct GuestConfig {
     pub boot: BootConfig,
     /// Its disks.
     pub disks: Vec<DiskConfig>,
-    /// Start it with the daemon, if this site is its active site.
-    pub autostart: bool,
-    /// How it is replicated.
-    pub replication: ReplicationConfig,
+}
+
+/// A guest of QEMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QemuConfig {
+    /// Its QMP socket, for us alone.
+    pub qmp: PathBuf,
+    /// Another one, for the watchdog alone.
+    pub watchdog: Option<PathBuf>,
+    /// How to take checkpoints.
+    pub mode: Mode,
+    /// The disks that are replicated: our name and QEMU's.
+    pub disks: Vec<(DiskId, String)>,
 }
 
 /// What a guest boots.

@@ -141,11 +141,21 @@ table!(
         name: Maybe<String>,
         peer: Maybe<String>,
         memory: Maybe<String>,
+        kind: Maybe<String>,
         vcpus: Maybe<u32>,
         boot: Option<Spanned<Boot>>,
+        qemu: Option<Spanned<Qemu>>,
         disks: Vec<Spanned<Disk>>,
         autostart: Maybe<bool>,
         replication: Replication,
+    }
+);
+table!(
+    /// `qemu` of a guest
+    Qemu {
+        qmp: Maybe<String>,
+        watchdog: Maybe<String>,
+        mode: Maybe<String>,
     }
 );
 table!(
@@ -168,6 +178,7 @@ table!(
     Disk {
         id: Maybe<String>,
         path: Maybe<String>,
+        node: Maybe<String>,
         read_only: Maybe<bool>,
     }
 );

@@ -15,6 +15,13 @@ fn load_text(text: &str, env: &[(&str, &str)]) -> Result<Loaded, ConfigError> {
     load_with(&file, Files::Ignored, env)
 }
 
+fn builtin(guest: &GuestConfig) -> &BuiltinConfig {
+    match &guest.machine {
+        MachineConfig::Builtin(builtin) => builtin,
+        MachineConfig::Qemu(_) => panic!("{guest:?}"),
+    }
+}
+
 #[test]
 fn the_samples_load_and_fit_together() {
     let sample = |name: &str| {
@@ -37,7 +44,7 @@ fn the_samples_load_and_fit_together() {
         assert_eq!(guest.peer.as_ref(), Some(&b.site));
         assert_eq!(guest.replication.rpo_target, Duration::from_secs(2));
         assert_eq!(
-            guest.disks[0].path,
+            builtin(guest).disks[0].path,
             root().join("config/guests/db1/root.img")
         );
     }
@@ -113,9 +120,9 @@ fn defaults_are_filled_in() {
     let guest = config.guests.values().next().unwrap();
     assert_eq!(guest.replication.rpo_target, Duration::from_secs(10));
     assert_eq!(guest.replication.checkpoint_min, Duration::from_millis(20));
-    assert_eq!((guest.vcpus, guest.autostart), (1, true));
+    assert_eq!((builtin(guest).vcpus, guest.autostart), (1, true));
     let working_set_bytes = 8 << 20;
-    assert_eq!(guest.boot, BootConfig::Demo { working_set_bytes });
+    assert_eq!(builtin(guest).boot, BootConfig::Demo { working_set_bytes });
 }
 
 #[test]

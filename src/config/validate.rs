@@ -18,7 +18,7 @@ use super::validate_guest as guests;
 use crate::ids::{GuestId, SiteId};
 
 /// Longest path of a unix socket in Linux, without its final zero.
-const SOCKET_PATH_BYTES_MAX: usize = 107;
+pub(super) const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// A segment holds at least one part of a frame (16 MiB) and its own header.
 const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = 32 << 20..=1 << 30;
 

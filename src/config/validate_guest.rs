@@ -8,11 +8,12 @@ use toml::Spanned;
 
 use super::check::{Check, Found};
 use super::resolved::*;
-use super::schema;
+use super::schema::{self, Maybe};
 use super::source::Place;
 use super::units;
-use super::validate::{one_of, parse_as, positive_duration};
+use super::validate::{SOCKET_PATH_BYTES_MAX, one_of, parse_as, positive_duration};
 use crate::guest::CutStrategy;
+use crate::guest::qemu::probe::Mode;
 use crate::ids::{DiskId, GuestId, SiteId};
 use crate::page::PAGE_SIZE;
 
@@ -194,9 +195,77 @@ fn one(
             Some(_) => {}
         }
     }
+    let kind = check.parsed(
+        &format!("{prefix}.kind"),
+        raw.kind,
+        "builtin",
+        |text| match text {
+            "builtin" | "qemu" => Ok(text.to_owned()),
+            _ => Err(format!("{text:?} is neither \"builtin\" nor \"qemu\"")),
+        },
+    );
+    let machine = match (kind.value.as_str(), raw.qemu) {
+        ("qemu", Some(qemu)) => {
+            for (key, given) in [
+                ("memory", raw.memory.is_some()),
+                ("vcpus", raw.vcpus.is_some()),
+                ("boot", raw.boot.is_some()),
+            ] {
+                if given {
+                    let message =
+                        "belongs to a guest of kind \"builtin\"; QEMU's command line says it";
+                    check.problem(&format!("{prefix}.{key}"), Some(place.clone()), message);
+                }
+            }
+            qemu_machine(check, &prefix, qemu.into_inner(), raw.disks).map(MachineConfig::Qemu)
+        }
+        ("qemu", None) => {
+            let message = "is missing: { qmp = \"/run/web/qmp.sock\" }";
+            check.problem(&format!("{prefix}.qemu"), Some(place), message);
+            None
+        }
+        (_, Some(_)) => {
+            let message = "belongs to a guest of kind \"qemu\"";
+            check.problem(&format!("{prefix}.qemu"), Some(place), message);
+            None
+        }
+        (_, None) => {
+            let raw = (raw.memory, raw.vcpus, raw.boot, raw.disks);
+            builtin_machine(check, &prefix, place, raw, owners).map(MachineConfig::Builtin)
+        }
+    };
+    let autostart = check.plain(&format!("{prefix}.autostart"), raw.autostart, true);
+    let replication = replication(
+        check,
+        &format!("{prefix}.replication"),
+        raw.replication.over(defaults),
+    );
+    Some(GuestConfig {
+        name,
+        peer: peer.map(|peer| peer.value),
+        machine: machine?,
+        autostart: autostart.value,
+        replication,
+    })
+}
+
+type RawBuiltin = (
+    Maybe<String>,
+    Maybe<u32>,
+    Option<Spanned<schema::Boot>>,
+    Vec<Spanned<schema::Disk>>,
+);
+
+fn builtin_machine(
+    check: &mut Check<'_>,
+    prefix: &str,
+    place: Place,
+    (memory, vcpus, boot_with, disks_with): RawBuiltin,
+    owners: &mut Owners,
+) -> Option<BuiltinConfig> {
     let memory = check.required(
         &format!("{prefix}.memory"),
-        raw.memory,
+        memory,
         "a size such as \"2GiB\"",
         |text| match units::size(text)? {
             bytes if MEMORY_BYTES.contains(&bytes) && bytes % PAGE_SIZE as u64 == 0 => Ok(bytes),
@@ -205,12 +274,12 @@ fn one(
             )),
         },
     );
-    let vcpus = check.plain(&format!("{prefix}.vcpus"), raw.vcpus, 1);
+    let vcpus = check.plain(&format!("{prefix}.vcpus"), vcpus, 1);
     if !VCPUS.contains(&vcpus.value) {
         let message = format!("{} is not from 1 to 64", vcpus.value);
         check.problem(&format!("{prefix}.vcpus"), vcpus.place, message);
     }
-    let boot = match raw.boot {
+    let boot = match boot_with {
         Some(raw) => boot(check, &format!("{prefix}.boot"), raw, memory.as_ref()),
         None => {
             check.problem(
@@ -221,22 +290,91 @@ fn one(
             None
         }
     };
-    let disks = disks(check, &prefix, raw.disks, owners);
-    let autostart = check.plain(&format!("{prefix}.autostart"), raw.autostart, true);
-    let replication = replication(
-        check,
-        &format!("{prefix}.replication"),
-        raw.replication.over(defaults),
-    );
-    Some(GuestConfig {
-        name,
-        peer: peer.map(|peer| peer.value),
+    let disks = disks(check, prefix, disks_with, owners);
+    Some(BuiltinConfig {
         memory_bytes: memory?.value,
         vcpus: vcpus.value,
         boot: boot?,
         disks,
-        autostart: autostart.value,
-        replication,
+    })
+}
+
+/// QEMU's own names are at most this long.
+const NODE_BYTES_MAX: usize = 255;
+
+fn qemu_machine(
+    check: &mut Check<'_>,
+    prefix: &str,
+    raw: schema::Qemu,
+    disks: Vec<Spanned<schema::Disk>>,
+) -> Option<QemuConfig> {
+    let socket = |text: &str| match text {
+        text if text.is_empty() || text.len() > SOCKET_PATH_BYTES_MAX => Err(format!(
+            "is no path of 1 to {SOCKET_PATH_BYTES_MAX} bytes, which is what a unix socket may have"
+        )),
+        text => Ok(PathBuf::from(text)),
+    };
+    let qmp = check.required(
+        &format!("{prefix}.qemu.qmp"),
+        raw.qmp,
+        "QEMU's QMP socket, such as \"/run/web/qmp.sock\"",
+        socket,
+    );
+    let watchdog = check.optional(&format!("{prefix}.qemu.watchdog"), raw.watchdog, socket);
+    let mode = check.parsed(
+        &format!("{prefix}.qemu.mode"),
+        raw.mode,
+        "auto",
+        |text| match text {
+            "auto" => Ok(Mode::Auto),
+            "colo" => Ok(Mode::Colo),
+            "migrate" => Ok(Mode::Migrate),
+            _ => Err(format!(
+                "{text:?} is none of \"auto\", \"colo\", \"migrate\""
+            )),
+        },
+    );
+    let mut found = Vec::new();
+    for (index, raw) in disks.into_iter().enumerate() {
+        let (place, raw) = (check.place(&raw), raw.into_inner());
+        let key = format!("{prefix}.disks[{index}]");
+        if raw.path.is_some() || raw.read_only.is_some() {
+            let message =
+                "path and read_only belong to a guest of kind \"builtin\"; name QEMU's node";
+            check.problem(&key, Some(place.clone()), message);
+        }
+        let id = check.required(
+            &format!("{key}.id"),
+            raw.id,
+            "a name for the disk, the same at both sites",
+            parse_as::<DiskId>,
+        );
+        let node = check.required(
+            &format!("{key}.node"),
+            raw.node,
+            "QEMU's node-name of the disk, or the id of its -drive",
+            |text| match text {
+                text if text.is_empty() || text.len() > NODE_BYTES_MAX => {
+                    Err("is no name of 1 to 255 bytes".to_owned())
+                }
+                text => Ok(text.to_owned()),
+            },
+        );
+        let (Some(id), Some(node)) = (id, node) else {
+            continue;
+        };
+        if found.iter().any(|(known, _)| *known == id.value) {
+            let message = format!("\"{}\" is the name of another disk of this guest", id.value);
+            check.problem(&format!("{key}.id"), Some(place), message);
+            continue;
+        }
+        found.push((id.value, node.value));
+    }
+    Some(QemuConfig {
+        qmp: qmp?.value,
+        watchdog: watchdog.map(|found| found.value),
+        mode: mode.value,
+        disks: found,
     })
 }
 

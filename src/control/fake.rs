@@ -163,6 +163,7 @@ fn guests() -> Vec<GuestStatus> {
         sync_progress: None,
         blocked_on: None,
         machine: Some(MachineSummary {
+            checkpoints: None,
             kind: "demo".to_owned(),
             memory_bytes: 64 << 20,
             vcpus: 2,

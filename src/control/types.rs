@@ -179,6 +179,9 @@ pub enum SyncPath {
 /// A machine in a few words.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineSummary {
+    /// How checkpoints are taken and why so, where there is a choice (QEMU).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoints: Option<String>,
     /// `demo`, `linux`, ...
     pub kind: String,
     /// Size of its memory.

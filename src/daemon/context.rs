@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use crate::clock::Env;
 use crate::config::resolved::{
-    BootConfig, Compression, GuestConfig, ReplicationConfig, RetentionConfig, SiteConfig,
+    BootConfig, Compression, GuestConfig, MachineConfig, ReplicationConfig, RetentionConfig,
+    SiteConfig,
 };
 use crate::control::codes::Reason;
 use crate::control::types::ApiError;
@@ -70,8 +71,11 @@ pub(super) fn run_dir(state_dir: &Path, guest: &GuestId) -> PathBuf {
     super::record::guest_dir(state_dir, guest).join("run")
 }
 
-/// The machine that a configured guest is.
-pub(super) fn machine_spec(config: &GuestConfig) -> MachineSpec {
+/// The machine that a configured guest is; `None` if that is known only once it runs.
+pub(super) fn machine_spec(guest: &GuestConfig) -> Option<MachineSpec> {
+    let MachineConfig::Builtin(config) = &guest.machine else {
+        return None;
+    };
     let boot = match &config.boot {
         BootConfig::Demo { working_set_bytes } => Boot::Demo {
             working_set_pages: u32::try_from(working_set_bytes / PAGE_SIZE as u64)
@@ -96,13 +100,13 @@ pub(super) fn machine_spec(config: &GuestConfig) -> MachineSpec {
             read_only: d.read_only,
         })
         .collect();
-    MachineSpec {
-        guest: config.name.clone(),
+    Some(MachineSpec {
+        guest: guest.name.clone(),
         memory_bytes: config.memory_bytes,
         vcpus: config.vcpus,
         boot,
         disks,
-    }
+    })
 }
 
 /// How a guest is replicated to a peer.

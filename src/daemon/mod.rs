@@ -13,6 +13,7 @@
 mod backend;
 mod context;
 mod exports;
+mod hardware;
 mod listener;
 mod lookup;
 mod moving;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::hardware::Hardware;
 use super::record::GuestRecord;
 use crate::config::resolved::GuestConfig;
 use crate::control::codes::Reason;
@@ -13,7 +14,6 @@ use crate::device_state::DeviceState;
 use crate::guest::RunState;
 use crate::ids::{Epoch, Generation, SiteId};
 use crate::primary::PrimaryStatus;
-use crate::vmm::spec::MachineSpec;
 
 /// Where an answer goes.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
@@ -60,7 +60,7 @@ pub(super) enum Order {
 /// What a guest is resumed from.
 pub(super) struct Resume {
     pub generation: Generation,
-    pub spec: MachineSpec,
+    pub hardware: Hardware,
     pub state: DeviceState,
     pub ram: OwnedFd,
     pub reply: Reply<()>,
@@ -83,7 +83,9 @@ pub(super) struct View {
     pub record: Option<GuestRecord>,
     pub run_state: Option<RunState>,
     pub pid: Option<u32>,
-    pub machine: Option<MachineSpec>,
+    pub machine: Option<Hardware>,
+    /// How its checkpoints are taken and why so, where there is a choice.
+    pub method: Option<String>,
     /// Where replication goes now.
     pub peer: Option<SiteId>,
     pub rpo_target: Option<Duration>,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::context::SiteContext;
+use super::hardware::Hardware;
 use super::orders::{Handle, Order, Resume};
 use super::record::guest_dir;
 use super::standbys::{Shared, lock};
@@ -21,7 +22,6 @@ use crate::guest::RunState;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
 use crate::standby::{Promotion, ReplicaError};
-use crate::vmm::spec::MachineSpec;
 
 /// Everything a failover needs.
 pub(super) struct Failover {
@@ -273,12 +273,12 @@ impl Takeover {
             .offload(move || lock(&copy).promote(generation, Some(point)));
         let promotion = promoting.await?;
         run.step("materialise");
-        let (spec, state, ram) = self.materialise(promotion, generation).await?;
+        let (hardware, state, ram) = self.materialise(promotion, generation).await?;
         run.step("resume");
         let order = |reply| {
             Order::Resume(Box::new(Resume {
                 generation,
-                spec,
+                hardware,
                 state,
                 ram,
                 reply,
@@ -293,13 +293,8 @@ impl Takeover {
         &self,
         promotion: Promotion,
         generation: Generation,
-    ) -> Result<(MachineSpec, DeviceState, OwnedFd), ApiError> {
-        let mut spec: MachineSpec =
-            serde_json::from_slice(&promotion.manifest.machine).map_err(|e| {
-                failed(format!(
-                    "the point's machine description cannot be read: {e}"
-                ))
-            })?;
+    ) -> Result<(Hardware, DeviceState, OwnedFd), ApiError> {
+        let hardware = Hardware::from_bytes(&promotion.manifest.machine).map_err(failed)?;
         let state = DeviceState::from_bytes(&promotion.manifest.device_state).map_err(failed)?;
         let ram = promotion.image.fd().try_clone().map_err(failed)?;
         let directory = guest_dir(&self.site.state_dir, &self.guest)
@@ -311,14 +306,8 @@ impl Takeover {
             .env
             .offload(move || write_disks(&copy, &promotion, directory))
             .await?;
-        for disk in spec.disks.iter_mut().filter(|d| !d.read_only) {
-            let (_, path) = files
-                .iter()
-                .find(|(id, _)| *id == disk.id)
-                .ok_or_else(|| failed(format!("the point has no disk \"{}\"", disk.id)))?;
-            disk.path = path.clone();
-        }
-        Ok((spec, state, ram))
+        let hardware = hardware.with_disks(&files).map_err(failed)?;
+        Ok((hardware, state, ram))
     }
 }
 

@@ -19,9 +19,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::hardware::Hardware;
 use crate::durable;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
-use crate::vmm::spec::MachineSpec;
 
 const RECORD_BYTES_MAX: u64 = 1 << 20;
 
@@ -75,7 +75,7 @@ pub struct GuestRecord {
     /// RPO target given at protect time, if it is not the configuration's. Milliseconds.
     pub rpo_target_ms: Option<u64>,
     /// The machine, when the guest came here by failover and is not configured here.
-    pub machine: Option<MachineSpec>,
+    pub machine: Option<Hardware>,
 }
 
 impl GuestRecord {

@@ -1,5 +1,6 @@
 //! What the admin API shows of guests, put together from their supervisors and copies.
 
+use super::hardware::Hardware;
 use super::orders::View;
 use super::record::{GuestRecord, Standing};
 use crate::clock::Timestamp;
@@ -12,9 +13,10 @@ use crate::ids::{Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
 use crate::metrics::GuestMetrics;
 use crate::metrics::labels::{GuestState, Role};
+use crate::page::PAGE_SIZE;
 use crate::primary::{self, Acked, Phase, PrimaryStatus};
 use crate::standby::ReplicaStatus;
-use crate::vmm::spec::{Boot, MachineSpec};
+use crate::vmm::spec::Boot;
 
 /// A recovery point as the API shows it.
 pub(super) fn point_status(point: &RecoveryPoint, now: Timestamp) -> PointStatus {
@@ -263,7 +265,10 @@ impl Known<'_> {
                 unit: ProgressUnit::Pages,
             }),
             blocked_on: self.blocked_on(),
-            machine: view.machine.as_ref().map(summary),
+            machine: view
+                .machine
+                .as_ref()
+                .map(|hardware| summary(hardware, view.method.clone())),
         }
     }
 }
@@ -277,23 +282,42 @@ pub(super) fn sync_path(path: primary::SyncPath) -> SyncPath {
     }
 }
 
-fn summary(spec: &MachineSpec) -> MachineSummary {
+fn summary(hardware: &Hardware, method: Option<String>) -> MachineSummary {
     let size = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |m| m.len());
-    MachineSummary {
-        kind: match spec.boot {
-            Boot::Demo { .. } => "demo".into(),
-            Boot::Linux { .. } => "linux".into(),
+    match hardware {
+        Hardware::Builtin(spec) => MachineSummary {
+            checkpoints: method,
+            kind: match spec.boot {
+                Boot::Demo { .. } => "demo".into(),
+                Boot::Linux { .. } => "linux".into(),
+            },
+            memory_bytes: spec.memory_bytes,
+            vcpus: spec.vcpus,
+            disks: spec
+                .disks
+                .iter()
+                .map(|d| DiskSummary {
+                    id: d.id.clone(),
+                    bytes: size(&d.path),
+                    read_only: d.read_only,
+                })
+                .collect(),
         },
-        memory_bytes: spec.memory_bytes,
-        vcpus: spec.vcpus,
-        disks: spec
-            .disks
-            .iter()
-            .map(|d| DiskSummary {
-                id: d.id.clone(),
-                bytes: size(&d.path),
-                read_only: d.read_only,
-            })
-            .collect(),
+        Hardware::Qemu(machine) => {
+            let (blocks, disks) = (&machine.head.blocks, machine.disks.iter());
+            MachineSummary {
+                checkpoints: method,
+                kind: format!("qemu {} {}", machine.qemu, machine.head.machine),
+                memory_bytes: blocks.iter().map(|b| b.bytes).sum(),
+                vcpus: 0,
+                disks: disks
+                    .map(|d| DiskSummary {
+                        id: d.id.clone(),
+                        bytes: u64::from(d.pages) * PAGE_SIZE as u64,
+                        read_only: false,
+                    })
+                    .collect(),
+            }
+        }
     }
 }

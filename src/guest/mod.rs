@@ -20,6 +20,7 @@
 
 pub mod fake;
 
+pub mod any;
 pub mod builtin;
 pub mod qemu;
 

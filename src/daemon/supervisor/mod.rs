@@ -20,12 +20,13 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::context::{SiteContext, machine_spec, primary_options};
+use super::hardware::{self, Hardware};
 use super::orders::{Handle, Order, Resume, View};
 use super::record::{self, GuestRecord, Standing};
-use crate::config::resolved::GuestConfig;
+use crate::config::resolved::{GuestConfig, MachineConfig, QemuConfig};
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
-use crate::guest::builtin::BuiltinGuest;
+use crate::guest::any::AnyGuest;
 use crate::guest::{Guest, GuestError, RunState};
 use crate::ids::{Generation, GuestId, SiteId};
 use crate::primary::{self, Command, Outcome, PrimaryStatus};
@@ -39,9 +40,9 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 
 enum Process {
     Absent,
-    Held(Box<BuiltinGuest>),
+    Held(AnyGuest),
     Protecting {
-        role: JoinHandle<(Outcome, BuiltinGuest)>,
+        role: JoinHandle<(Outcome, AnyGuest)>,
         commands: mpsc::Sender<Command>,
     },
 }
@@ -130,11 +131,9 @@ impl Supervisor {
     async fn begin(&mut self) -> Result<(), ApiError> {
         self.record = record::load(&self.site.state_dir, &self.guest).map_err(failed)?;
         self.publish();
-        let run_dir = self.site.run_dir(&self.guest);
-        if let Some(guest) = BuiltinGuest::adopt(&run_dir, &self.guest)
-            .await
-            .map_err(failed)?
-        {
+        // A QEMU that was never ours is left alone until it is to be.
+        let looked_for = self.record.is_some() || self.qemu().is_none();
+        if looked_for && let Some(guest) = self.find().await? {
             tracing::info!(guest = %self.guest, pid = guest.pid(), "found the guest running");
             return self.adopted(guest).await;
         }
@@ -161,7 +160,7 @@ impl Supervisor {
         }
     }
 
-    async fn adopted(&mut self, mut guest: BuiltinGuest) -> Result<(), ApiError> {
+    async fn adopted(&mut self, mut guest: AnyGuest) -> Result<(), ApiError> {
         let Some(record) = &self.record else {
             self.hold(guest);
             return Err(ApiError::new(
@@ -192,14 +191,16 @@ impl Supervisor {
         self.protect_if_wanted()
     }
 
-    fn hold(&mut self, guest: BuiltinGuest) {
-        let machine = serde_json::from_slice(&guest.info().machine).ok();
+    fn hold(&mut self, guest: AnyGuest) {
+        let machine = Hardware::from_bytes(&guest.info().machine).ok();
+        let method = guest.method();
         let (state, pid) = (guest.info().state.clone(), guest.pid());
-        self.process = Process::Held(Box::new(guest));
+        self.process = Process::Held(guest);
         self.view.send_modify(|v| {
             v.run_state = Some(state);
             v.pid = Some(pid);
             v.machine = machine.or(v.machine.take());
+            v.method = method;
         });
         self.publish();
     }
@@ -207,7 +208,7 @@ impl Supervisor {
     fn publish(&self) {
         let (peer, rpo_target) = (self.peer(), self.rpo_target());
         let protecting = matches!(self.process, Process::Protecting { .. });
-        let configured = self.config.as_ref().map(machine_spec);
+        let configured = self.config.as_ref().and_then(machine_spec);
         self.view.send_modify(|v| {
             v.record = self.record.clone();
             v.peer = peer;
@@ -218,7 +219,7 @@ impl Supervisor {
                     .record
                     .as_ref()
                     .and_then(|r| r.machine.clone())
-                    .or(configured);
+                    .or(configured.map(Hardware::Builtin));
             }
             if matches!(self.process, Process::Absent) {
                 (v.run_state, v.pid) = (None, None);
@@ -284,12 +285,12 @@ impl Supervisor {
             Order::Resume(resume) => {
                 let Resume {
                     generation,
-                    spec,
+                    hardware,
                     state,
                     ram,
                     reply,
                 } = *resume;
-                drop(reply.send(self.resume(generation, spec, state, ram).await));
+                drop(reply.send(self.resume(generation, hardware, state, ram).await));
             }
             Order::Fence {
                 generation,
@@ -307,10 +308,10 @@ impl Supervisor {
     }
 
     /// Takes the guest back from its role, if it has one.
-    async fn take(&mut self) -> Option<BuiltinGuest> {
+    async fn take(&mut self) -> Option<AnyGuest> {
         match std::mem::replace(&mut self.process, Process::Absent) {
             Process::Absent => None,
-            Process::Held(guest) => Some(*guest),
+            Process::Held(guest) => Some(guest),
             Process::Protecting { role, commands } => {
                 // A role that ends by itself has closed the channel; its end is what is wanted.
                 let _ = commands.send(Command::Drain(DRAIN)).await;
@@ -325,14 +326,28 @@ impl Supervisor {
         }
     }
 
-    async fn adopt_again(&self) -> Option<BuiltinGuest> {
-        match BuiltinGuest::adopt(&self.site.run_dir(&self.guest), &self.guest).await {
+    async fn adopt_again(&self) -> Option<AnyGuest> {
+        match self.find().await {
             Ok(guest) => guest,
             Err(error) => {
                 tracing::error!(guest = %self.guest, %error, "the guest's process does not answer");
                 None
             }
         }
+    }
+
+    /// How its QEMU is reached, if it is configured to have one.
+    fn qemu(&self) -> Option<&QemuConfig> {
+        match &self.config.as_ref()?.machine {
+            MachineConfig::Qemu(qemu) => Some(qemu),
+            MachineConfig::Builtin(_) => None,
+        }
+    }
+
+    async fn find(&self) -> Result<Option<AnyGuest>, ApiError> {
+        let hardware = self.record.as_ref().and_then(|r| r.machine.as_ref());
+        let found = hardware::find(&self.site, &self.guest, self.qemu(), hardware).await;
+        found.map_err(failed)
     }
 
     async fn stop(&mut self) -> Result<Did, ApiError> {
@@ -434,7 +449,7 @@ impl Supervisor {
             peer: self.site.metrics.peer(&peer),
         };
         let role = tokio::spawn(async move {
-            primary::run(env, *guest, &*dialer, options, meters, status, inbox).await
+            primary::run(env, guest, &*dialer, options, meters, status, inbox).await
         });
         self.process = Process::Protecting { role, commands };
         self.publish();
@@ -455,7 +470,7 @@ impl Supervisor {
         Ok(was)
     }
 
-    async fn role_ended(&mut self, ended: Result<(Outcome, BuiltinGuest), tokio::task::JoinError>) {
+    async fn role_ended(&mut self, ended: Result<(Outcome, AnyGuest), tokio::task::JoinError>) {
         self.process = Process::Absent;
         let (outcome, mut guest) = match ended {
             Ok(ended) => ended,
@@ -549,9 +564,7 @@ impl Supervisor {
 }
 
 /// The end of the role, if there is one.
-async fn role_end(
-    process: &mut Process,
-) -> Result<(Outcome, BuiltinGuest), tokio::task::JoinError> {
+async fn role_end(process: &mut Process) -> Result<(Outcome, AnyGuest), tokio::task::JoinError> {
     match process {
         Process::Protecting { role, .. } => role.await,
         _ => std::future::pending().await,

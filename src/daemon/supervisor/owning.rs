@@ -3,17 +3,18 @@
 use std::os::fd::OwnedFd;
 
 use super::super::context::machine_spec;
+use super::super::hardware::{self, Hardware};
 use super::super::record::{self, GuestRecord, Standing};
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
 use crate::device_state::DeviceState;
+use crate::guest::any::AnyGuest;
 use crate::guest::builtin::BuiltinGuest;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, Generation, SiteId};
 use crate::page::Layout;
 use crate::primary::{self, Ownership};
-use crate::vmm::spec::MachineSpec;
 
 impl Supervisor {
     pub(super) async fn start(&mut self, force: bool) -> Result<Did, ApiError> {
@@ -76,22 +77,44 @@ impl Supervisor {
                 .hint(format!("lifeboat failover {} --point {point}", self.guest)));
             }
         }
-        let spec = match (&record.machine, &self.config) {
-            (Some(machine), _) => machine.clone(),
-            (None, Some(config)) => machine_spec(config),
-            (None, None) => return Err(ApiError::no_such_guest(&self.guest)),
+        let configured = self.config.as_ref().and_then(machine_spec);
+        let hardware = record.machine.clone().or(configured.map(Hardware::Builtin));
+        let Some(hardware) = hardware.or_else(|| self.view.borrow().machine.clone()) else {
+            return self.attach(record).await;
         };
         if let Some(peer) = record.protected_to.clone()
             && !force
         {
-            self.ask_peer(&peer, &record, &spec).await?;
+            self.ask_peer(&peer, &record, &hardware).await?;
         }
+        let Hardware::Builtin(spec) = hardware else {
+            return self.attach(record).await;
+        };
         self.save(record)?;
         let unbooted =
             BuiltinGuest::spawn(&self.site.exe, &self.site.run_dir(&self.guest), &self.guest)
                 .await
                 .map_err(failed)?;
         let guest = unbooted.boot(&spec).await.map_err(failed)?;
+        self.hold(AnyGuest::Builtin(Box::new(guest)));
+        self.problem(None);
+        self.protect_if_wanted()?;
+        Ok(Did::Started)
+    }
+
+    /// "Starts" a guest whose QEMU its owner has started.
+    async fn attach(&mut self, record: GuestRecord) -> Result<Did, ApiError> {
+        if self.qemu().is_none() && record.machine.is_none() {
+            return Err(ApiError::no_such_guest(&self.guest));
+        }
+        let Some(guest) = self.find().await? else {
+            return Err(ApiError::new(
+                Reason::WrongState,
+                "its QEMU does not run, or does not listen at the configured QMP socket",
+            )
+            .hint("start it as ever, with -qmp unix:PATH,server=on,wait=off, then again"));
+        };
+        self.save(record)?;
         self.hold(guest);
         self.problem(None);
         self.protect_if_wanted()?;
@@ -103,11 +126,11 @@ impl Supervisor {
         &mut self,
         peer: &SiteId,
         record: &GuestRecord,
-        spec: &MachineSpec,
+        hardware: &Hardware,
     ) -> Result<(), ApiError> {
         let options = self.options(peer, record.generation)?;
         let dialer = self.site.dialer(peer)?;
-        let (layout, machine) = shape(spec)?;
+        let (layout, machine) = shape(hardware)?;
         match primary::ask_owner(&self.site.env, &*dialer, &options, &layout, &machine).await {
             Ownership::Ours => Ok(()),
             Ownership::Fenced { generation, site } => {
@@ -235,15 +258,15 @@ impl Supervisor {
             let info = guest.info();
             return Ok((info.layout.clone(), info.machine.clone()));
         }
-        let spec = self.record.as_ref().and_then(|r| r.machine.clone());
-        let spec = spec.or_else(|| self.config.as_ref().map(machine_spec));
-        shape(&spec.ok_or_else(|| ApiError::no_such_guest(&self.guest))?)
+        let known = self.record.as_ref().and_then(|r| r.machine.clone());
+        let known = known.or_else(|| self.view.borrow().machine.clone());
+        shape(&known.ok_or_else(|| ApiError::no_such_guest(&self.guest))?)
     }
 
     pub(super) async fn resume(
         &mut self,
         generation: Generation,
-        spec: MachineSpec,
+        hardware: Hardware,
         state: DeviceState,
         ram: OwnedFd,
     ) -> Result<(), ApiError> {
@@ -251,40 +274,38 @@ impl Supervisor {
         let mut record = before.clone().unwrap_or_else(GuestRecord::first);
         record.standing = Standing::Active;
         record.generation = generation;
-        record.machine = Some(spec.clone());
-        let (exe, run_dir) = (&self.site.exe, self.site.run_dir(&self.guest));
-        let unbooted = BuiltinGuest::spawn(exe, &run_dir, &self.guest).await;
-        let mut guest = unbooted
-            .map_err(failed)?
-            .restore(&spec, state, ram)
-            .await
-            .map_err(failed)?;
+        record.machine = Some(hardware.clone());
+        let site = self.site.clone();
+        let ready = hardware::ready(&site, &self.guest, &hardware, state, ram).await;
+        let ready = ready.map_err(failed)?;
         // It stands still until the record says that it may run here.
-        let recorded = self.save(record);
-        let resumed = match &recorded {
-            Ok(()) => guest.resume().await.map_err(failed),
-            Err(_) => Ok(()),
+        let resumed = match self.save(record) {
+            Ok(()) => ready.run(&site, &self.guest).await.map_err(failed),
+            Err(error) => {
+                ready.end().await;
+                Err(error)
+            }
         };
-        if let Err(error) = recorded.and(resumed) {
-            // It never ran here: the promotion is unfinished and can be repeated.
-            if let Err(error) = guest.stop().await {
-                tracing::error!(guest = %self.guest, %error, "the process of a guest that was not resumed could not be ended");
+        match resumed {
+            Ok(guest) => {
+                self.hold(guest);
+                self.problem(None);
+                self.view
+                    .send_modify(|v| v.run_state = Some(RunState::Running));
+                Ok(())
             }
-            if let Some(before) = before {
-                self.save(before)?;
+            Err(error) => {
+                // It never ran here: the promotion is unfinished and can be repeated.
+                if let Some(before) = before {
+                    self.save(before)?;
+                }
+                Err(error)
             }
-            return Err(error);
         }
-        self.hold(guest);
-        self.problem(None);
-        self.view
-            .send_modify(|v| v.run_state = Some(RunState::Running));
-        Ok(())
     }
 }
 
-fn shape(spec: &MachineSpec) -> Result<(Layout, Vec<u8>), ApiError> {
-    let layout = spec.layout().map_err(failed)?;
-    let machine = serde_json::to_vec(spec).expect("a machine description has only plain fields");
-    Ok((layout, machine))
+fn shape(hardware: &Hardware) -> Result<(Layout, Vec<u8>), ApiError> {
+    let layout = hardware.layout().map_err(failed)?;
+    Ok((layout, hardware.to_bytes()))
 }

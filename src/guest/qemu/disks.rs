@@ -24,6 +24,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::time::sleep;
 
+use super::machine::MachineDisk;
 use super::qmp::{Qmp, QmpError};
 use crate::bitmap::PageBitmap;
 use crate::guest::GuestError;
@@ -63,6 +64,8 @@ pub(super) struct Disks {
 
 struct Disk {
     options: DiskOptions,
+    /// Its image, as QEMU names it.
+    file: String,
     mirror: Arc<MirrorDisk>,
     /// QEMU's names of the mirror's job, which is also that of its target.
     job: String,
@@ -79,6 +82,8 @@ struct BlockNode {
 struct Image {
     #[serde(rename = "virtual-size")]
     bytes: u64,
+    filename: String,
+    format: String,
 }
 
 #[derive(Deserialize)]
@@ -126,10 +131,17 @@ impl Disks {
                     options.node, options.id
                 ))
             })?;
+            if node.image.format != "raw" {
+                return Err(GuestError::Failed(format!(
+                    "disk \"{}\" is a {} image; the standby writes raw images, so it must be raw here: qemu-img convert -O raw",
+                    options.id, node.image.format
+                )));
+            }
             let mirror = mirror(&options, node.image.bytes, &mirrors.dir).map_err(|error| {
                 GuestError::Failed(format!("no mirror of disk \"{}\": {error}", options.id))
             })?;
             found.push(Disk {
+                file: node.image.filename.clone(),
                 options,
                 mirror: Arc::new(mirror),
                 // QEMU's names have 31 characters at most.
@@ -162,6 +174,17 @@ impl Disks {
             (disk.options.id.clone(), pages as u32)
         };
         self.disks.iter().map(region).collect()
+    }
+
+    /// The disks as a machine description names them.
+    pub fn described(&self) -> Vec<MachineDisk> {
+        let one = |disk: &Disk| MachineDisk {
+            id: disk.options.id.clone(),
+            node: disk.options.node.clone(),
+            file: disk.file.clone(),
+            pages: (disk.mirror.bytes() / PAGE_SIZE as u64) as u32,
+        };
+        self.disks.iter().map(one).collect()
     }
 
     /// True if every mirror is in sync.

@@ -33,6 +33,23 @@ pub struct Machine {
     pub qemu: String,
     /// Machine type and memory blocks.
     pub head: Head,
+    /// The command line that it was started with.
+    pub command: Vec<String>,
+    /// Its replicated disks.
+    pub disks: Vec<MachineDisk>,
+}
+
+/// A disk of a [`Machine`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineDisk {
+    /// Our name.
+    pub id: DiskId,
+    /// QEMU's name of it.
+    pub node: String,
+    /// Its image at the site where it ran, as QEMU names it: a raw file or device.
+    pub file: String,
+    /// Size in pages.
+    pub pages: u32,
 }
 
 /// Why a machine description cannot be used.
@@ -55,13 +72,27 @@ pub enum MachineError {
 
 impl Machine {
     /// Describes a running machine.
-    pub fn new(version: Version, head: Head) -> Self {
+    pub fn new(
+        version: Version,
+        head: Head,
+        command: Vec<String>,
+        disks: Vec<MachineDisk>,
+    ) -> Self {
         Self {
             kind: SECTION.into(),
             format: FORMAT,
             qemu: format!("{}.{}.{}", version.major, version.minor, version.micro),
             head,
+            command,
+            disks,
         }
+    }
+
+    /// Its content.
+    pub fn layout(&self) -> Result<Layout, LayoutError> {
+        let disks: Vec<(DiskId, u32)> =
+            self.disks.iter().map(|d| (d.id.clone(), d.pages)).collect();
+        layout(&self.head, &disks)
     }
 
     /// For `GuestInfo::machine`.
@@ -140,7 +171,14 @@ mod tests {
             minor: 2,
             micro: 22,
         };
-        let machine = Machine::new(version, head.clone());
+        let disk = MachineDisk {
+            id: "root".parse().unwrap(),
+            node: "virtio0".into(),
+            file: "/guests/root.img".into(),
+            pages: 9,
+        };
+        let command = vec!["qemu-system-x86_64".to_owned()];
+        let machine = Machine::new(version, head.clone(), command, vec![disk]);
         assert_eq!(Machine::from_bytes(&machine.to_bytes()).unwrap(), machine);
         for bad in [
             &b"{}"[..],
@@ -153,7 +191,7 @@ mod tests {
         ] {
             assert!(Machine::from_bytes(bad).is_err());
         }
-        let layout = layout(&head, &[("root".parse().unwrap(), 9)]).unwrap();
+        let layout = machine.layout().unwrap();
         let regions: Vec<(Option<u64>, u32)> = layout
             .regions()
             .iter()

@@ -102,6 +102,7 @@ enum Source {
 /// COLO.
 pub struct QemuGuest {
     info: GuestInfo,
+    pid: u32,
     context: Arc<Context>,
     choice: Choice,
     source: Source,
@@ -162,12 +163,16 @@ impl QemuGuest {
                 context.shared.disks.give_back();
             }
         }
+        let pid = context.qmp.pid();
+        let command = command_line(pid);
         let info = {
             let content = context.shared.content();
             let content = content.as_ref().expect("its table was read");
+            let disks = context.shared.disks.described();
+            let machine = Machine::new(answers.version, content.head.clone(), command, disks);
             GuestInfo {
                 layout: content.store.layout().clone(),
-                machine: Machine::new(answers.version, content.head.clone()).to_bytes(),
+                machine: machine.to_bytes(),
                 state: RunState::Running,
                 run: run_identity()?,
                 base: None,
@@ -176,6 +181,7 @@ impl QemuGuest {
         tracing::info!(method = ?choice.method, reason = choice.reason, "attached to a QEMU guest");
         Ok(Self {
             info,
+            pid,
             context,
             choice,
             source,
@@ -185,6 +191,11 @@ impl QemuGuest {
             paused: false,
             held: false,
         })
+    }
+
+    /// QEMU's process; 0 if the system does not say.
+    pub fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// How checkpoints are taken, and why so.
@@ -376,6 +387,14 @@ impl Guest for QemuGuest {
             GuestError::Failed(format!("QEMU is not gone {seconds} s after its quit"))
         })
     }
+}
+
+/// The arguments of a process; empty if they cannot be read.
+fn command_line(pid: u32) -> Vec<String> {
+    let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let arguments = text.split_terminator('\0');
+    arguments.map(str::to_owned).collect()
 }
 
 /// An identity for an attachment: another one shares no tracking with it.

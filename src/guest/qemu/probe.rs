@@ -59,6 +59,16 @@ pub struct Choice {
     pub reason: String,
 }
 
+impl std::fmt::Display for Choice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let method = match self.method {
+            Method::Colo => "colo",
+            Method::Migrate => "migrate",
+        };
+        write!(f, "{method}: {}", self.reason)
+    }
+}
+
 /// Why a guest cannot be protected as it is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]

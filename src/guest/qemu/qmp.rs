@@ -147,6 +147,13 @@ impl Drop for Qmp {
 }
 
 impl Qmp {
+    /// The process at the other end; 0 if the system does not say.
+    pub fn pid(&self) -> u32 {
+        let credentials = self.stream.peer_cred().ok();
+        let pid = credentials.and_then(|c| c.pid());
+        pid.and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0)
+    }
+
     /// Connects and leaves the negotiation mode.
     pub async fn connect(path: &Path) -> Result<Self, QmpError> {
         let stream = UnixStream::connect(path).await.map_err(|source| {
