@@ -26,11 +26,11 @@ impl World {
         for _ in 0..steps {
             sleep(Duration::from_millis(300)).await;
         }
+        // What was dropped last must not be written, and so noticed, again: a cut or two later all
+        // changes are durable, but for that.
+        self.writer.pace.store(0, Ordering::Relaxed);
+        sleep(Duration::from_secs(2)).await;
         if audit {
-            // What was dropped last must not be written, and so noticed, again: a cut or two later
-            // all changes are durable, but for that.
-            self.writer.pace.store(0, Ordering::Relaxed);
-            sleep(Duration::from_secs(2)).await;
             self.kill_a().await;
             self.start_a();
             sleep(Duration::from_secs(3)).await;

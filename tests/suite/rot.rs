@@ -221,12 +221,16 @@ fn a_damaged_point_is_reported_healed_and_never_resumed() {
     pair.point_after(Epoch(healed.0 + 2));
     pair.a.end_everything();
     let points = damage_third_newest(&mut pair, &mut dice);
-    let refused = pair.failover(&[]);
-    assert!(
-        refused.code != 0 && refused.out.contains("damaged"),
-        "{refused:?}"
-    );
-    assert_eq!(pair.at_b().pid, None);
+    // The newest that is listed may need the damaged one.
+    let newest = epochs(&pair.b.points())[0];
+    if newest > points[3] {
+        let refused = pair.failover(&[]);
+        assert!(
+            refused.code != 0 && refused.out.contains("damaged"),
+            "{refused:?}"
+        );
+        assert_eq!(pair.at_b().pid, None);
+    }
     let resumed = pair.failover(&["--point", &points[3].0.to_string()]);
     assert_eq!(resumed.code, 0, "{resumed:?}");
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::time::Instant;
 
 use lifeboat::frame::PageImage;
 use lifeboat::ids::Epoch;
@@ -9,7 +10,7 @@ use lifeboat::journal::{DirStore, Journal, JournalError, JournalOptions, MemCata
 use lifeboat::page::{Layout, PAGE_SIZE, PageAddr};
 use lifeboat::vmm::payload::check::{CheckError, CheckReport, check};
 
-use super::GUEST;
+use super::{GUEST, POLL, WITHIN};
 
 /// Content of a guest in memory, by region.
 pub struct Capture {
@@ -56,6 +57,18 @@ impl PageImage for Capture {
 
 /// Opens a journal without changing it. The segments alone say what is there.
 pub fn open(directory: &Path) -> Result<Journal<DirStore>, JournalError> {
+    let until = Instant::now() + WITHIN;
+    loop {
+        match open_once(directory) {
+            // A process that another test is starting has inherited the lock, until it is the program
+            // that it is to be.
+            Err(JournalError::Locked { .. }) if Instant::now() < until => std::thread::sleep(POLL),
+            opened => return opened,
+        }
+    }
+}
+
+fn open_once(directory: &Path) -> Result<Journal<DirStore>, JournalError> {
     let store = DirStore::existing(directory).expect("a journal's directory");
     let options = JournalOptions {
         read_only: true,

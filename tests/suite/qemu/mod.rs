@@ -1,5 +1,6 @@
 //! Stock QEMU under KVM, through the adapter: checkpoints, kills, resumed guests that check themselves.
 
+mod daemon;
 mod vm;
 
 use std::io::{BufRead, BufReader, Write};
