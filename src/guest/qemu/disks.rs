@@ -31,6 +31,8 @@ use crate::ids::DiskId;
 use crate::nbd::{Export, MirrorDisk, NbdServer};
 use crate::page::PAGE_SIZE;
 
+/// What the names of our jobs and their targets begin with.
+pub(super) const MIRROR: &str = "lifeboat-mirror-";
 /// Time between two looks at jobs that are not in sync yet.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -133,7 +135,7 @@ impl Disks {
                 options,
                 mirror: Arc::new(mirror),
                 // QEMU's names have 31 characters at most.
-                job: format!("lifeboat-mirror-{number}"),
+                job: format!("{MIRROR}{number}"),
             });
         }
         let exports = found
