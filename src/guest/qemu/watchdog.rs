@@ -17,13 +17,20 @@
 //!   paused in COLO ................................ x-colo-lost-heartbeat: runs after ~3 ms
 //!   in COLO while the pipe ended .................. x-colo-lost-heartbeat: leaves COLO
 //!   migrated to us (`postmigrate`), pause open .... cont
-//!   stuck in the end of a migration, pause open ... migrate_cancel
+//!   stuck in the end of a migration, pause open ... yank: it fails
+//!   in a migration while the pipe ended ........... look again: it may still end in a pause
 //!   no answer: its main loop waits for the daemon . yank (out of band): migration and mirrors fail
 //!   anything else ................................. nothing
 //! ```
 //!
 //! A daemon that hangs holds up the guest's disks as well: a write is complete when its mirror has it.
+//! `migrate_cancel` is never used: when the migration has just become a COLO session, it leaves QEMU in
+//! a state that nothing ends.
+//!
 //! After 5 s of silence the connections to the mirrors are yanked; those jobs fail and the guest goes on.
+//!
+//! What nothing helps against is a daemon that hangs in the milliseconds in which QEMU connects to its
+//! NBD server: QEMU's main loop waits for that, and it cannot be yanked yet.
 //!
 //! With a monitor of its own it is connected all the time, because a connection that is made when QEMU
 //! is blocked is of no use, and it acts while the daemon hangs. With the daemon's monitor, which serves
@@ -155,35 +162,31 @@ struct Seen<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     Nothing,
+    LookAgain,
     LeaveColo,
     Continue,
-    Cancel,
-}
-
-impl Action {
-    fn command(self) -> Option<&'static str> {
-        match self {
-            Self::Nothing => None,
-            Self::LeaveColo => Some("x-colo-lost-heartbeat"),
-            Self::Continue => Some("cont"),
-            Self::Cancel => Some("migrate_cancel"),
-        }
-    }
+    EndMigration,
 }
 
 /// The table above. `open`: a pause had begun; `ended`: the daemon is gone.
 fn action(seen: Seen<'_>, open: bool, ended: bool) -> Action {
     let paused = matches!(seen.status, "colo" | "finish-migrate");
     if seen.colo || seen.migration == "colo" {
-        return if ended || open && paused {
+        return if ended || (open && paused) {
             Action::LeaveColo
         } else {
             Action::Nothing
         };
     }
+    let idle = matches!(
+        seen.migration,
+        "" | "none" | "completed" | "failed" | "cancelled"
+    );
     match seen.status {
         "postmigrate" if open => Action::Continue,
-        "finish-migrate" if open => Action::Cancel,
+        // Its socket is closed: it fails by itself, or has sent everything and completes.
+        _ if ended && (paused || !idle) => Action::LookAgain,
+        "finish-migrate" if open => Action::EndMigration,
         _ => Action::Nothing,
     }
 }
@@ -286,8 +289,13 @@ async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpErr
         migration: &migration,
         colo: in_colo(qmp).await?,
     };
-    let Some(command) = action(seen, open, ended).command() else {
-        return Ok(true);
+    let action = action(seen, open, ended);
+    let command = match action {
+        Action::Nothing => return Ok(true),
+        Action::LookAgain => return Ok(false),
+        Action::LeaveColo => "x-colo-lost-heartbeat",
+        Action::Continue => "cont",
+        Action::EndMigration => "yank",
     };
     tracing::warn!(
         status,
@@ -295,6 +303,9 @@ async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpErr
         command,
         "the guest was left alone in a checkpoint"
     );
+    if action == Action::EndMigration {
+        return yank(qmp, true).await.map(|()| false);
+    }
     match qmp.call(command, json!({})).await {
         // Somebody else was faster, or it takes a moment: look again.
         Ok(_) | Err(QmpError::Refused { .. }) => Ok(false),
@@ -405,11 +416,11 @@ mod tests {
 
     #[test]
     fn every_row_of_the_table() {
-        use Action::{Cancel, Continue, LeaveColo, Nothing};
+        use Action::{Continue, EndMigration, LeaveColo, LookAgain, Nothing};
         // status, migration, colo -> action when open, when the daemon is gone (open), (not open)
         let cases = [
             ("running", "", false, [Nothing, Nothing, Nothing]),
-            ("running", "active", false, [Nothing, Nothing, Nothing]),
+            ("running", "active", false, [Nothing, LookAgain, LookAgain]),
             ("running", "colo", true, [Nothing, LeaveColo, LeaveColo]),
             ("colo", "colo", true, [LeaveColo, LeaveColo, LeaveColo]),
             (
@@ -418,7 +429,12 @@ mod tests {
                 false,
                 [LeaveColo, LeaveColo, LeaveColo],
             ),
-            ("finish-migrate", "device", false, [Cancel, Cancel, Nothing]),
+            (
+                "finish-migrate",
+                "device",
+                false,
+                [EndMigration, LookAgain, LookAgain],
+            ),
             (
                 "postmigrate",
                 "completed",
