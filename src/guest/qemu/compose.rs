@@ -55,7 +55,7 @@ pub fn compose(
             let zero = content.iter().all(|byte| *byte == 0);
             let kind = if zero { record::ZERO } else { record::PAGE };
             let same = if page > 0 { record::CONTINUE } else { 0 };
-            let word = u64::from(page) * PAGE_SIZE as u64 | kind | same;
+            let word = (u64::from(page) * PAGE_SIZE as u64) | kind | same;
             out.write_all(&word.to_be_bytes())?;
             if page == 0 {
                 name(&mut out, &block.name)?;

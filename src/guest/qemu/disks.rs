@@ -32,6 +32,10 @@ use crate::ids::DiskId;
 use crate::nbd::{Export, MirrorDisk, NbdServer};
 use crate::page::PAGE_SIZE;
 
+/// What the names of our jobs and their targets begin with.
+pub(super) const MIRROR: &str = "lifeboat-mirror-";
+/// How often the start of a job may be refused.
+const REFUSALS_MAX: u32 = 100;
 /// Time between two looks at jobs that are not in sync yet.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -145,7 +149,7 @@ impl Disks {
                 options,
                 mirror: Arc::new(mirror),
                 // QEMU's names have 31 characters at most.
-                job: format!("lifeboat-mirror-{number}"),
+                job: format!("{MIRROR}{number}"),
             });
         }
         let exports = found
@@ -201,6 +205,7 @@ impl Disks {
 
     /// Starts the jobs that are not there, and waits until all are in sync.
     pub async fn ready(&self, qmp: &Qmp) -> Result<(), GuestError> {
+        let mut refusals = 0;
         loop {
             if self.in_sync(qmp).await? {
                 return Ok(());
@@ -208,7 +213,11 @@ impl Disks {
             let jobs: Vec<Job> = qmp.ask("query-block-jobs").await?;
             for disk in &self.disks {
                 if jobs.iter().all(|job| job.device != disk.job) {
-                    self.start(qmp, disk).await?;
+                    match self.start(qmp, disk).await {
+                        // A job that just failed may still sit on the disk.
+                        Err(QmpError::Refused { .. }) if refusals < REFUSALS_MAX => refusals += 1,
+                        other => other?,
+                    }
                 }
             }
             sleep(LOOK_EVERY).await;

@@ -124,7 +124,9 @@ pub struct Event {
     pub data: Value,
 }
 
-type Waiting = Mutex<HashMap<u64, oneshot::Sender<Result<Value, (String, String)>>>>;
+/// What was asked and not answered yet. An error has a class and a text.
+type Calls = HashMap<u64, oneshot::Sender<Result<Value, (String, String)>>>;
+type Waiting = Mutex<Calls>;
 
 /// A connection to a monitor. Dropping it closes the socket.
 pub struct Qmp {
@@ -339,9 +341,7 @@ impl ScmSocket for Socket {
     }
 }
 
-fn lock(
-    waiting: &Waiting,
-) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Result<Value, (String, String)>>>> {
+fn lock(waiting: &Waiting) -> MutexGuard<'_, Calls> {
     // An insert or remove is complete before anything can panic.
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }

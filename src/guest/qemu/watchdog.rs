@@ -4,8 +4,9 @@
 //!   daemon ── pipe ──▶ lifeboat qemu-watchdog ── monitor ──▶ QEMU
 //!
 //!   'o'  a pause may begin            nothing after 'o' or 'p' for the bound ─▶ look, and act
-//!   'p'  it goes on, bytes arrive     the pipe ends                          ─▶ look, act, end
-//!   'c'  it is over
+//!   'p'  it goes on, bytes arrive     nothing at all for 5 s                 ─▶ drop the mirrors
+//!   'c'  it is over                   the pipe ends                          ─▶ look, act, end
+//!   'h'  the daemon lives, every 0.5 s
 //! ```
 //!
 //! COLO has no timeout of its own: if its peer vanishes between REPLY and LOADED, the guest stays paused
@@ -16,34 +17,54 @@
 //!   paused in COLO ................................ x-colo-lost-heartbeat: runs after ~3 ms
 //!   in COLO while the pipe ended .................. x-colo-lost-heartbeat: leaves COLO
 //!   migrated to us (`postmigrate`), pause open .... cont
-//!   stuck in the end of a migration, pause open ... migrate_cancel
-//!   no answer: its main loop waits for the daemon . yank (out of band): its migration fails
+//!   stuck in the end of a migration, pause open ... yank: it fails
+//!   in a migration while the pipe ended ........... look again: it may still end in a pause
+//!   no answer: its main loop waits for the daemon . yank (out of band): migration and mirrors fail
 //!   anything else ................................. nothing
 //! ```
+//!
+//! A daemon that hangs holds up the guest's disks as well: a write is complete when its mirror has it.
+//! `migrate_cancel` is never used: when the migration has just become a COLO session, it leaves QEMU in
+//! a state that nothing ends.
+//!
+//! After 5 s of silence the connections to the mirrors are yanked; those jobs fail and the guest goes on.
+//!
+//! What nothing helps against is a daemon that hangs in the milliseconds in which QEMU connects to its
+//! NBD server: QEMU's main loop waits for that, and it cannot be yanked yet.
 //!
 //! With a monitor of its own it is connected all the time, because a connection that is made when QEMU
 //! is blocked is of no use, and it acts while the daemon hangs. With the daemon's monitor, which serves
 //! one client at a time, it connects when it acts, and gets through only when the daemon is dead.
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::json;
 use tokio::process::{Child, Command};
 use tokio::sync::{Mutex, mpsc};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use super::disks::MIRROR;
 use super::probe;
 use super::qmp::{Qmp, QmpError};
 
 const OPEN: u8 = b'o';
 const PROGRESS: u8 = b'p';
 const OVER: u8 = b'c';
+const ALIVE: u8 = b'h';
+
+/// How often the daemon says that it lives.
+const ALIVE_EVERY: Duration = Duration::from_millis(500);
+/// Silence after which it counts as hanging.
+const HANGS_AFTER: Duration = Duration::from_secs(5);
 
 /// How long a watchdog that lost its daemon tries to reach QEMU.
 const RESCUE_WITHIN: Duration = Duration::from_secs(60);
@@ -55,8 +76,17 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(1);
 /// The daemon's end of the pipe. Dropping it ends the watchdog, which first makes sure that the guest
 /// runs outside of COLO.
 pub struct Lifeline {
-    pipe: UnixStream,
+    pipe: Arc<UnixStream>,
     child: Mutex<Child>,
+    alive: AbortHandle,
+}
+
+impl Drop for Lifeline {
+    fn drop(&mut self) {
+        self.alive.abort();
+        // The task may hold the socket for a moment longer.
+        let _ = self.pipe.shutdown(Shutdown::Both);
+    }
 }
 
 impl Lifeline {
@@ -77,9 +107,18 @@ impl Lifeline {
             // Signals for the daemon's group are not for it.
             .process_group(0)
             .spawn()?;
+        let pipe = Arc::new(ours);
+        let ours = pipe.clone();
+        let alive = tokio::spawn(async move {
+            loop {
+                tell(&ours, ALIVE);
+                sleep(ALIVE_EVERY).await;
+            }
+        });
         Ok(Self {
-            pipe: ours,
+            pipe,
             child: Mutex::new(child),
+            alive: alive.abort_handle(),
         })
     }
 
@@ -90,23 +129,23 @@ impl Lifeline {
 
     /// A pause of the guest may begin.
     pub(super) fn open(&self) {
-        self.tell(OPEN);
+        tell(&self.pipe, OPEN);
     }
 
     /// It goes on.
     pub(super) fn progress(&self) {
-        self.tell(PROGRESS);
+        tell(&self.pipe, PROGRESS);
     }
 
     /// It is over, or meant to last.
     pub(super) fn over(&self) {
-        self.tell(OVER);
+        tell(&self.pipe, OVER);
     }
+}
 
-    fn tell(&self, what: u8) {
-        // A watchdog that is dead or slow: the guest goes first. The adapter looks at its next cut.
-        let _ = (&self.pipe).write(&[what]);
-    }
+fn tell(mut pipe: &UnixStream, what: u8) {
+    // A watchdog that is dead or slow: the guest goes first. The adapter looks at its next cut.
+    let _ = pipe.write(&[what]);
 }
 
 /// What QEMU says of itself.
@@ -123,35 +162,31 @@ struct Seen<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     Nothing,
+    LookAgain,
     LeaveColo,
     Continue,
-    Cancel,
-}
-
-impl Action {
-    fn command(self) -> Option<&'static str> {
-        match self {
-            Self::Nothing => None,
-            Self::LeaveColo => Some("x-colo-lost-heartbeat"),
-            Self::Continue => Some("cont"),
-            Self::Cancel => Some("migrate_cancel"),
-        }
-    }
+    EndMigration,
 }
 
 /// The table above. `open`: a pause had begun; `ended`: the daemon is gone.
 fn action(seen: Seen<'_>, open: bool, ended: bool) -> Action {
     let paused = matches!(seen.status, "colo" | "finish-migrate");
     if seen.colo || seen.migration == "colo" {
-        return if ended || open && paused {
+        return if ended || (open && paused) {
             Action::LeaveColo
         } else {
             Action::Nothing
         };
     }
+    let idle = matches!(
+        seen.migration,
+        "" | "none" | "completed" | "failed" | "cancelled"
+    );
     match seen.status {
         "postmigrate" if open => Action::Continue,
-        "finish-migrate" if open => Action::Cancel,
+        // Its socket is closed: it fails by itself, or has sent everything and completes.
+        _ if ended && (paused || !idle) => Action::LookAgain,
+        "finish-migrate" if open => Action::EndMigration,
         _ => Action::Nothing,
     }
 }
@@ -186,15 +221,24 @@ impl Watchdog {
         Ok(self.qmp.as_ref().expect("it was just made"))
     }
 
+    /// Lets the guest's writes go on without their mirrors. With the daemon's monitor, which is
+    /// taken, nothing can be done.
+    async fn drop_mirrors(&mut self) -> Result<(), QmpError> {
+        if !self.own {
+            return Ok(());
+        }
+        tracing::warn!("the daemon hangs: the mirrors of the guest's disks are dropped");
+        yank(self.connected().await?, false).await
+    }
+
     /// Looks and acts once; true if nothing (more) is to be done.
     async fn rescue(&mut self, open: bool, ended: bool) -> Result<bool, QmpError> {
         let qmp = self.connected().await?;
         let result = match timeout(ANSWER_WITHIN, look_and_act(qmp, open, ended)).await {
             Ok(result) => result,
             Err(_) => {
-                tracing::warn!("QEMU's main loop waits for its migration, which is ended");
-                let instances = json!({ "instances": [{ "type": "migration" }] });
-                qmp.call_now("yank", instances).await.map(|_| false)
+                tracing::warn!("QEMU's main loop waits for the daemon: its connections are ended");
+                yank(qmp, true).await.map(|()| false)
             }
         };
         if !self.own || matches!(result, Err(QmpError::Gone(_))) {
@@ -202,6 +246,39 @@ impl Watchdog {
         }
         result
     }
+}
+
+/// A connection that QEMU can end at once.
+#[derive(Deserialize)]
+struct Instance {
+    r#type: String,
+    #[serde(rename = "node-name")]
+    node: Option<String>,
+}
+
+/// Ends QEMU's connections to our mirrors, and its migration if that is ours.
+async fn yank(qmp: &Qmp, migration: bool) -> Result<(), QmpError> {
+    let known = qmp.call_now("query-yank", json!({})).await?;
+    let known: Vec<Instance> = serde_json::from_value(known).map_err(|error| QmpError::Odd {
+        command: "query-yank".into(),
+        what: error.to_string(),
+    })?;
+    let instances = known.iter().filter_map(|instance| match &instance.node {
+        Some(node) if node.starts_with(MIRROR) => {
+            Some(json!({ "type": "block-node", "node-name": node }))
+        }
+        None if instance.r#type == "migration" && migration => Some(json!({ "type": "migration" })),
+        _ => None,
+    });
+    for instance in instances {
+        let instances = json!({ "instances": [instance] });
+        match qmp.call_now("yank", instances).await {
+            // It has ended meanwhile.
+            Ok(_) | Err(QmpError::Refused { .. }) => {}
+            Err(other) => return Err(other),
+        }
+    }
+    Ok(())
 }
 
 async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpError> {
@@ -212,8 +289,13 @@ async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpErr
         migration: &migration,
         colo: in_colo(qmp).await?,
     };
-    let Some(command) = action(seen, open, ended).command() else {
-        return Ok(true);
+    let action = action(seen, open, ended);
+    let command = match action {
+        Action::Nothing => return Ok(true),
+        Action::LookAgain => return Ok(false),
+        Action::LeaveColo => "x-colo-lost-heartbeat",
+        Action::Continue => "cont",
+        Action::EndMigration => "yank",
     };
     tracing::warn!(
         status,
@@ -221,6 +303,9 @@ async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpErr
         command,
         "the guest was left alone in a checkpoint"
     );
+    if action == Action::EndMigration {
+        return yank(qmp, true).await.map(|()| false);
+    }
     match qmp.call(command, json!({})).await {
         // Somebody else was faster, or it takes a moment: look again.
         Ok(_) | Err(QmpError::Refused { .. }) => Ok(false),
@@ -245,10 +330,8 @@ pub fn run(
                 match input.read(&mut bytes) {
                     Ok(0) => return,
                     Ok(read) => {
-                        // Of beginnings and ends only the newest counts.
-                        let words = bytes[..read].iter().rev();
-                        let word = words.copied().find(|word| *word != PROGRESS);
-                        if tell.blocking_send(word.unwrap_or(PROGRESS)).is_err() {
+                        let words = &bytes[..read];
+                        if words.iter().any(|word| tell.blocking_send(*word).is_err()) {
                             return;
                         }
                     }
@@ -276,20 +359,40 @@ async fn watch(mut told: mpsc::Receiver<u8>, mut watchdog: Watchdog, bound: Dura
         tracing::warn!(%error, "the watchdog cannot use its monitor");
     }
     let mut open = false;
+    // When it acts next, if nothing is heard.
+    let mut stalls_at = Instant::now();
+    let mut hangs_at = Some(Instant::now() + HANGS_AFTER);
     loop {
-        let heard = if open {
-            timeout(bound, told.recv()).await
-        } else {
-            Ok(told.recv().await)
+        let next = [open.then_some(stalls_at), hangs_at];
+        let heard = match next.into_iter().flatten().min() {
+            Some(at) => timeout_at(at, told.recv()).await,
+            None => Ok(told.recv().await),
         };
+        let now = Instant::now();
         match heard {
-            Ok(Some(OPEN)) => open = true,
-            Ok(Some(OVER)) => open = false,
-            Ok(Some(_)) => {}
             Ok(None) => break,
+            Ok(Some(word)) => {
+                hangs_at = Some(now + HANGS_AFTER);
+                match word {
+                    OPEN => open = true,
+                    OVER => open = false,
+                    _ => {}
+                }
+                if word != ALIVE {
+                    stalls_at = now + bound;
+                }
+            }
             Err(_) => {
-                if let Err(error) = watchdog.rescue(open, false).await {
-                    tracing::warn!(%error, "the daemon stalls in a checkpoint and QEMU cannot be asked");
+                let acted = if open && stalls_at <= now {
+                    stalls_at = now + bound;
+                    watchdog.rescue(open, false).await.map(drop)
+                } else {
+                    // Once is enough, until it lives again.
+                    hangs_at = None;
+                    watchdog.drop_mirrors().await
+                };
+                if let Err(error) = acted {
+                    tracing::warn!(%error, "the daemon hangs and QEMU cannot be asked");
                 }
             }
         }
@@ -313,11 +416,11 @@ mod tests {
 
     #[test]
     fn every_row_of_the_table() {
-        use Action::{Cancel, Continue, LeaveColo, Nothing};
+        use Action::{Continue, EndMigration, LeaveColo, LookAgain, Nothing};
         // status, migration, colo -> action when open, when the daemon is gone (open), (not open)
         let cases = [
             ("running", "", false, [Nothing, Nothing, Nothing]),
-            ("running", "active", false, [Nothing, Nothing, Nothing]),
+            ("running", "active", false, [Nothing, LookAgain, LookAgain]),
             ("running", "colo", true, [Nothing, LeaveColo, LeaveColo]),
             ("colo", "colo", true, [LeaveColo, LeaveColo, LeaveColo]),
             (
@@ -326,7 +429,12 @@ mod tests {
                 false,
                 [LeaveColo, LeaveColo, LeaveColo],
             ),
-            ("finish-migrate", "device", false, [Cancel, Cancel, Nothing]),
+            (
+                "finish-migrate",
+                "device",
+                false,
+                [EndMigration, LookAgain, LookAgain],
+            ),
             (
                 "postmigrate",
                 "completed",

@@ -76,6 +76,10 @@ pub struct Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let state = self.child.try_wait();
+            println!("{}: {state:?}; its log:\n{}", self.name, self.log());
+        }
         self.kill();
     }
 }
