@@ -1,5 +1,6 @@
 use super::resolved::*;
 use super::*;
+use crate::guest::qemu::probe::Mode;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -272,4 +273,25 @@ fn one_image_under_two_names_is_found() {
     std::fs::write(&file, text(false)).unwrap();
     let error = load_with(&file, Files::Required, std::iter::empty()).unwrap_err();
     assert!(error.to_string().contains("no multiple of 4096"), "{error}");
+}
+
+#[test]
+fn a_guest_of_qemu_is_understood() {
+    let text = r#"
+[site]
+name = "site-a"
+[[guest]]
+name = "web"
+kind = "qemu"
+qemu = { qmp = "/run/q", watchdog = "/run/w", mode = "migrate" }
+disks = [{ id = "root", node = "virtio0" }]
+"#;
+    let config = load_text(text, &[]).unwrap().config;
+    let expected = MachineConfig::Qemu(QemuConfig {
+        qmp: "/run/q".into(),
+        watchdog: Some("/run/w".into()),
+        mode: Mode::Migrate,
+        disks: vec![("root".parse().unwrap(), "virtio0".into())],
+    });
+    assert_eq!(config.guests.values().next().unwrap().machine, expected);
 }
