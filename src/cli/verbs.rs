@@ -168,6 +168,7 @@ pub async fn run(
         Verb::Site
         | Verb::Vmm { .. }
         | Verb::Demo { .. }
+        | Verb::Bench { .. }
         | Verb::Pki(_)
         | Verb::Config(_)
         | Verb::Check { .. }
