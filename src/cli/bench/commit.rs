@@ -184,12 +184,15 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let mut source = Source::new(of, Codec::Lz4, standby.journal.id(), Generation(1))?;
     // 2000 pages that were rewritten: some 5 MiB after compression.
     let mut dirty = Dirty::new(if bench.quick { 500 } else { 2000 }, of, Change::Whole);
-    standby.commit(&source.frame(&dirty.all())?)?;
+    let mut parts = Vec::new();
+    source.frame(&dirty.all(), |part| parts.push(part))?;
+    standby.commit(&parts)?;
     let mut raw = Raw::create(&bench.dir.path().join("raw-commit"), 64 << 20)?;
     let (mut whole, mut writes, mut raws) = (Vec::new(), Vec::new(), Vec::new());
     let frame_bytes = Cell::new(0);
     for sample in 0..=bench.samples(200) {
-        let parts = source.frame(dirty.next())?;
+        parts.clear();
+        source.frame(dirty.next(), |part| parts.push(part))?;
         let bytes: usize = parts.iter().map(Vec::len).sum();
         let mut content = AlignedBuf::new(bytes);
         parts.iter().fold(0, |at, part| {

@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use super::pages::{Numbers, chunks, edit, fill, gather, layout, scattered};
-use super::sample::{time, turns};
+use super::sample::{Samples, processor_time, turns};
 use super::{Bench, Section, Unit};
 use crate::clock::Timestamp;
 use crate::frame::{Codec, EncodeOptions, Encoder, FrameStart, Manifest};
@@ -53,8 +53,9 @@ impl Source {
         })
     }
 
-    /// The parts of the next frame; the first one must cover all pages.
-    pub fn frame(&mut self, chunks: &[Chunk]) -> anyhow::Result<Vec<Vec<u8>>> {
+    /// Hands out the parts of the next frame as they become full, as a primary does. The first frame
+    /// must cover all pages.
+    pub fn frame(&mut self, chunks: &[Chunk], mut part: impl FnMut(Vec<u8>)) -> anyhow::Result<()> {
         let epoch = Epoch(self.last.0.0 + 1);
         self.encoder.begin(FrameStart {
             guest: guest(),
@@ -65,15 +66,17 @@ impl Source {
             parent_root: self.last.1,
             full: self.last.0 == Epoch(0),
         });
-        let mut parts = Vec::new();
         for chunk in chunks {
-            parts.append(&mut self.encoder.push(chunk, None));
+            self.encoder
+                .push(chunk, None)
+                .into_iter()
+                .for_each(&mut part);
         }
         let now = Timestamp(epoch.0);
         let finished = self.encoder.finish(&self.manifest, now, Duration::ZERO)?;
         self.last = (epoch, finished.root);
-        parts.extend(finished.parts);
-        Ok(parts)
+        finished.parts.into_iter().for_each(part);
+        Ok(())
     }
 }
 
@@ -156,19 +159,22 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         let all = dirty.all();
         for (codec, with) in CODECS {
             let mut source = Source::new(of, codec, JournalId([1; 16]), Generation(1))?;
-            source.frame(&all)?;
+            source.frame(&all, drop)?;
             let (image, pages) = (dirty.image.clone(), dirty.pages.clone());
             let mut out = vec![0; pages.len() * PAGE_SIZE];
-            let copy = || Ok(time(|| gather(&image, &pages, black_box(&mut out))));
+            let copy = || {
+                Ok(processor_time(|| {
+                    gather(&image, &pages, black_box(&mut out))
+                }))
+            };
             let encode = || {
-                let mut parts = Ok(Vec::new());
-                let took = time(|| parts = source.frame(dirty.next()));
-                black_box(parts?);
-                Ok(took)
+                let mut encoded = Ok(());
+                let took = processor_time(|| encoded = source.frame(dirty.next(), drop));
+                encoded.map(|()| took)
             };
             let (copies, encodes) = turns(bench.samples(31), copy, encode)?;
             let count = pages.len() as f64;
-            let row = |samples: &super::sample::Samples, what: String| {
+            let row = |samples: &Samples, what: String| {
                 samples.rates(Section::Encode, what, Unit::Pages, count)
             };
             let limit = row(&copies, "copy of the same pages".to_owned());
@@ -191,13 +197,16 @@ fn first_copy(bench: &mut Bench) -> anyhow::Result<()> {
     let pages: Vec<u32> = (0..of).collect();
     let all = chunks(&pages, &image);
     let mut out = vec![0; image.len()];
-    let copy = || Ok(time(|| gather(&image, &pages, black_box(&mut out))));
+    let copy = || {
+        Ok(processor_time(|| {
+            gather(&image, &pages, black_box(&mut out))
+        }))
+    };
     let encode = || {
         let mut source = Source::new(of, Codec::Lz4, JournalId([1; 16]), Generation(1))?;
-        let mut parts = Ok(Vec::new());
-        let took = time(|| parts = source.frame(&all));
-        black_box(parts?);
-        Ok(took)
+        let mut encoded = Ok(());
+        let took = processor_time(|| encoded = source.frame(&all, drop));
+        encoded.map(|()| took)
     };
     let (copies, encodes) = turns(bench.samples(9), copy, encode)?;
     let count = f64::from(of);

@@ -10,7 +10,7 @@ use std::path::Path;
 use anyhow::Context;
 
 use super::pages::{Numbers, fill, gather, scattered};
-use super::sample::{Samples, time, turns};
+use super::sample::{Samples, processor_time, time, turns};
 use super::{Bench, Section, Unit, link};
 use crate::journal::AlignedBuf;
 use crate::page::PAGE_SIZE;
@@ -31,10 +31,10 @@ fn memory(bench: &mut Bench) -> anyhow::Result<()> {
     let samples = bench.samples(41);
     let (copies, hashes) = turns(
         samples,
-        || Ok(time(|| gather(&image, &set, black_box(&mut out)))),
+        || Ok(processor_time(|| gather(&image, &set, black_box(&mut out)))),
         || {
             let part = &image[..image.len().min(16 << 20)];
-            Ok(time(|| {
+            Ok(processor_time(|| {
                 black_box(blake3::hash(part));
             }))
         },

@@ -11,7 +11,8 @@
 //!
 //! Everything that is measured is the product's own code behind its public types. A measurement and
 //! its limit take turns, sample by sample, so that their ratio means something on a machine that does
-//! other work besides; absolute figures on such a machine do not.
+//! other work besides; absolute figures on such a machine do not. What is pure computation (copying,
+//! hashing, encoding) is measured in processor time of its thread.
 //!
 //! Document `lifeboat.bench/v1`:
 //!
