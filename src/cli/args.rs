@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
 
+use super::bench;
 use crate::config::units;
 use crate::control::codes::EXIT_CODES;
 use crate::ids::{DiskId, GuestId, SiteId};
@@ -92,6 +93,18 @@ pub enum Verb {
         /// Simulate the guest: the same engine, without /dev/kvm.
         #[arg(long)]
         no_kvm: bool,
+    },
+    /// Measure this machine: limits, encoder, commits, link, pauses; each with its ratio to the limit.
+    Bench {
+        /// Small sets and few samples, in seconds: does it work, not how fast.
+        #[arg(long)]
+        quick: bool,
+        /// Where the disk is measured (otherwise where temporary files go).
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Only this.
+        #[arg(long, value_name = "NAME")]
+        only: Option<bench::Section>,
     },
     /// Run one guest's monitor; started by the daemon.
     #[command(hide = true)]

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!   args ─▶ dispatch ─┬─ verbs ──── client ── daemon        (the CLI's death stops nothing there)
-//!                     ├─ config, pki, doctor                (no daemon needed)
+//!                     ├─ config, pki, doctor, bench         (no daemon needed)
 //!                     └─ exit code, by the table in control::codes
 //! ```
 //!
 //! Only this module and `main` print. Results go to stdout, everything else to stderr.
 
 pub mod args;
+pub mod bench;
 pub mod check;
 pub mod config;
 pub mod confirm;
@@ -125,6 +126,10 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
                 demo::DemoExit::NoKvm => ExitCode::Usage,
                 demo::DemoExit::Interrupted => ExitCode::Interrupted,
             })
+        }
+        Verb::Bench { quick, dir, only } => {
+            let options = bench::BenchOptions { quick, dir, only };
+            bench::run(&options, out)
         }
         Verb::Config(verb) => config::run(&verb, file, out),
         Verb::Pki(verb) => pki::run(verb, file, out).map(|()| ExitCode::Ok),

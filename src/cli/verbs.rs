@@ -169,6 +169,7 @@ pub async fn run(
         | Verb::Vmm { .. }
         | Verb::QemuWatchdog { .. }
         | Verb::Demo { .. }
+        | Verb::Bench { .. }
         | Verb::Pki(_)
         | Verb::Config(_)
         | Verb::Check { .. }

@@ -27,6 +27,7 @@ use std::time::Duration;
 use super::bits::Bits;
 use super::delta::{self, DELTA_BYTES_LIMIT, Delta};
 use super::error::EncodeError;
+use super::leaves;
 use super::shadow::Shadow;
 use super::tree::ImageTree;
 use super::writer::{Ending, FrameStart, FrameWriter};
@@ -167,7 +168,10 @@ impl Encoder {
     /// guest's process says) and if no frame was begun.
     pub fn push(&mut self, chunk: &Chunk, ship: Option<&PageSet>) -> Vec<Vec<u8>> {
         assert!(self.writer.is_open(), "no frame was begun");
-        for (addr, page) in chunk.iter() {
+        let (contents, _) = chunk.memory.bytes().as_chunks::<PAGE_SIZE>();
+        // Changed pages that are neighbours in the chunk and in the image, from this index on.
+        let (mut run, mut run_index) = (0..0, 0);
+        for (at, (addr, page)) in chunk.iter().enumerate() {
             assert!(
                 self.layout.contains(addr),
                 "{addr:?} is outside the guest's layout"
@@ -179,16 +183,35 @@ impl Encoder {
                 self.stats.raw_bytes += PAGE_SIZE as u64;
             }
             match self.region_base.get(usize::from(addr.region.0)) {
-                Some(base) => self.push_ram(addr, base + addr.page as usize, page, ship),
+                Some(base) => {
+                    let index = base + addr.page as usize;
+                    if !self.push_ram(addr, index, page, ship) {
+                        continue;
+                    }
+                    if run.end != at || run_index + run.len() != index || run.len() == leaves::GROUP
+                    {
+                        self.tree.set_pages(run_index, &contents[run]);
+                        (run, run_index) = (at..at, index);
+                    }
+                    run.end = at + 1;
+                }
                 None if ship && delta::is_zero(page) => self.ship_zero(addr),
                 None if ship => self.ship_raw(addr, page),
                 None => {}
             }
         }
+        self.tree.set_pages(run_index, &contents[run]);
         self.writer.take_done()
     }
 
-    fn push_ram(&mut self, addr: PageAddr, index: usize, page: &[u8; PAGE_SIZE], ship: bool) {
+    /// True if the page's leaf has to be computed.
+    fn push_ram(
+        &mut self,
+        addr: PageAddr,
+        index: usize,
+        page: &[u8; PAGE_SIZE],
+        ship: bool,
+    ) -> bool {
         self.touched.set(index);
         let zero = delta::is_zero(page);
         // What the standby is known to have.
@@ -212,15 +235,17 @@ impl Encoder {
             if ship {
                 self.stats.same += 1;
             }
-            return;
+            return false;
         }
-        self.tree.set(index, ImageTree::leaf(index, page));
-        if let Some(shadow) = &mut self.shadow {
-            shadow.store(index, page, zero);
+        match &mut self.shadow {
+            // Far fewer bytes than the page.
+            Some(shadow) if found == Delta::Runs => shadow.patch(index, &self.scratch),
+            Some(shadow) => shadow.store(index, page, zero),
+            None => {}
         }
         if !ship {
             self.unshipped.set(index);
-            return;
+            return true;
         }
         self.unshipped.clear(index);
         match found {
@@ -231,6 +256,7 @@ impl Encoder {
             }
             _ => self.ship_raw(addr, page),
         }
+        true
     }
 
     fn ship_zero(&mut self, addr: PageAddr) {

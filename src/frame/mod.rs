@@ -63,6 +63,7 @@ mod delta;
 mod encode;
 mod error;
 mod format;
+mod leaves;
 mod manifest;
 mod merge;
 mod part;

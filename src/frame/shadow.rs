@@ -7,6 +7,7 @@ use std::io;
 use std::ptr::NonNull;
 
 use super::bits::Bits;
+use super::delta;
 use crate::page::PAGE_SIZE;
 
 static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
@@ -84,6 +85,21 @@ impl Shadow {
         unsafe { *self.memory.add(index).as_mut() = *page };
     }
 
+    /// Applies a delta of the encoder's own to a valid page: fewer bytes are written than by
+    /// [`store`](Self::store). Panics outside the image, and on a page that is not valid.
+    pub(super) fn patch(&mut self, index: usize, delta: &[u8]) {
+        assert!(
+            self.valid.get(index),
+            "a page that is not valid has no changes"
+        );
+        // A page that was never written holds the zeros that it stands for.
+        self.written.set(index);
+        // SAFETY: `valid.get` has checked that `index` is within the mapping, which lives as long as
+        // `self`; `self` is borrowed exclusively.
+        let page = unsafe { self.memory.add(index).as_mut() };
+        delta::apply(delta, page).expect("a delta of the encoder's own");
+    }
+
     /// Makes a page invalid. Panics outside the image.
     pub fn invalidate(&mut self, index: usize) {
         self.valid.clear(index);
@@ -131,6 +147,22 @@ mod tests {
         );
         shadow.invalidate_all();
         assert_eq!(shadow.get(0), None);
+    }
+
+    #[test]
+    fn a_patched_page_is_the_new_one() {
+        let mut shadow = Shadow::new(2).unwrap();
+        let mut new = [0; PAGE_SIZE];
+        (new[8], new[4095]) = (1, 2);
+        for old in [ZERO_PAGE, [7; PAGE_SIZE], new] {
+            shadow.store(1, &old, old == ZERO_PAGE);
+            let mut delta = Vec::new();
+            // A page that differs in all of its words has no delta.
+            if delta::encode(&old, &new, &mut delta) == delta::Delta::Runs {
+                shadow.patch(1, &delta);
+                assert_eq!(shadow.get(1), Some(&new));
+            }
+        }
     }
 
     #[test]

@@ -75,6 +75,8 @@ pub(super) struct FrameWriter {
     parts: u32,
     part_hashes: blake3::Hasher,
     sealed_bytes: u64,
+    /// Bytes of the frame's largest part.
+    largest: usize,
     pages: u64,
 }
 
@@ -96,6 +98,7 @@ impl FrameWriter {
             parts: 0,
             part_hashes: blake3::Hasher::new(),
             sealed_bytes: 0,
+            largest: 0,
             pages: 0,
         }
     }
@@ -124,6 +127,7 @@ impl FrameWriter {
         self.parts = 0;
         self.part_hashes.reset();
         self.sealed_bytes = 0;
+        self.largest = 0;
         self.pages = 0;
         self.reset_part();
     }
@@ -359,8 +363,10 @@ impl FrameWriter {
         self.part_hashes.update(&hash);
         self.part.extend_from_slice(&pack_trailer(&header, &hash));
         self.part.resize(header.part_bytes as usize, 0);
-        // The next part will be about as large as this one.
-        let next = Vec::with_capacity(self.part.len());
+        // The next part will be about as large as the largest of this frame; a little over it must
+        // not move megabytes.
+        self.largest = self.largest.max(self.part.len());
+        let next = Vec::with_capacity(self.largest + self.largest / 8);
         self.done.push(std::mem::replace(&mut self.part, next));
         self.reset_part();
     }

@@ -41,6 +41,7 @@ mod failure;
 mod listen;
 mod live;
 mod material;
+mod plain;
 mod session;
 mod socket;
 mod stats;
@@ -50,6 +51,7 @@ pub use dial::{DialTarget, TlsDialer};
 pub use listen::{Accepted, ListenOptions, RefusedPeer, TlsListener};
 pub use live::{DroppedLink, PeerIdentity};
 pub use material::{TlsError, TlsMaterial, TlsPaths, TlsStatus};
+pub use plain::PlainTls;
 pub use session::{TlsRx, TlsTx};
 pub use stats::LinkStats;
 

@@ -8,8 +8,9 @@ use serde_json::Value;
 
 use crate::harness::{GUEST, Options, Pair, Ran, Site, kvm};
 
-/// Verbs that are no questions: the daemon, a monitor, the demo. They have tests of their own.
-const PROCESSES: [&str; 3] = ["site", "vmm", "demo"];
+/// Verbs that are no questions: the daemon, a monitor, the demo, measurements. They have tests of their
+/// own.
+const PROCESSES: [&str; 4] = ["site", "vmm", "demo", "bench"];
 
 /// Where a verb is asked.
 #[derive(Clone, Copy)]

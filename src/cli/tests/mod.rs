@@ -421,4 +421,5 @@ fn the_arguments_are_well_formed() {
     Cli::command().debug_assert();
 }
 
+mod bench;
 mod local;

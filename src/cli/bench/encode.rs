@@ -1,0 +1,223 @@
+//! The primary's encoder: whole frames of dirty pages, shadow and image tree included, against a copy
+//! of the same scattered pages. The codec is said by the caller, not by back-pressure.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use super::pages::{Numbers, chunks, edit, fill, gather, layout, scattered};
+use super::sample::{Samples, processor_time, turns};
+use super::{Bench, Section, Unit};
+use crate::clock::Timestamp;
+use crate::frame::{Codec, EncodeOptions, Encoder, FrameStart, Manifest};
+use crate::guest::Chunk;
+use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId};
+use crate::page::PAGE_SIZE;
+
+/// The guest of all measurements.
+pub(super) fn guest() -> GuestId {
+    "bench".parse().expect("a guest's name")
+}
+
+/// A primary that encodes frame after frame.
+pub(super) struct Source {
+    encoder: Encoder,
+    journal: JournalId,
+    generation: Generation,
+    last: (Epoch, ImageRoot),
+    manifest: Manifest,
+}
+
+impl Source {
+    /// A primary of a guest of so many pages, for this journal.
+    pub fn new(
+        pages: u32,
+        codec: Codec,
+        journal: JournalId,
+        generation: Generation,
+    ) -> anyhow::Result<Self> {
+        let layout = layout(pages);
+        let options = EncodeOptions {
+            codec,
+            ..EncodeOptions::default()
+        };
+        Ok(Self {
+            encoder: Encoder::new(layout.clone(), options)?,
+            journal,
+            generation,
+            last: (Epoch(0), ImageRoot([0; 32])),
+            manifest: Manifest {
+                layout,
+                machine: Vec::new(),
+                device_state: vec![0x5a; 8 << 10],
+            },
+        })
+    }
+
+    /// Hands out the parts of the next frame as they become full, as a primary does. The first frame
+    /// must cover all pages.
+    pub fn frame(&mut self, chunks: &[Chunk], mut part: impl FnMut(Vec<u8>)) -> anyhow::Result<()> {
+        let epoch = Epoch(self.last.0.0 + 1);
+        self.encoder.begin(FrameStart {
+            guest: guest(),
+            journal: self.journal,
+            generation: self.generation,
+            epoch,
+            prev_epoch: self.last.0,
+            parent_root: self.last.1,
+            full: self.last.0 == Epoch(0),
+        });
+        for chunk in chunks {
+            self.encoder
+                .push(chunk, None)
+                .into_iter()
+                .for_each(&mut part);
+        }
+        let now = Timestamp(epoch.0);
+        let finished = self.encoder.finish(&self.manifest, now, Duration::ZERO)?;
+        self.last = (epoch, finished.root);
+        finished.parts.into_iter().for_each(part);
+        Ok(())
+    }
+}
+
+/// How dirty pages differ from what they were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Some short runs of words.
+    Runs,
+    /// All of it.
+    Whole,
+    /// One word, in three of four pages; the fourth was written with what it held.
+    Word,
+}
+
+/// Dirty pages with two contents that follow each other for ever.
+pub(super) struct Dirty {
+    pub image: Vec<u8>,
+    pub pages: Vec<u32>,
+    contents: [Vec<Chunk>; 2],
+    turn: usize,
+}
+
+impl Dirty {
+    /// About `count` dirty pages of a guest of `of` pages.
+    pub fn new(count: u32, of: u32, change: Change) -> Self {
+        let mut numbers = Numbers::new(u64::from(count));
+        let mut image = vec![0; of as usize * PAGE_SIZE];
+        fill(&mut image, &mut numbers);
+        let pages = scattered(count, of, &mut numbers);
+        let mut before = vec![0; pages.len() * PAGE_SIZE];
+        gather(&image, &pages, &mut before);
+        let mut after = before.clone();
+        match change {
+            Change::Whole => fill(&mut after, &mut numbers),
+            Change::Runs => after
+                .chunks_exact_mut(PAGE_SIZE)
+                .for_each(|page| edit(page, &mut numbers)),
+            Change::Word => after
+                .chunks_exact_mut(PAGE_SIZE)
+                .filter(|_| numbers.below(4) > 0)
+                .for_each(|page| page[1024] ^= 1),
+        }
+        Self {
+            contents: [&after, &before].map(|content| chunks(&pages, content)),
+            image,
+            pages,
+            turn: 0,
+        }
+    }
+
+    /// All pages of the guest, as they are first.
+    pub fn all(&self) -> Vec<Chunk> {
+        let pages: Vec<u32> = (0..(self.image.len() / PAGE_SIZE) as u32).collect();
+        chunks(&pages, &self.image)
+    }
+
+    /// The dirty pages, once more changed.
+    pub fn next(&mut self) -> &[Chunk] {
+        self.turn += 1;
+        &self.contents[(self.turn - 1) % 2]
+    }
+}
+
+const CHANGES: [(Change, &str, f64); 3] = [
+    (Change::Runs, "some runs changed", 0.15),
+    (Change::Whole, "all changed", 0.15),
+    (Change::Word, "one word changed", 0.30),
+];
+
+const CODECS: [(Codec, &str); 3] = [
+    (Codec::None, "no codec"),
+    (Codec::Lz4, "lz4"),
+    (Codec::Zstd1, "zstd 1"),
+];
+
+pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
+    let of: u32 = if bench.quick { 2 << 10 } else { 32 << 10 };
+    for (change, of_what, least) in CHANGES {
+        let mut dirty = Dirty::new(of / 4, of, change);
+        let all = dirty.all();
+        for (codec, with) in CODECS {
+            let mut source = Source::new(of, codec, JournalId([1; 16]), Generation(1))?;
+            source.frame(&all, drop)?;
+            let (image, pages) = (dirty.image.clone(), dirty.pages.clone());
+            let mut out = vec![0; pages.len() * PAGE_SIZE];
+            let copy = || {
+                Ok(processor_time(|| {
+                    gather(&image, &pages, black_box(&mut out))
+                }))
+            };
+            let encode = || {
+                let mut encoded = Ok(());
+                let took = processor_time(|| encoded = source.frame(dirty.next(), drop));
+                encoded.map(|()| took)
+            };
+            let (copies, encodes) = turns(bench.samples(31), copy, encode)?;
+            let count = pages.len() as f64;
+            let row = |samples: &Samples, what: String| {
+                samples.rates(Section::Encode, what, Unit::Pages, count)
+            };
+            let limit = row(&copies, "copy of the same pages".to_owned());
+            let row = row(&encodes, format!("{of_what}, {with}")).against(&limit);
+            bench.push(match codec {
+                Codec::Lz4 => row.wanted_ratio(least),
+                _ => row,
+            });
+        }
+    }
+    first_copy(bench)
+}
+
+/// The first copy of a guest: all of its memory, half of it zeros.
+fn first_copy(bench: &mut Bench) -> anyhow::Result<()> {
+    let of: u32 = if bench.quick { 2 << 10 } else { 32 << 10 };
+    let mut image = vec![0; of as usize * PAGE_SIZE];
+    let half = image.len() / 2;
+    fill(&mut image[..half], &mut Numbers::new(3));
+    let pages: Vec<u32> = (0..of).collect();
+    let all = chunks(&pages, &image);
+    let mut out = vec![0; image.len()];
+    let copy = || {
+        Ok(processor_time(|| {
+            gather(&image, &pages, black_box(&mut out))
+        }))
+    };
+    let encode = || {
+        let mut source = Source::new(of, Codec::Lz4, JournalId([1; 16]), Generation(1))?;
+        let mut encoded = Ok(());
+        let took = processor_time(|| encoded = source.frame(&all, drop));
+        encoded.map(|()| took)
+    };
+    let (copies, encodes) = turns(bench.samples(9), copy, encode)?;
+    let count = f64::from(of);
+    let limit = copies.rates(
+        Section::Encode,
+        "copy of the same pages",
+        Unit::Pages,
+        count,
+    );
+    let what = "first copy, half zeros, lz4";
+    let row = encodes.rates(Section::Encode, what, Unit::Pages, count);
+    bench.push(row.against(&limit));
+    Ok(())
+}
