@@ -69,7 +69,7 @@ const HANGS_AFTER: Duration = Duration::from_secs(5);
 /// How long a watchdog that lost its daemon tries to reach QEMU.
 const RESCUE_WITHIN: Duration = Duration::from_secs(60);
 /// How long QEMU is left alone in COLO after the daemon's end: its own thread notices the closed
-/// socket and comes to rest. Leaving COLO while that thread starts has corrupted QEMU's heap.
+/// socket and comes to rest.
 const REST: Duration = Duration::from_millis(250);
 /// Time between two attempts.
 const RETRY: Duration = Duration::from_millis(20);
