@@ -133,7 +133,7 @@ impl QemuGuest {
             Some("setup" | "active" | "device" | "pre-switchover" | "cancelling")
         );
         if !foreign || watchdog::in_colo(&context.qmp).await? {
-            context.idle().await?;
+            context.idle_after_others().await?;
         }
         let answers = probe::ask(&context.qmp).await?;
         let refused = |refusal: probe::Refusal| GuestError::Failed(refusal.to_string());

@@ -34,6 +34,9 @@ pub(super) const DOWNTIME_MS: u64 = 300;
 pub(super) const DOWNTIME_MS_MAX: u64 = 2400;
 /// How long QEMU may take to leave COLO or to clean a migration up.
 const IDLE_WITHIN: Duration = Duration::from_secs(10);
+/// How long QEMU is left alone in a COLO session that nobody serves, before it is told to leave it:
+/// longer than a watchdog waits, so that it is not told twice.
+const REST: Duration = Duration::from_millis(750);
 /// Time between two looks at it.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// How long after a checkpoint the guest's RESUME may come.
@@ -138,12 +141,27 @@ impl Context {
     /// Leaves a COLO session that nobody serves, if there is one, and waits until QEMU is ready for
     /// a new migration. The guest runs afterwards, unless it was paused by its operator.
     pub async fn idle(&self) -> Result<(), GuestError> {
+        self.idle_after(Duration::ZERO).await
+    }
+
+    /// The same where another process may have left QEMU in the middle of something.
+    pub async fn idle_after_others(&self) -> Result<(), GuestError> {
+        self.idle_after(REST).await
+    }
+
+    async fn idle_after(&self, rest: Duration) -> Result<(), GuestError> {
         let deadline = Instant::now() + IDLE_WITHIN;
+        let mut leave_at = Instant::now() + rest;
         loop {
             let migration = probe::migration(&self.qmp).await?;
             let migration = migration.as_deref().unwrap_or("none");
             let yanks: Vec<YankInstance> = self.qmp.ask("query-yank").await?;
             if watchdog::in_colo(&self.qmp).await? || migration == "colo" {
+                if Instant::now() < leave_at {
+                    sleep(LOOK_EVERY).await;
+                    continue;
+                }
+                leave_at = Instant::now() + REST;
                 match self.qmp.call("x-colo-lost-heartbeat", json!({})).await {
                     // Refused: it is being left already.
                     Ok(_) | Err(QmpError::Refused { .. }) => {}

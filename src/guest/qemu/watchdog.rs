@@ -68,6 +68,9 @@ const HANGS_AFTER: Duration = Duration::from_secs(5);
 
 /// How long a watchdog that lost its daemon tries to reach QEMU.
 const RESCUE_WITHIN: Duration = Duration::from_secs(60);
+/// How long QEMU is left alone in COLO after the daemon's end: its own thread notices the closed
+/// socket and comes to rest.
+const REST: Duration = Duration::from_millis(250);
 /// Time between two attempts.
 const RETRY: Duration = Duration::from_millis(20);
 /// How long QEMU's main loop may take to answer before it counts as blocked.
@@ -303,6 +306,9 @@ async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpErr
         command,
         "the guest was left alone in a checkpoint"
     );
+    if action == Action::LeaveColo {
+        sleep(REST).await;
+    }
     if action == Action::EndMigration {
         return yank(qmp, true).await.map(|()| false);
     }
@@ -397,6 +403,7 @@ async fn watch(mut told: mpsc::Receiver<u8>, mut watchdog: Watchdog, bound: Dura
             }
         }
     }
+    sleep(REST).await;
     let deadline = Instant::now() + RESCUE_WITHIN;
     while Instant::now() < deadline {
         match watchdog.rescue(open, true).await {
