@@ -17,8 +17,9 @@ use crate::control::runs::RunHandle;
 use crate::control::types::{ApiError, FailoverReport, FailoverRequest, Run, RunResult};
 use crate::device_state::DeviceState;
 use crate::failover::{DiskFiles, Fence, fence};
+use crate::frame::Manifest;
 use crate::guest::RunState;
-use crate::ids::{Epoch, Generation, GuestId, SiteId};
+use crate::ids::{DiskId, Epoch, Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
 use crate::standby::{Promotion, ReplicaError};
 use crate::vmm::spec::MachineSpec;
@@ -37,7 +38,7 @@ pub(super) struct Failover {
     pub asked: Instant,
 }
 
-fn failed(error: impl std::fmt::Display) -> ApiError {
+pub(super) fn failed(error: impl std::fmt::Display) -> ApiError {
     ApiError::new(Reason::Failed, error.to_string())
 }
 
@@ -294,13 +295,7 @@ impl Takeover {
         promotion: Promotion,
         generation: Generation,
     ) -> Result<(MachineSpec, DeviceState, OwnedFd), ApiError> {
-        let mut spec: MachineSpec =
-            serde_json::from_slice(&promotion.manifest.machine).map_err(|e| {
-                failed(format!(
-                    "the point's machine description cannot be read: {e}"
-                ))
-            })?;
-        let state = DeviceState::from_bytes(&promotion.manifest.device_state).map_err(failed)?;
+        let manifest = promotion.manifest.clone();
         let ram = promotion.image.fd().try_clone().map_err(failed)?;
         let directory = guest_dir(&self.site.state_dir, &self.guest)
             .join("disks")
@@ -311,22 +306,37 @@ impl Takeover {
             .env
             .offload(move || write_disks(&copy, &promotion, directory))
             .await?;
-        for disk in spec.disks.iter_mut().filter(|d| !d.read_only) {
-            let (_, path) = files
-                .iter()
-                .find(|(id, _)| *id == disk.id)
-                .ok_or_else(|| failed(format!("the point has no disk \"{}\"", disk.id)))?;
-            disk.path = path.clone();
-        }
+        let (spec, state) = machine(&manifest, &files)?;
         Ok((spec, state, ram))
     }
+}
+
+/// The machine of a point with its disks in these files, and the state of its devices.
+pub(super) fn machine(
+    manifest: &Manifest,
+    files: &[(DiskId, PathBuf)],
+) -> Result<(MachineSpec, DeviceState), ApiError> {
+    let unreadable = |e| {
+        failed(format!(
+            "the point's machine description cannot be read: {e}"
+        ))
+    };
+    let mut spec: MachineSpec = serde_json::from_slice(&manifest.machine).map_err(unreadable)?;
+    let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
+    for disk in spec.disks.iter_mut().filter(|d| !d.read_only) {
+        let found = files.iter().find(|(id, _)| *id == disk.id);
+        let (_, path) =
+            found.ok_or_else(|| failed(format!("the point has no disk \"{}\"", disk.id)))?;
+        disk.path = path.clone();
+    }
+    Ok((spec, state))
 }
 
 fn write_disks(
     copy: &Shared,
     promotion: &Promotion,
     directory: PathBuf,
-) -> Result<Vec<(crate::ids::DiskId, PathBuf)>, ApiError> {
+) -> Result<Vec<(DiskId, PathBuf)>, ApiError> {
     let layout = &promotion.manifest.layout;
     if layout.regions().len() == layout.ram_regions() {
         return Ok(Vec::new());
