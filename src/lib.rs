@@ -35,7 +35,7 @@
 //! | `primary` | `bitmap`, `clock`, `frame`, `guest`, `ids`, `metrics`, `page`, `retry`, `wire` |
 //! | `standby` | `bitmap`, `clock`, `frame`, `ids`, `journal`, `metrics`, `page`, `retry`, `wire` |
 //! | `journal` | `bitmap`, `clock`, `durable`, `frame`, `ids`, `page` |
-//! | `failover` | `clock`, `durable`, `frame`, `guest`, `ids`, `journal`, `page` |
+//! | `failover` | `bitmap`, `clock`, `durable`, `frame`, `guest`, `ids`, `journal`, `page` |
 //! | `config` | `guest`, `ids`, `page` |
 //! | `nbd` | `bitmap`, `clock`, `ids`, `page` |
 //! | `control` | `clock`, `guest`, `ids`, `metrics` |

@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use super::bench;
 use crate::config::units;
 use crate::control::codes::EXIT_CODES;
+use crate::control::drills::Probe;
 use crate::ids::{DiskId, GuestId, SiteId};
 
 const STYLES: Styles = Styles::styled()
@@ -208,6 +209,26 @@ pub enum Verb {
         /// Print the run and do not wait for it.
         #[arg(long)]
         no_wait: bool,
+    },
+    /// Resume a clone of a recovery point in isolation, ask it, and remove it. Nothing else notices.
+    TestFailover {
+        /// The guest.
+        name: GuestId,
+        /// This point (otherwise the newest).
+        #[arg(long, value_name = "N")]
+        point: Option<u64>,
+        /// Let the clone run on for so long afterwards.
+        #[arg(long, value_name = "DURATION", value_parser = units::duration)]
+        keep: Option<Duration>,
+        /// What the clone is asked: to speak on its console, or nothing but to run.
+        #[arg(long, value_name = "console|none", default_value = "console")]
+        probe: Probe,
+        /// How long the answer may take (otherwise as configured).
+        #[arg(long, value_name = "DURATION", value_parser = units::duration)]
+        probe_timeout: Option<Duration>,
+        /// End the clone that an earlier drill kept.
+        #[arg(long, conflicts_with_all = ["point", "keep", "probe", "probe_timeout"])]
+        stop: bool,
     },
     /// Replay a recovery point and compare every checksum.
     Verify {

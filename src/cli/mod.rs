@@ -16,6 +16,7 @@ pub mod confirm;
 pub mod console;
 pub mod demo;
 pub mod doctor;
+pub mod drills;
 pub mod follow;
 pub mod logging;
 pub mod output;

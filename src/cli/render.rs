@@ -180,6 +180,8 @@ fn reasons(guest: &GuestStatus) -> Vec<String> {
         reasons.push(format!("copy at {share:.0} %"));
     }
     reasons.extend(guest.blocked_on.clone());
+    let failed = guest.drill_failure.as_ref();
+    reasons.extend(failed.map(|f| format!("drill failed {}: {}", units::time(f.at), f.why)));
     reasons
 }
 
@@ -285,6 +287,7 @@ pub fn guest(guest: &GuestStatus, now: Timestamp, paint: Paint) -> String {
             ));
         }
     }
+    rows.extend(super::drills::last(guest).map(|text| ("last drill", text)));
     rows.extend(guest.pid.map(|pid| ("process", pid.to_string())));
     rows.extend(reasons(guest).into_iter().map(|reason| ("note", reason)));
     facts(&rows)
@@ -364,6 +367,8 @@ pub fn done(done: &Done) -> String {
         Outcome::AlreadyUnprotected => "was not protected",
         Outcome::Unexported => "not exported any more",
         Outcome::AlreadyUnexported => "was not exported",
+        Outcome::DrillEnded => "the clone is gone",
+        Outcome::NoDrillKept => "no clone was kept",
     };
     match &done.detail {
         Some(detail) => format!("{}  {what}: {detail}\n", done.guest),
@@ -509,6 +514,7 @@ pub fn result(run: &Run, paint: Paint) -> String {
             r.epoch,
             r.generation
         ),
+        Some(RunResult::Drill(r)) => super::drills::report(guest, r, paint),
         Some(RunResult::Verify(r)) => {
             let mut text = format!(
                 "{guest} #{}: memory {} pages, disk {} pages: {} different\n",

@@ -14,8 +14,8 @@ use super::text::Paint;
 use crate::control::client::Client;
 use crate::control::codes::{ExitCode, Reason};
 use crate::control::types::{
-    ApiError, Document, ExportRequest, FailoverRequest, GuestStatus, MoveRequest, ProtectRequest,
-    Run, RunId, SiteStatus,
+    ApiError, Document, DrillRequest, ExportRequest, FailoverRequest, GuestStatus, MoveRequest,
+    ProtectRequest, Run, RunId, SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
 
@@ -114,6 +114,29 @@ pub async fn run(
             } else {
                 follow(client, run, timeout, out).await?;
             }
+        }
+        Verb::TestFailover {
+            name, stop: true, ..
+        } => {
+            let done = client.test_failover_stop(&name).await?;
+            out.result(done, render::done);
+        }
+        Verb::TestFailover {
+            name,
+            point,
+            keep,
+            probe,
+            probe_timeout,
+            ..
+        } => {
+            let request = DrillRequest {
+                point: point.map(Epoch),
+                keep_seconds: keep.map(|keep| keep.as_secs_f64()),
+                probe,
+                probe_timeout_seconds: probe_timeout.map(|timeout| timeout.as_secs_f64()),
+            };
+            let run = client.test_failover(&name, &request).await?;
+            follow(client, run, timeout, out).await?;
         }
         Verb::Verify { name, point } => {
             let run = client.verify(&name, point.map(Epoch)).await?;

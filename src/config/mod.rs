@@ -17,6 +17,7 @@ mod schema;
 mod source;
 pub mod units;
 mod validate;
+mod validate_drill;
 mod validate_guest;
 
 #[cfg(test)]

@@ -40,6 +40,8 @@ pub struct SiteConfig {
     /// How the other site is kept from running a guest before a failover; `None`: only by the
     /// operator.
     pub fencing: Option<FencingConfig>,
+    /// When this site tries failovers of the guests whose copies it keeps.
+    pub drill: DrillConfig,
     /// The guests whose home is here, by name.
     pub guests: BTreeMap<GuestId, GuestConfig>,
 }
@@ -187,6 +189,24 @@ pub struct FencingConfig {
     pub command: Vec<String>,
     /// Then it has failed.
     pub timeout: Duration,
+}
+
+/// When failovers are tried with a clone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DrillConfig {
+    /// Time from one drill of a guest to the next; `None`: only when the operator asks.
+    pub every: Option<Duration>,
+    /// How long a clone may take to answer.
+    pub probe_timeout: Duration,
+    /// The same as `every`, for guests that differ.
+    pub guests: BTreeMap<GuestId, Option<Duration>>,
+}
+
+impl DrillConfig {
+    /// Time from one drill of this guest to the next.
+    pub fn every(&self, guest: &GuestId) -> Option<Duration> {
+        self.guests.get(guest).copied().unwrap_or(self.every)
+    }
 }
 
 /// A guest whose home is this site.

@@ -31,6 +31,7 @@ table!(
         defaults: Defaults,
         journal: Journal,
         fencing: Option<Spanned<Fencing>>,
+        drill: Drill,
         guest: Vec<Spanned<Guest>>,
     }
 );
@@ -133,6 +134,14 @@ table!(
     Fencing {
         command: Option<Spanned<Vec<String>>>,
         timeout: Maybe<String>,
+    }
+);
+table!(
+    /// `[drill]`
+    Drill {
+        every: Maybe<String>,
+        probe_timeout: Maybe<String>,
+        guests: BTreeMap<Spanned<String>, Spanned<String>>,
     }
 );
 table!(

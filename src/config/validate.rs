@@ -123,6 +123,7 @@ pub(super) fn site(raw: schema::File, file: PathBuf, check: &mut Check<'_>) -> O
     let replication = guests::replication(check, "defaults.replication", defaults.clone());
     let fencing = raw.fencing.and_then(|raw| fencing(check, raw));
     let guests = guests::all(check, raw.guest, &peers, &defaults);
+    let drill = super::validate_drill::drill(check, raw.drill, &peers, &guests);
     Some(SiteConfig {
         file,
         site: name?.value,
@@ -137,6 +138,7 @@ pub(super) fn site(raw: schema::File, file: PathBuf, check: &mut Check<'_>) -> O
         retention,
         replication,
         fencing,
+        drill,
         guests,
     })
 }

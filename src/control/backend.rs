@@ -3,8 +3,8 @@
 use std::future::Future;
 
 use super::types::{
-    ApiError, ConsoleInfo, Done, ExportRequest, Exports, FailoverRequest, JournalStat, MoveRequest,
-    Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
+    ApiError, ConsoleInfo, Done, DrillRequest, ExportRequest, Exports, FailoverRequest,
+    JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
 
@@ -66,6 +66,20 @@ pub trait Backend: Send + Sync + 'static {
         guest: &GuestId,
         request: MoveRequest,
     ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Resumes a clone of a recovery point in isolation and asks it; neither the guest nor its copy
+    /// notice.
+    fn test_failover(
+        &self,
+        guest: &GuestId,
+        request: DrillRequest,
+    ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Ends the clone that a drill kept.
+    fn test_failover_stop(
+        &self,
+        guest: &GuestId,
+    ) -> impl Future<Output = Result<Done, ApiError>> + Send;
 
     /// Replays a recovery point (the newest when `None`) and compares every checksum.
     fn verify(

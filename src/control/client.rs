@@ -14,8 +14,9 @@ use tokio::net::UnixStream;
 use super::codes::Reason;
 use super::server::{StartRequest, UnprotectRequest, VerifyRequest};
 use super::types::{
-    ApiError, ConsoleInfo, Document, Done, Envelope, ExportRequest, Exports, FailoverRequest,
-    JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
+    ApiError, ConsoleInfo, Document, Done, DrillRequest, Envelope, ExportRequest, Exports,
+    FailoverRequest, JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs,
+    SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
 
@@ -104,6 +105,21 @@ impl Client {
         request: &MoveRequest,
     ) -> Result<Run, ApiError> {
         self.post(&verb(guest, "move"), request).await
+    }
+
+    /// Tries a failover with a clone.
+    pub async fn test_failover(
+        &self,
+        guest: &GuestId,
+        request: &DrillRequest,
+    ) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "test-failover"), request).await
+    }
+
+    /// Ends the clone that a drill kept.
+    pub async fn test_failover_stop(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.post(&verb(guest, "test-failover/stop"), &Nothing {})
+            .await
     }
 
     /// Verifies a recovery point.

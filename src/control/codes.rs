@@ -107,6 +107,8 @@ reasons! {
     Fenced = "fenced" => Refused, 409;
     /// The guest's role or state at this site does not fit.
     WrongState = "wrong_state" => Refused, 409;
+    /// This host has not the memory or the disk space for it.
+    NoRoom = "no_room" => Refused, 409;
     /// No answer from the daemon.
     DaemonUnreachable = "daemon_unreachable" => Unreachable, 502;
     /// No answer from the peer.

@@ -161,6 +161,13 @@ fn guests() -> Vec<GuestStatus> {
             reason: "the daemon was restarted".to_owned(),
         }),
         sync_progress: None,
+        last_drill: Some(DrillStatus {
+            point: Epoch(9042),
+            captured_at: before(104_000),
+            at: before(71_000),
+            rto_seconds: 1.32,
+        }),
+        drill_failure: None,
         blocked_on: None,
         machine: Some(MachineSummary {
             checkpoints: None,
@@ -179,6 +186,10 @@ fn guests() -> Vec<GuestStatus> {
         state: GuestState::Degraded,
         rpo_exposure_seconds: Some(41.0),
         last_point: Some(point_at(8803, 41_000)),
+        drill_failure: Some(DrillFailure {
+            at: before(9_000),
+            why: "the clone said nothing for 60 s".to_owned(),
+        }),
         backlog_bytes: 310 << 20,
         inflight: 8,
         blocked_on: Some("the link is slower than the guest writes".to_owned()),
@@ -198,6 +209,7 @@ fn guests() -> Vec<GuestStatus> {
         pause_p99_seconds: None,
         inflight: 0,
         sync: None,
+        last_drill: None,
         ..db1.clone()
     };
     let slow1 = GuestStatus {
@@ -380,6 +392,51 @@ impl Backend for Fake {
                 rto_seconds: (!request.dry_run).then_some(0.9),
             };
             run.finish(Ok(RunResult::Failover(result)));
+        })
+    }
+
+    async fn test_failover(&self, guest: &GuestId, request: DrillRequest) -> Result<Run, ApiError> {
+        let point = self.point(guest, request.point)?;
+        let guest = guest.clone();
+        self.begin(Operation::TestFailover, &guest.clone(), move |run| {
+            run.step("probe");
+            let silent = guest.as_str() == "web1";
+            let probe = ProbeReport {
+                name: "console".to_owned(),
+                passed: !silent,
+                detail: match silent {
+                    true => "it said nothing for 60 s".to_owned(),
+                    false => "it spoke".to_owned(),
+                },
+            };
+            let report = DrillReport {
+                point,
+                rto_seconds: (!silent).then_some(1.32),
+                probes: vec![probe],
+                kept: request.keep_seconds.map(|_| KeptClone {
+                    console: PathBuf::from("/run/lifeboat/db1/console.sock"),
+                    until: Timestamp(NOW.0 + 600 * SECOND),
+                }),
+            };
+            match silent {
+                false => run.finish(Ok(RunResult::Drill(report))),
+                true => {
+                    let error = ApiError::new(Reason::Failed, "the clone said nothing for 60 s");
+                    run.fail_with(RunResult::Drill(report), error);
+                }
+            }
+        })
+    }
+
+    async fn test_failover_stop(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.guest(guest)?;
+        Ok(Done {
+            guest: guest.clone(),
+            outcome: match guest.as_str() {
+                "db1" => Outcome::DrillEnded,
+                _ => Outcome::NoDrillKept,
+            },
+            detail: None,
         })
     }
 

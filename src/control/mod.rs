@@ -13,6 +13,7 @@
 pub mod backend;
 pub mod client;
 pub mod codes;
+pub mod drills;
 pub mod exports;
 #[cfg(test)]
 pub(crate) mod fake;

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::drills::DrillReport;
 use super::exports::ExportStatus;
 use super::types::{PointStatus, SyncStatus};
 use crate::ids::{Epoch, Generation, SiteId};
@@ -18,6 +19,8 @@ pub enum RunResult {
     Move(MoveReport),
     /// The guest was moved here.
     Take(TakeReport),
+    /// A clone of the guest was resumed and asked.
+    Drill(DrillReport),
     /// A recovery point was verified.
     Verify(VerifyReport),
     /// A recovery point is exported.

@@ -12,6 +12,8 @@
 //! | POST | `/v1/guests/G/failover` | `FailoverRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/move` | `MoveRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/verify` | `{"point": N}` | `lifeboat.run/v1`, 202 |
+//! | POST | `/v1/guests/G/test-failover` | `DrillRequest` | `lifeboat.run/v1`, 202 |
+//! | POST | `/v1/guests/G/test-failover/stop` | | `lifeboat.done/v1` |
 //! | POST | `/v1/guests/G/export` | `ExportRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/export/stop` | | `lifeboat.done/v1` |
 //! | GET | `/v1/exports` | | `lifeboat.exports/v1` |
@@ -46,8 +48,8 @@ use super::codes::Reason;
 use super::page::{self, History};
 use super::socket::AdminSocket;
 use super::types::{
-    ApiError, Document, Envelope, ExportRequest, FailoverRequest, MoveRequest, ProtectRequest, Run,
-    RunId,
+    ApiError, Document, DrillRequest, Envelope, ExportRequest, FailoverRequest, MoveRequest,
+    ProtectRequest, Run, RunId,
 };
 use crate::ids::{Epoch, GuestId};
 use crate::metrics::Metrics;
@@ -198,6 +200,11 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/guests/{guest}/points", get(points))
         .route("/v1/guests/{guest}/failover", post(failover))
         .route("/v1/guests/{guest}/move", post(move_guest))
+        .route("/v1/guests/{guest}/test-failover", post(test_failover))
+        .route(
+            "/v1/guests/{guest}/test-failover/stop",
+            post(test_failover_stop),
+        )
         .route("/v1/guests/{guest}/verify", post(verify))
         .route("/v1/guests/{guest}/export", post(export))
         .route("/v1/guests/{guest}/export/stop", post(export_stop))
@@ -391,6 +398,20 @@ verb!(
     ACCEPTED,
     MoveRequest,
     |backend, guest, request| backend.move_guest(&guest, request)
+);
+verb!(
+    test_failover,
+    "/v1/guests/{guest}/test-failover",
+    ACCEPTED,
+    DrillRequest,
+    |backend, guest, request| backend.test_failover(&guest, request)
+);
+verb!(
+    test_failover_stop,
+    "/v1/guests/{guest}/test-failover/stop",
+    OK,
+    Nothing,
+    |backend, guest, _request| backend.test_failover_stop(&guest)
 );
 verb!(
     verify,

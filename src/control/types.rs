@@ -10,6 +10,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::codes::{ExitCode, Reason};
+pub use super::drills::{
+    DrillFailure, DrillReport, DrillRequest, DrillStatus, KeptClone, Probe, ProbeReport,
+};
 pub use super::exports::{ExportRequest, ExportStatus, ExportedDisk, Exports};
 pub use super::reports::{
     FailoverReport, JournalCheckReport, JournalRebuildReport, MoveReport, ProtectReport, RunResult,
@@ -149,6 +152,12 @@ pub struct GuestStatus {
     pub sync: Option<SyncStatus>,
     /// The first copy or a resync, while it is under way.
     pub sync_progress: Option<Progress>,
+    /// The last drill that passed at this site.
+    #[serde(default)]
+    pub last_drill: Option<DrillStatus>,
+    /// The last drill at this site, if it did not pass.
+    #[serde(default)]
+    pub drill_failure: Option<DrillFailure>,
     /// Why it waits or is not protected, and what to do, in words.
     pub blocked_on: Option<String>,
     /// The machine.
@@ -336,6 +345,10 @@ pub enum Outcome {
     Unexported,
     /// None was.
     AlreadyUnexported,
+    /// The clone that a drill kept is gone.
+    DrillEnded,
+    /// None was kept.
+    NoDrillKept,
 }
 
 /// Where a guest's terminal is.

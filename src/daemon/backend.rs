@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::context::{SiteContext, run_dir, writer_of};
+use super::drills::Drills;
 use super::exports;
 use super::moving;
 use super::orders::{Handle, Order};
@@ -24,9 +25,9 @@ use crate::control::backend::Backend;
 use crate::control::codes::Reason;
 use crate::control::runs::RunBook;
 use crate::control::types::{
-    ApiError, CertificateStatus, ConsoleInfo, Done, ExportRequest, Exports, FailoverRequest,
-    GuestStatus, JournalStat, MoveRequest, Outcome, PeerStatus, Points, ProtectRequest, Reloaded,
-    Run, RunId, Runs, SiteStatus, StoreStatus,
+    ApiError, CertificateStatus, ConsoleInfo, Done, DrillRequest, ExportRequest, Exports,
+    FailoverRequest, GuestStatus, JournalStat, MoveRequest, Outcome, PeerStatus, Points,
+    ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus, StoreStatus,
 };
 use crate::ids::{Epoch, GuestId, SiteId};
 use crate::metrics::labels::Operation;
@@ -42,6 +43,7 @@ pub(super) struct Site {
     pub runs: RunBook,
     guests: Mutex<BTreeMap<GuestId, (Handle, JoinHandle<()>)>>,
     exports: Arc<exports::Exports>,
+    pub drills: Arc<Drills>,
     material: Option<Arc<TlsMaterial>>,
     ready: AtomicBool,
 }
@@ -59,6 +61,7 @@ impl Site {
         material: Option<Arc<TlsMaterial>>,
     ) -> Self {
         let (guests, ready) = (Mutex::default(), AtomicBool::new(false));
+        let drills = Arc::new(Drills::new(context.clone()));
         let (config, inbound) = (watch::Sender::new(config), Mutex::default());
         Self {
             context,
@@ -68,6 +71,7 @@ impl Site {
             runs,
             guests,
             exports: Arc::default(),
+            drills,
             material,
             ready,
         }
@@ -124,6 +128,7 @@ impl Site {
     pub async fn release_guests(&self) {
         self.ready.store(false, Ordering::Release);
         self.exports.stop_all();
+        self.drills.close().await;
         let guests = std::mem::take(&mut *self.guests());
         let mut waits = Vec::new();
         for (handle, _) in guests.values() {
@@ -139,7 +144,7 @@ impl Site {
     }
 
     /// Guests that anything is known of here.
-    fn names(&self) -> Vec<GuestId> {
+    pub fn names(&self) -> Vec<GuestId> {
         let mut names: Vec<GuestId> = self.guests().keys().cloned().collect();
         names.extend(self.standbys.guests());
         names.sort();
@@ -147,7 +152,7 @@ impl Site {
         names
     }
 
-    fn guest_status(&self, guest: &GuestId) -> GuestStatus {
+    pub fn guest_status(&self, guest: &GuestId) -> GuestStatus {
         let handle = self.guests().get(guest).map(|(handle, _)| handle.clone());
         let metrics = self.context.metrics.guest(guest);
         let known = Known {
@@ -159,7 +164,9 @@ impl Site {
             writer: writer_of(&self.config(), guest),
             now: self.context.env.now(),
         };
-        known.status()
+        let mut status = known.status();
+        self.drills.show(&mut status);
+        status
     }
 
     /// Brings the gauges up to date.
@@ -198,7 +205,7 @@ impl Site {
     }
 
     /// The copy of a guest that has a journal here.
-    async fn copy(&self, guest: &GuestId) -> Result<Shared, ApiError> {
+    pub async fn copy(&self, guest: &GuestId) -> Result<Shared, ApiError> {
         if !self.standbys.directory(guest).exists() {
             self.known(guest)?;
             let text = format!("guest \"{guest}\" has no journal at this site");
@@ -275,6 +282,7 @@ impl Site {
                 old.retention != new.retention || old.replication != new.replication,
             ),
             ("fencing", old.fencing != new.fencing),
+            ("drill", old.drill != new.drill),
         ] {
             if changed {
                 applied.push(key.to_owned());
@@ -382,6 +390,7 @@ impl Backend for Site {
         let mut detail = None;
         if purge {
             self.exports.stop(guest);
+            self.drills.forget(guest).await?;
             self.standbys.close(guest).await;
             let directory = self.standbys.directory(guest);
             if directory.exists() {
@@ -449,6 +458,20 @@ impl Backend for Site {
         };
         let run = self.runs.begin(Operation::Move, guest)?;
         Ok(verb.spawn(run))
+    }
+
+    async fn test_failover(&self, guest: &GuestId, request: DrillRequest) -> Result<Run, ApiError> {
+        let (drill, run) = self.drill(guest, request).await?;
+        Ok(drill.spawn(run))
+    }
+
+    async fn test_failover_stop(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.known(guest)?;
+        let outcome = match self.drills.stop(guest).await? {
+            true => Outcome::DrillEnded,
+            false => Outcome::NoDrillKept,
+        };
+        Ok(done(guest, outcome))
     }
 
     async fn verify(&self, guest: &GuestId, point: Option<Epoch>) -> Result<Run, ApiError> {

@@ -24,7 +24,7 @@ use crate::control::codes::Reason;
 use crate::control::exports::{ExportRequest, ExportStatus, ExportedDisk};
 use crate::control::runs::RunHandle;
 use crate::control::types::{ApiError, ProgressUnit, Run, RunResult};
-use crate::ids::{DiskId, GuestId};
+use crate::ids::{DiskId, Epoch, GuestId};
 use crate::journal::{DirStore, Held, JournalError, View};
 use crate::nbd::{Export, NbdServer};
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId, RegionKind};
@@ -217,24 +217,7 @@ impl Begin {
             return Err(ApiError::new(Reason::Usage, text));
         }
         let (copy, guest, point) = (self.copy, self.guest.clone(), self.request.point);
-        let held: Held<DirStore> = self
-            .env
-            .offload(move || {
-                let mut replica = lock(&copy);
-                let newest = replica.journal().newest().map(|p| p.epoch);
-                let epoch = point.or(newest).ok_or_else(|| {
-                    let text = format!("guest \"{guest}\" has no recovery point here");
-                    ApiError::new(Reason::NoSuchPoint, text)
-                })?;
-                replica
-                    .journal_mut()
-                    .view(epoch)
-                    .map_err(|error| match error {
-                        JournalError::UnknownPoint(epoch) => ApiError::no_such_point(&guest, epoch),
-                        other => failed(other),
-                    })
-            })
-            .await?;
+        let held = self.env.offload(move || hold(&copy, &guest, point)).await?;
         let disks = chosen(held.layout(), self.request.disk.as_ref(), &self.guest)?;
         run.step("index");
         let progress = run.clone();
@@ -261,6 +244,25 @@ impl Begin {
 
 fn failed(error: impl std::fmt::Display) -> ApiError {
     ApiError::new(Reason::Failed, error.to_string())
+}
+
+/// Holds a point, the newest if none is named. Locks the copy, shortly.
+pub(super) fn hold(
+    copy: &Shared,
+    guest: &GuestId,
+    point: Option<Epoch>,
+) -> Result<Held<DirStore>, ApiError> {
+    let mut replica = lock(copy);
+    let newest = replica.journal().newest().map(|p| p.epoch);
+    let epoch = point.or(newest).ok_or_else(|| {
+        let text = format!("guest \"{guest}\" has no recovery point here");
+        ApiError::new(Reason::NoSuchPoint, text)
+    })?;
+    let held = replica.journal_mut().view(epoch);
+    held.map_err(|error| match error {
+        JournalError::UnknownPoint(epoch) => ApiError::no_such_point(guest, epoch),
+        other => failed(other),
+    })
 }
 
 /// The disks to export.

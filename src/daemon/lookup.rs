@@ -79,7 +79,7 @@ impl Lookup<DirStore> for Site {
                 .journal()
                 .layout()
                 .ok_or("there is no copy of it here")?;
-            room(layout, &state_dir)
+            room(layout, &state_dir, 0)
         })
         .await
     }
@@ -141,14 +141,15 @@ impl Site {
     }
 }
 
-/// Whether this host has the memory and the disk space for the guest.
-fn room(layout: &Layout, state_dir: &Path) -> Result<(), String> {
+/// Whether this host has the memory and the disk space for the guest, `reserve` bytes of which are for
+/// others.
+pub(super) fn room(layout: &Layout, state_dir: &Path, reserve: u64) -> Result<(), String> {
     let bytes = |ram: bool| -> u64 {
         let regions = layout.regions().iter().filter(|r| r.is_ram() == ram);
         regions.map(Region::bytes).sum()
     };
     if let Some((free, _)) = super::space(state_dir)
-        && free < bytes(false)
+        && free.saturating_sub(reserve) < bytes(false)
     {
         return Err(format!(
             "its disks have {} MiB, and {} has {} MiB free",

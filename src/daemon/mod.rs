@@ -12,6 +12,7 @@
 
 mod backend;
 mod context;
+mod drills;
 mod exports;
 mod hardware;
 mod listener;
@@ -195,6 +196,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         let serving = server::serve_public(tcp, site.clone(), metrics.clone(), stopped(stop));
         tasks.spawn(logged("metrics", serving));
     }
+    site.drills.open().await;
     standbys.open_all().await;
     if let (Some(address), Some(material)) = (config.listen, &transport.material) {
         let (allowed, options) = (
@@ -211,6 +213,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
     tasks.spawn(standbys.maintain());
     site.start_guests();
     tasks.spawn(refresh(site.clone()));
+    tasks.spawn(drills::schedule(site.clone()));
     site.set_ready();
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

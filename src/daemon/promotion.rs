@@ -18,8 +18,9 @@ use crate::control::runs::RunHandle;
 use crate::control::types::{ApiError, FailoverReport, FailoverRequest, Run, RunResult};
 use crate::device_state::DeviceState;
 use crate::failover::{DiskFiles, Fence, fence};
+use crate::frame::Manifest;
 use crate::guest::RunState;
-use crate::ids::{Epoch, Generation, GuestId, SiteId};
+use crate::ids::{DiskId, Epoch, Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
 use crate::standby::{Promotion, ReplicaError};
 
@@ -37,7 +38,7 @@ pub(super) struct Failover {
     pub asked: Instant,
 }
 
-fn failed(error: impl std::fmt::Display) -> ApiError {
+pub(super) fn failed(error: impl std::fmt::Display) -> ApiError {
     ApiError::new(Reason::Failed, error.to_string())
 }
 
@@ -294,8 +295,7 @@ impl Takeover {
         promotion: Promotion,
         generation: Generation,
     ) -> Result<(Hardware, DeviceState, OwnedFd), ApiError> {
-        let hardware = Hardware::from_bytes(&promotion.manifest.machine).map_err(failed)?;
-        let state = DeviceState::from_bytes(&promotion.manifest.device_state).map_err(failed)?;
+        let manifest = promotion.manifest.clone();
         let ram = promotion.image.fd().try_clone().map_err(failed)?;
         let directory = guest_dir(&self.site.state_dir, &self.guest)
             .join("disks")
@@ -306,16 +306,26 @@ impl Takeover {
             .env
             .offload(move || write_disks(&copy, &promotion, directory))
             .await?;
-        let hardware = hardware.with_disks(&files).map_err(failed)?;
+        let (hardware, state) = machine(&manifest, &files)?;
         Ok((hardware, state, ram))
     }
+}
+
+/// The machine of a point with its disks in these files, and the state of its devices.
+pub(super) fn machine(
+    manifest: &Manifest,
+    files: &[(DiskId, PathBuf)],
+) -> Result<(Hardware, DeviceState), ApiError> {
+    let hardware = Hardware::from_bytes(&manifest.machine).map_err(failed)?;
+    let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
+    Ok((hardware.with_disks(files).map_err(failed)?, state))
 }
 
 fn write_disks(
     copy: &Shared,
     promotion: &Promotion,
     directory: PathBuf,
-) -> Result<Vec<(crate::ids::DiskId, PathBuf)>, ApiError> {
+) -> Result<Vec<(DiskId, PathBuf)>, ApiError> {
     let layout = &promotion.manifest.layout;
     if layout.regions().len() == layout.ram_regions() {
         return Ok(Vec::new());

@@ -264,6 +264,8 @@ impl Known<'_> {
                 total: p.pages_total,
                 unit: ProgressUnit::Pages,
             }),
+            last_drill: None,
+            drill_failure: None,
             blocked_on: self.blocked_on(),
             machine: view
                 .machine

@@ -13,6 +13,8 @@
 
 mod disks;
 mod fence;
+mod sparse;
 
 pub use disks::{DiskFiles, DisksError};
 pub use fence::{Fence, FenceError, fence};
+pub use sparse::SparseDisks;

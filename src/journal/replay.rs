@@ -35,7 +35,7 @@ impl<S: Store> Journal<S> {
         let start = self.frames[..=end].iter().rposition(|f| f.full);
         let mut suspects = BTreeSet::new();
         if start.is_none() {
-            suspects = self.load_base(image)?;
+            suspects = load_base(&Base::open(&self.store, layout, false)?, image)?;
         }
         let mut manifest = None;
         for info in &self.frames[start.unwrap_or(0)..=end] {
@@ -64,12 +64,7 @@ impl<S: Store> Journal<S> {
                 return Err(JournalError::corrupt(place, "its root is another one"));
             }
         }
-        if let Some(addr) = suspects.first() {
-            return Err(JournalError::corrupt(
-                base::place(*addr),
-                "its checksum is wrong",
-            ));
-        }
+        none_left(&suspects)?;
         let manifest = manifest.expect("the last part of the last frame has one");
         if manifest.layout != *layout {
             return Err(JournalError::LayoutChanged);
@@ -82,41 +77,58 @@ impl<S: Store> Journal<S> {
         self.usable()?;
         self.manifest_of(&self.frames[self.frame(epoch)?])
     }
+}
 
-    /// Puts the base into the image; returns the pages whose checksum is wrong.
-    fn load_base(&self, image: &mut dyn PageImage) -> Result<BTreeSet<PageAddr>, JournalError> {
-        let mut suspects = BTreeSet::new();
-        let layout = self.layout.as_ref().expect("a point has a layout");
-        let base = Base::open(&self.store, layout, false)?;
-        for (region, pages) in base.regions() {
-            if !image.wants(region) {
-                continue;
-            }
-            let mut start = 0;
-            while start < pages {
-                let end = (start + CHUNK_PAGES).min(pages);
-                let chunk = base.read(region, PageRange { start, end }, false)?;
-                for (index, page) in (start..end).enumerate() {
-                    let addr = PageAddr { region, page };
-                    let content = match base.judge(region, &chunk, index) {
-                        Stored::Zero => continue,
-                        Stored::Page(content) => content,
-                        Stored::Damaged(content) => {
-                            suspects.insert(addr);
-                            content
-                        }
-                    };
-                    *image.page_mut(addr).map_err(image_failed)? = *content;
-                    image.touched(addr);
-                }
-                start = end;
-            }
+/// Puts the base into the image; returns the pages whose checksum is wrong.
+pub(super) fn load_base<S: Store>(
+    base: &Base<S>,
+    image: &mut dyn PageImage,
+) -> Result<BTreeSet<PageAddr>, JournalError> {
+    let mut suspects = BTreeSet::new();
+    for (region, pages) in base.regions() {
+        if !image.wants(region) {
+            continue;
         }
-        Ok(suspects)
+        let mut start = 0;
+        while start < pages {
+            let end = (start + CHUNK_PAGES).min(pages);
+            let chunk = base.read(region, PageRange { start, end }, false)?;
+            for (index, page) in (start..end).enumerate() {
+                let addr = PageAddr { region, page };
+                let content = match base.judge(region, &chunk, index) {
+                    Stored::Zero => continue,
+                    Stored::Page(content) => content,
+                    Stored::Damaged(content) => {
+                        suspects.insert(addr);
+                        content
+                    }
+                };
+                *image.page_mut(addr).map_err(image_failed)? = *content;
+                image.touched(addr);
+            }
+            start = end;
+        }
+    }
+    Ok(suspects)
+}
+
+/// A page whose checksum is wrong, and that nothing replaced, is an error.
+pub(super) fn none_left(suspects: &BTreeSet<PageAddr>) -> Result<(), JournalError> {
+    match suspects.first() {
+        None => Ok(()),
+        Some(addr) => Err(JournalError::corrupt(
+            base::place(*addr),
+            "its checksum is wrong",
+        )),
     }
 }
 
-fn clear_suspects(suspects: &mut BTreeSet<PageAddr>, view: &PartView<'_>, folding: bool) {
+/// Forgets the pages that this part replaces.
+pub(super) fn clear_suspects(
+    suspects: &mut BTreeSet<PageAddr>,
+    view: &PartView<'_>,
+    folding: bool,
+) {
     if suspects.is_empty() {
         return;
     }

@@ -4,8 +4,9 @@
 //!   Journal::view ──> Held ── index ──> View ── read_page ──> base page | zeros
 //!   (short, locked)   (reads and verifies      │              then the rows of the page that follow,
 //!                      every frame once)       │              each from its batch
-//!                                              v
-//!                                       Index (page_index.rs)
+//!                    │                         v
+//!                    │                  Index (page_index.rs)
+//!                    └─ replay ──> all of the point, every frame read once
 //! ```
 //!
 //! What a view reads stays where it is although the journal goes on (the *hold*):
@@ -27,7 +28,7 @@
 //! Dropped alternative: to replay the point into a file and export that. It takes the space of the
 //! whole guest once more, and minutes before the first byte can be read.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -37,9 +38,12 @@ use super::catalogue::FrameInfo;
 use super::error::JournalError;
 use super::open::Journal;
 use super::page_index::{Entry, Index};
+use super::replay::{clear_suspects, load_base, none_left};
 use super::segment::{Loc, file_name};
 use super::store::{Access, Store, StoreFile};
-use crate::frame::{Decompressor, FrameCheck, FrameError, Manifest, PartView, apply_delta};
+use crate::frame::{
+    Decompressor, FrameCheck, FrameError, Manifest, PageImage, PartView, apply_delta,
+};
 use crate::ids::Epoch;
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
@@ -181,6 +185,11 @@ struct Cache {
 }
 
 impl<S: Store> Held<S> {
+    /// The point.
+    pub fn point(&self) -> &RecoveryPoint {
+        &self.point
+    }
+
     /// The guest's content.
     pub fn layout(&self) -> &Layout {
         &self.layout
@@ -197,6 +206,66 @@ impl<S: Store> Held<S> {
     /// Fails if a frame is damaged or the hold ended. Takes 16 bytes of memory per changed page.
     pub fn index(self, progress: &mut dyn FnMut(u64)) -> Result<View<S>, JournalError> {
         let mut index = Index::new(&self.layout);
+        let manifest = self.read_frames(progress, &mut |part, loc| index.add(part, loc))?;
+        index.finish();
+        let view = View {
+            point: self.point,
+            token: self.token,
+            layout: self.layout,
+            manifest,
+            base: self.base,
+            files: self.files,
+            index,
+            cache: Mutex::default(),
+        };
+        view.alive()?;
+        Ok(view)
+    }
+
+    /// Applies the content of the point to `image`, which must be all zeros, as
+    /// [`Journal::replay`] does but without the journal, and ends the hold. `progress` gets the bytes
+    /// that were read so far. The caller compares the image's root with that of the point.
+    ///
+    /// Fails if something is damaged, the image refuses a page, or the hold ended; the image is of no
+    /// use then.
+    pub fn replay(
+        self,
+        image: &mut dyn PageImage,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Manifest, JournalError> {
+        let replayed = self.apply_all(image, progress);
+        // What was let go of may look like damage.
+        alive(&self.token, &self.point)?;
+        replayed
+    }
+
+    fn apply_all(
+        &self,
+        image: &mut dyn PageImage,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Manifest, JournalError> {
+        let mut suspects = match &self.base {
+            Some(base) => load_base(base, image)?,
+            None => BTreeSet::new(),
+        };
+        let manifest = self.read_frames(progress, &mut |part, loc| {
+            clear_suspects(&mut suspects, part, false);
+            part.apply(image).map_err(|error| match error {
+                FrameError::Image(_) => JournalError::Frame(error),
+                other => JournalError::corrupt(loc.to_string(), other),
+            })
+        })?;
+        none_left(&suspects)?;
+        Ok(manifest)
+    }
+
+    /// Reads and verifies all frames of the point, hands out their parts in order, and returns the
+    /// point's manifest.
+    fn read_frames(
+        &self,
+        progress: &mut dyn FnMut(u64),
+        each: &mut dyn FnMut(&PartView<'_>, Loc) -> Result<(), JournalError>,
+    ) -> Result<Manifest, JournalError> {
         let (mut buffer, mut done) = (Vec::new(), 0);
         let mut manifest = None;
         for info in &self.frames {
@@ -214,7 +283,7 @@ impl<S: Store> Held<S> {
                     ));
                 }
                 view.check_layout(&self.layout).map_err(damaged)?;
-                index.add(&view, *loc)?;
+                each(&view, *loc)?;
                 if info.epoch == self.point.epoch && view.footer().is_some() {
                     manifest = Some(view.manifest().map_err(damaged)?);
                 }
@@ -226,23 +295,18 @@ impl<S: Store> Held<S> {
                 return Err(JournalError::corrupt(place, "its root is another one"));
             }
         }
-        index.finish();
         let manifest = manifest.expect("the last part of the last frame has one");
-        if manifest.layout != self.layout {
-            return Err(JournalError::LayoutChanged);
+        match manifest.layout == self.layout {
+            true => Ok(manifest),
+            false => Err(JournalError::LayoutChanged),
         }
-        let view = View {
-            point: self.point,
-            token: self.token,
-            layout: self.layout,
-            manifest,
-            base: self.base,
-            files: self.files,
-            index,
-            cache: Mutex::default(),
-        };
-        view.alive()?;
-        Ok(view)
+    }
+}
+
+fn alive(token: &Token, point: &RecoveryPoint) -> Result<(), JournalError> {
+    match token.ended.load(Ordering::SeqCst) {
+        true => Err(JournalError::ViewEnded(point.epoch)),
+        false => Ok(()),
     }
 }
 
@@ -280,10 +344,7 @@ impl<S: Store> View<S> {
     }
 
     fn alive(&self) -> Result<(), JournalError> {
-        match self.ended() {
-            true => Err(JournalError::ViewEnded(self.point.epoch)),
-            false => Ok(()),
-        }
+        alive(&self.token, &self.point)
     }
 
     /// The content of a page, which must be one of the layout.

@@ -75,6 +75,10 @@ pub(super) struct Families {
     pub(super) verified_at: GaugeVec,
     pub(super) split_brain: IntGaugeVec,
     pub(super) fence_rejections: IntCounterVec,
+    pub(super) drill_success_at: GaugeVec,
+    pub(super) drill_rto: GaugeVec,
+    pub(super) drill_ok: GaugeVec,
+    pub(super) drill_due: GaugeVec,
 
     pub(super) link_up: IntGaugeVec,
     pub(super) link_rtt: GaugeVec,
@@ -115,6 +119,16 @@ impl Maker<'_> {
 }
 
 impl Families {
+    /// What is known of a guest's drills.
+    pub(super) fn of_drills(&self) -> [&GaugeVec; 4] {
+        [
+            &self.drill_success_at,
+            &self.drill_rto,
+            &self.drill_ok,
+            &self.drill_due,
+        ]
+    }
+
     pub(super) fn new(registry: &Registry) -> Self {
         let make = Maker(registry);
         make.int_gauges(
@@ -315,6 +329,26 @@ impl Families {
             fence_rejections: make.counters(
                 "lifeboat_fence_rejections_total",
                 "Frames and sessions refused because of a lower generation.",
+                guest,
+            ),
+            drill_success_at: make.gauges(
+                "lifeboat_drill_last_success_timestamp_seconds",
+                "When a drill of the guest last passed at this site; absent before.",
+                guest,
+            ),
+            drill_rto: make.gauges(
+                "lifeboat_drill_rto_seconds",
+                "From the command to the first sign of life, in the last drill that passed; absent before.",
+                guest,
+            ),
+            drill_ok: make.gauges(
+                "lifeboat_drill_last_successful",
+                "Whether the last drill of the guest at this site passed: 1 yes, 0 no; absent before the first.",
+                guest,
+            ),
+            drill_due: make.gauges(
+                "lifeboat_drill_due_timestamp_seconds",
+                "When the schedule wants the next drill of the guest at this site; absent without one.",
                 guest,
             ),
             link_up: make.int_gauges(

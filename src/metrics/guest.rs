@@ -280,6 +280,35 @@ impl GuestMetrics {
         }
     }
 
+    /// A drill passed at this time, and gave its first sign of life after so long.
+    pub fn drill_passed(&self, at: Timestamp, rto: Duration) {
+        let late = lock(&self.late);
+        self.put(&late, &self.families.drill_success_at, at);
+        self.set(&late, &self.families.drill_rto, rto.as_secs_f64());
+    }
+
+    /// Whether the last drill passed.
+    pub fn set_drill_ok(&self, ok: bool) {
+        let value = f64::from(u8::from(ok));
+        self.set(&lock(&self.late), &self.families.drill_ok, value);
+    }
+
+    /// When the schedule wants the next drill; `None`: never.
+    pub fn set_drill_due(&self, due: Option<Timestamp>) {
+        let late = lock(&self.late);
+        match due {
+            Some(at) => self.put(&late, &self.families.drill_due, at),
+            None => remove(&self.families.drill_due, &[&self.name]),
+        }
+    }
+
+    /// The guest's drills are none of this site's business any more.
+    pub fn forget_drills(&self) {
+        for family in self.families.of_drills() {
+            remove(family, &[&self.name]);
+        }
+    }
+
     /// Whether both sites were seen to own the guest.
     pub fn set_split_brain(&self, both: bool) {
         self.split_brain.set(i64::from(both));
@@ -291,9 +320,12 @@ impl GuestMetrics {
     }
 
     fn put(&self, late: &Late, family: &prometheus::GaugeVec, at: Timestamp) {
+        self.set(late, family, at.as_secs_f64());
+    }
+
+    fn set(&self, late: &Late, family: &prometheus::GaugeVec, value: f64) {
         if !late.removed {
-            let series = family.with_label_values(&[&*self.name]);
-            series.set(at.as_secs_f64());
+            family.with_label_values(&[&*self.name]).set(value);
         }
     }
 
@@ -351,6 +383,9 @@ impl GuestMetrics {
             remove(family, &[name]);
         }
         remove(&f.fence_rejections, &[name]);
+        for family in f.of_drills() {
+            remove(family, &[name]);
+        }
     }
 }
 

@@ -232,6 +232,8 @@ label!(
         Failover = "failover",
         /// The guest given to another site, or taken from one, without loss.
         Move = "move",
+        /// A clone of a recovery point resumed in isolation, and asked.
+        TestFailover = "test_failover",
         /// Replay of a recovery point with every checksum compared.
         Verify = "verify",
         /// Index of a recovery point whose disks are exported.

@@ -22,6 +22,7 @@
 
 mod bad_input;
 mod cli;
+mod drills;
 mod failover;
 mod flush;
 mod harness;

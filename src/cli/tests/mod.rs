@@ -232,6 +232,30 @@ const CASES: &[(&str, &str, ExitCode)] = &[
     ("export-stop", "export db1 --stop", ExitCode::Ok),
     ("export-stop-already", "export web1 --stop", ExitCode::Ok),
     ("export-usage", "export", ExitCode::Usage),
+    ("drill", "test-failover db1 --probe none", ExitCode::Ok),
+    (
+        "drill-kept",
+        "test-failover db1 --point 9042 --keep 10m",
+        ExitCode::Ok,
+    ),
+    (
+        "drill-json",
+        "test-failover db1 --keep 10m --json",
+        ExitCode::Ok,
+    ),
+    ("drill-failed", "test-failover web1", ExitCode::Failed),
+    (
+        "drill-no-point",
+        "test-failover db1 --point 1",
+        ExitCode::NotFound,
+    ),
+    ("drill-stop", "test-failover db1 --stop", ExitCode::Ok),
+    ("drill-stop-none", "test-failover web1 --stop", ExitCode::Ok),
+    (
+        "drill-usage",
+        "test-failover db1 --probe tcp",
+        ExitCode::Usage,
+    ),
     ("verify", "verify db1", ExitCode::Ok),
     ("verify-difference", "verify torn1", ExitCode::Difference),
     (

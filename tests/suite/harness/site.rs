@@ -239,12 +239,16 @@ impl Site {
         }
         let guests = fs::read_dir(self.state().join("guests"));
         for guest in guests.into_iter().flatten().flatten() {
-            let file = guest.path().join("run/vmm.pid");
-            let text = fs::read_to_string(file).unwrap_or_default();
-            if let Ok(pid) = text.trim().parse()
-                && self.owns(pid)
-            {
-                signal(pid, libc::SIGKILL);
+            let clones = fs::read_dir(guest.path().join("drills"));
+            let clones = clones.into_iter().flatten().flatten();
+            let clones = clones.map(|clone| clone.path().join("vmm.pid"));
+            for file in clones.chain([guest.path().join("run/vmm.pid")]) {
+                let text = fs::read_to_string(file).unwrap_or_default();
+                if let Ok(pid) = text.trim().parse()
+                    && self.owns(pid)
+                {
+                    signal(pid, libc::SIGKILL);
+                }
             }
         }
     }
