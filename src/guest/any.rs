@@ -28,6 +28,15 @@ impl AnyGuest {
         either!(self, guest => guest.pid())
     }
 
+    /// Lets go of it in good order; it runs on.
+    pub async fn detach(self) -> Result<(), GuestError> {
+        match self {
+            // The end of the connection is all it needs.
+            Self::Builtin(_) => Ok(()),
+            Self::Qemu(guest) => guest.detach().await,
+        }
+    }
+
     /// How its checkpoints are taken and why so, where there is a choice.
     pub fn method(&self) -> Option<String> {
         match self {

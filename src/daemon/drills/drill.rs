@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::super::hardware::Hardware;
 use super::clear::clear;
 use super::{Drills, probe};
-use super::super::hardware::Hardware;
 use crate::control::codes::Reason;
 use crate::control::runs::RunHandle;
 use crate::control::types::{

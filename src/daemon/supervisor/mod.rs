@@ -559,7 +559,11 @@ impl Supervisor {
 
     /// The daemon ends: what is on its way may arrive, and the guest lives on.
     async fn release(&mut self) {
-        drop(self.take().await);
+        if let Some(guest) = self.take().await
+            && let Err(error) = guest.detach().await
+        {
+            tracing::warn!(guest = %self.guest, %error, "the guest was not let go of in good order");
+        }
     }
 }
 

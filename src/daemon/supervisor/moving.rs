@@ -5,6 +5,7 @@
 
 use tokio::sync::mpsc;
 
+use super::super::hardware::Hardware;
 use super::super::orders::{Moved, Reply};
 use super::super::record::{GuestRecord, Standing};
 use super::{Process, Supervisor, failed};
@@ -41,8 +42,11 @@ pub(super) async fn handover_event(moving: &mut Option<Moving>) -> HandoverEvent
 
 impl Supervisor {
     pub(super) async fn hand_over(&mut self, reply: Reply<Moved>) {
+        let qemu = matches!(self.view.borrow().machine, Some(Hardware::Qemu(_)));
         let refused = match &self.process {
             _ if self.moving.is_some() => "the guest is being moved already",
+            // Its watchdog would let it run when this daemon dies while the other site has it.
+            _ if qemu => "a guest of QEMU cannot be moved live yet",
             Process::Protecting { commands, .. } => {
                 let (sender, events) = mpsc::channel(4);
                 if commands.send(Command::HandOver(sender)).await.is_ok() {
