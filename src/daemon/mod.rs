@@ -183,6 +183,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         transport.material.clone(),
     ));
 
+    site.drills.open().await;
     let mut tasks = JoinSet::new();
     let admin = AdminSocket::bind(&config.admin_socket)
         .map_err(io_error("admin socket", config.admin_socket.display()))?;
@@ -196,7 +197,6 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         let serving = server::serve_public(tcp, site.clone(), metrics.clone(), stopped(stop));
         tasks.spawn(logged("metrics", serving));
     }
-    site.drills.open().await;
     standbys.open_all().await;
     if let (Some(address), Some(material)) = (config.listen, &transport.material) {
         let (allowed, options) = (

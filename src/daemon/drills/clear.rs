@@ -13,6 +13,9 @@ use std::path::{Path, PathBuf};
 /// How long a killed process may take until it is gone.
 const GONE_WITHIN_MS: libc::c_int = 10_000;
 
+/// Name of the directory that clones are in.
+pub(super) const CLONES: &str = "drills";
+
 /// Ends all monitors whose run directory is below `directory`, and removes it. Nothing there is fine.
 pub(super) fn clear(directory: &Path) -> io::Result<()> {
     if !directory.exists() {
@@ -23,7 +26,12 @@ pub(super) fn clear(directory: &Path) -> io::Result<()> {
             kill(pid, directory)?;
         }
     }
-    fs::remove_dir_all(directory)
+    fs::remove_dir_all(directory)?;
+    // With the last clone the directory of clones goes; there may be others, which need it.
+    if let Some(parent) = directory.parent().filter(|parent| parent.ends_with(CLONES)) {
+        let _ = fs::remove_dir(parent);
+    }
+    Ok(())
 }
 
 fn processes() -> Vec<libc::pid_t> {

@@ -44,7 +44,7 @@ use crate::ids::GuestId;
 use crate::metrics::labels::Operation;
 use crate::vmm::process::CONSOLE_SOCKET;
 
-use clear::clear;
+use clear::{CLONES, clear};
 pub(super) use drill::Drill;
 use log::DrillLog;
 pub(super) use schedule::schedule;
@@ -56,7 +56,7 @@ const PROBE_MAX: Duration = Duration::from_secs(3600);
 
 /// Where the clones of a guest are.
 fn directory(state_dir: &Path, guest: &GuestId) -> PathBuf {
-    guest_dir(state_dir, guest).join("drills")
+    guest_dir(state_dir, guest).join(CLONES)
 }
 
 /// The drills of a site.
