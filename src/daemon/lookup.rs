@@ -176,3 +176,37 @@ fn memory_available() -> Option<u64> {
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib << 10)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::RegionKind;
+
+    #[test]
+    fn what_does_not_fit_is_told_in_numbers() {
+        let state = tempfile::tempdir().unwrap();
+        let layout = |ram: u32, disk: u32| {
+            let disk_kind = RegionKind::Disk {
+                id: "root".parse().unwrap(),
+            };
+            let ram_kind = RegionKind::Ram { gpa: 0 };
+            let regions = [(ram_kind, ram), (disk_kind, disk)];
+            let regions = regions.map(|(kind, pages)| Region { kind, pages });
+            Layout::try_from(regions.to_vec()).unwrap()
+        };
+        let room = |ram, disk, reserve| room(&layout(ram, disk), state.path(), reserve);
+        room(1, 1, 0).unwrap();
+        let huge = 1 << 31;
+        assert!(
+            room(1, huge, 0)
+                .unwrap_err()
+                .contains("disks have 8388608 MiB")
+        );
+        assert!(
+            room(huge, 1, 0)
+                .unwrap_err()
+                .contains("8388608 MiB of memory")
+        );
+        assert!(room(1, 1, u64::MAX).unwrap_err().contains("free"));
+    }
+}

@@ -18,6 +18,44 @@ fn view(world: &mut World, epoch: Epoch) -> View<MemStore> {
     view
 }
 
+/// The point as its hold replays it, while the journal goes on.
+fn replayed(world: &mut World, epoch: Epoch) -> Image {
+    let held = world.journal().view(epoch).unwrap();
+    world.commit(10, false).unwrap();
+    while world.maintain().unwrap() {}
+    let (bytes, mut read, mut image) = (held.bytes(), 0, Image::new());
+    let manifest = held.replay(&mut image, &mut |done| read = done).unwrap();
+    assert_eq!((read, manifest), (bytes, super::world::manifest(epoch)));
+    image
+}
+
+#[test]
+fn a_held_point_is_replayed_as_it_was_while_the_journal_goes_on() {
+    let mut world = World::new(4);
+    for step in 0..60 {
+        let full = step == 0 || world.random.chance(20);
+        world.commit(10, full).unwrap();
+        while world.random.chance(2) && world.maintain().unwrap() {}
+        let points = world.journal().points();
+        let chosen = world.random.below(points.len() as u64) as usize;
+        let (epoch, root) = (points[chosen].epoch, points[chosen].root);
+        let expected = world.replay(epoch).unwrap();
+        let image = replayed(&mut world, epoch);
+        assert!(image.0 == expected.0 && image.root() == root, "{epoch}");
+    }
+}
+
+#[test]
+fn a_replay_whose_hold_ended_fails() {
+    let mut world = World::new(5);
+    world.commit(10, true).unwrap();
+    let epoch = world.journal().points()[0].epoch;
+    let held = world.journal().view(epoch).unwrap();
+    world.crash(true);
+    let error = held.replay(&mut Image::new(), &mut |_| {}).unwrap_err();
+    assert!(matches!(error, JournalError::ViewEnded(ended) if ended == epoch));
+}
+
 fn same(view: &View<MemStore>, image: &Image, page: usize) {
     let mut got = [9; PAGE_SIZE];
     view.read_page(addr(page), &mut got).unwrap();

@@ -30,6 +30,8 @@ fn scraped(name: &str) -> Option<(Pair, Prometheus, [u16; 2])> {
         let listen = format!("listen = \"127.0.0.1:{port}\"");
         site.edit("listen = \"off\"", &listen);
     }
+    let drill = "[drill]\nevery = \"24h\"\n[defaults.replication]";
+    pair.b.edit("[defaults.replication]", drill);
     let sites = [("site-a", ports[0]), ("site-b", ports[1])];
     let prometheus = Prometheus::start(command, &sites);
     pair.b.start();
@@ -37,6 +39,7 @@ fn scraped(name: &str) -> Option<(Pair, Prometheus, [u16; 2])> {
     pair.a.ok(&["guest", "start", GUEST]);
     pair.a.ok(&["--timeout", "60s", "protect", GUEST]);
     pair.b.verify(&[]);
+    wait("the schedule drills", || pair.b.guest().last_drill);
     Some((pair, prometheus, ports))
 }
 

@@ -75,6 +75,9 @@ fn exported() -> BTreeSet<String> {
     guest.durable(at);
     guest.set_points(1, Some(at));
     guest.verification(VerifyResult::Ok, at);
+    guest.drill_passed(at, Duration::from_secs(1));
+    guest.set_drill_ok(true);
+    guest.set_drill_due(Some(at));
     let peer = metrics.peer(&"site-b".parse().unwrap());
     peer.set_rtt(Duration::from_millis(1));
     peer.set_clock_offset(0.0);
