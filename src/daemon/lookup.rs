@@ -196,16 +196,16 @@ mod tests {
         };
         let room = |ram, disk, reserve| room(&layout(ram, disk), state.path(), reserve);
         room(1, 1, 0).unwrap();
-        let huge = 1 << 31;
+        let huge = 1 << 30;
         assert!(
             room(1, huge, 0)
                 .unwrap_err()
-                .contains("disks have 8388608 MiB")
+                .contains("disks have 4194304 MiB")
         );
         assert!(
             room(huge, 1, 0)
                 .unwrap_err()
-                .contains("8388608 MiB of memory")
+                .contains("4194304 MiB of memory")
         );
         assert!(room(1, 1, u64::MAX).unwrap_err().contains("free"));
     }

@@ -116,7 +116,6 @@ mod tests {
     /// A process with the command line of a monitor, which waits until its input ends.
     fn monitor(root: &Path, run_dir: &Path) -> Child {
         fs::create_dir_all(run_dir).unwrap();
-        fs::write(root.join("vmm"), "read line\n").unwrap();
         let mut command = Command::new("sh");
         command.args(["vmm", "--guest", "db1", "--run-dir"]);
         command.arg(run_dir).current_dir(root).stdin(Stdio::piped());
@@ -126,6 +125,7 @@ mod tests {
     #[test]
     fn processes_below_are_ended_and_no_others() {
         let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("vmm"), "read line\n").unwrap();
         let drills = root.path().join("drills");
         let mut clone = monitor(root.path(), &drills.join("1"));
         let mut guest = monitor(root.path(), &root.path().join("run"));
