@@ -9,7 +9,6 @@
 //! The write phase is what a store that keeps the time sees. Retention works between the commits, as in
 //! the standby, and is not timed.
 
-use std::cell::Cell;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -189,7 +188,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     standby.commit(&parts)?;
     let mut raw = Raw::create(&bench.dir.path().join("raw-commit"), 64 << 20)?;
     let (mut whole, mut writes, mut raws) = (Vec::new(), Vec::new(), Vec::new());
-    let frame_bytes = Cell::new(0);
+    let mut frame_bytes = 0;
     for sample in 0..=bench.samples(200) {
         parts.clear();
         source.frame(dirty.next(), |part| parts.push(part))?;
@@ -205,7 +204,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         let (all, write) = standby.commit(&parts)?;
         standby.maintain()?;
         if sample > 0 {
-            frame_bytes.set(bytes);
+            frame_bytes = bytes;
             raws.push(took);
             whole.push(all);
             writes.push(write);
@@ -213,7 +212,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     }
     let section = Section::Commit;
     let limit = Samples::new(raws).times(section, "raw write + fdatasync");
-    let mib = frame_bytes.get() as f64 / f64::from(1 << 20);
+    let mib = frame_bytes as f64 / f64::from(1 << 20);
     let writes = Samples::new(writes).times(section, format!("write phase, {mib:.1} MiB"));
     bench.push(writes.against(&limit).wanted_ratio(0.95));
     let whole = Samples::new(whole).times(section, format!("receive to ack, {mib:.1} MiB"));
