@@ -201,7 +201,7 @@ fn damage(site: &Site) {
     for segment in segments {
         let mut options = fs::OpenOptions::new();
         let file = options.read(true).write(true).open(segment.path()).unwrap();
-        for at in (1..16).map(|n| n * 64 << 10) {
+        for at in (1..16).map(|n| n << 16) {
             let mut byte = [0];
             if file.read_exact_at(&mut byte, at).is_ok() {
                 file.write_all_at(&[byte[0] ^ 4], at).unwrap();
