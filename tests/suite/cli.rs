@@ -10,7 +10,7 @@ use crate::harness::{GUEST, Options, Pair, Ran, Site, kvm};
 
 /// Verbs that are no questions: the daemon, a monitor, the demo, measurements. They have tests of their
 /// own.
-const PROCESSES: [&str; 4] = ["site", "vmm", "demo", "bench"];
+const PROCESSES: [&str; 5] = ["site", "vmm", "qemu-watchdog", "demo", "bench"];
 
 /// Where a verb is asked.
 #[derive(Clone, Copy)]
@@ -38,6 +38,7 @@ const VERBS: &[(At, &str, &[&str], &str)] = &[
     (At::B, "points", &[GUEST, "--last", "2"], "points"),
     (At::B, "verify", &[GUEST], "run"),
     (At::B, "export", &[GUEST], "run"),
+    (At::B, "test-failover", &[GUEST], "run"),
     (At::B, "journal stat", &[GUEST], "journal_stat"),
     (At::B, "journal check", &[GUEST], "run"),
     (At::B, "journal rebuild-index", &[GUEST], "run"),
