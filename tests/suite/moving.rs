@@ -101,7 +101,7 @@ fn a_move_that_loses_the_link_or_the_target_leaves_one_owner() {
         let console = pair.a.console();
         console.advances();
         pair.more_points(2);
-        let within = Duration::from_micros(dice.below(400_000));
+        let within = Duration::from_micros(dice.below(1_200_000));
         thread::scope(|scope| {
             let moving = scope.spawn(|| pair.a.cli(&["--timeout", "60s", "move", GUEST]));
             thread::sleep(within);
