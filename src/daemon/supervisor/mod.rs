@@ -494,6 +494,7 @@ impl Supervisor {
             Outcome::InDoubt(why) => {
                 tracing::warn!(guest = %self.guest, why, "it is not known whether the other site took the guest");
                 self.hold(guest);
+                self.stands(RunState::Paused);
                 if self.in_doubt() {
                     self.resolve().await;
                 } else if let Some(record) = self.record.clone() {

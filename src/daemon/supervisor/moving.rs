@@ -11,7 +11,7 @@ use super::super::record::{GuestRecord, Standing};
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
 use crate::control::types::ApiError;
-use crate::guest::{Guest, GuestError};
+use crate::guest::{Guest, GuestError, RunState};
 use crate::ids::{Epoch, Generation, SiteId};
 use crate::primary::{self, Command, HandoverEvent, Ownership};
 
@@ -64,14 +64,22 @@ impl Supervisor {
     pub(super) fn handover(&mut self, event: HandoverEvent) {
         match event {
             HandoverEvent::Permit { epoch, answer } => match self.offer(epoch) {
-                // A role that is gone did not send the offer; its end says so.
-                Ok(generation) => drop(answer.send(generation)),
+                Ok(generation) => {
+                    self.stands(RunState::Paused);
+                    // A role that is gone did not send the offer; its end says so.
+                    drop(answer.send(generation));
+                }
                 Err(error) => {
                     tracing::error!(guest = %self.guest, %error, "the offer could not be recorded");
                 }
             },
             HandoverEvent::Ended(why) => self.stays(&why),
         }
+    }
+
+    /// What the guest does now, as we know without asking it.
+    pub(super) fn stands(&self, state: RunState) {
+        self.view.send_modify(|v| v.run_state = Some(state));
     }
 
     fn offer(&mut self, epoch: Epoch) -> Result<Generation, ApiError> {
@@ -215,7 +223,7 @@ impl Supervisor {
         self.stays("the other site did not take it");
         if let Process::Held(guest) = &mut self.process {
             match guest.resume().await {
-                Ok(()) => {}
+                Ok(()) => self.stands(RunState::Running),
                 Err(GuestError::Gone(why)) => {
                     self.process = Process::Absent;
                     self.publish();
