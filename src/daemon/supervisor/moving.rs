@@ -67,7 +67,7 @@ impl Supervisor {
                 Ok(generation) => {
                     self.stands(RunState::Paused);
                     // A role that is gone did not send the offer; its end says so.
-                    drop(answer.send(generation));
+                    let _ = answer.send(generation);
                 }
                 Err(error) => {
                     tracing::error!(guest = %self.guest, %error, "the offer could not be recorded");
