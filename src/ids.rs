@@ -105,13 +105,40 @@ name_type!(
     "disk"
 );
 
+/// Largest count that is believed when it comes from outside. From here 2^63 steps are left, so that
+/// nobody can make us count to the end.
+pub const COUNT_MAX: u64 = u64::MAX >> 1;
+
+/// A count that no guest reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0} is no count of checkpoints or owners: it is above 2^63")]
+pub struct ImpossibleCount(pub u64);
+
 macro_rules! number_type {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(
             Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
         )]
+        #[serde(try_from = "u64", into = "u64")]
         pub struct $name(pub u64);
+
+        impl TryFrom<u64> for $name {
+            type Error = ImpossibleCount;
+
+            fn try_from(number: u64) -> Result<Self, ImpossibleCount> {
+                if number > COUNT_MAX {
+                    return Err(ImpossibleCount(number));
+                }
+                Ok(Self(number))
+            }
+        }
+
+        impl From<$name> for u64 {
+            fn from(number: $name) -> u64 {
+                number.0
+            }
+        }
 
         impl $name {
             /// The number after this one. Panics after 2^64 steps, which no guest reaches.
@@ -196,6 +223,18 @@ mod tests {
         for good in ["a", "db1", "web-1.prod_x", &"x".repeat(63)] {
             assert_eq!(good.parse::<GuestId>().unwrap().as_str(), good);
         }
+    }
+
+    #[test]
+    fn counts_from_outside_leave_room_to_count_on() {
+        let parse = |text: &str| serde_json::from_str::<Epoch>(text);
+        let most = parse(&COUNT_MAX.to_string()).unwrap();
+        assert_eq!(most.next().0, COUNT_MAX + 1);
+        for text in [(COUNT_MAX + 1).to_string(), u64::MAX.to_string()] {
+            let error = parse(&text).unwrap_err().to_string();
+            assert!(error.contains("no count"), "{error}");
+        }
+        assert_eq!(serde_json::to_string(&Generation(7)).unwrap(), "7");
     }
 
     #[test]

@@ -88,6 +88,8 @@ pub struct PeerConfig {
     pub server_name: Option<String>,
     /// The guests that it may write to journals here.
     pub guests: Vec<GuestId>,
+    /// They may be guests of QEMU: this site starts the QEMU command lines that the peer sends.
+    pub qemu: bool,
     /// Longest silence before a ping.
     pub keepalive: Duration,
     /// Silence after which the link is taken for dead.

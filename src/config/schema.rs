@@ -82,6 +82,7 @@ table!(
         address: Maybe<String>,
         server_name: Maybe<String>,
         guests: Vec<Spanned<String>>,
+        qemu: Maybe<bool>,
         keepalive: Maybe<String>,
         dead_after: Maybe<String>,
     }

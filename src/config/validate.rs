@@ -305,6 +305,7 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
             "lets the peer write here, but nothing listens: set listen.address",
         );
     }
+    let qemu = check.plain(&format!("{prefix}.qemu"), raw.qemu, false);
     let keepalive = check.parsed(
         &format!("{prefix}.keepalive"),
         raw.keepalive,
@@ -324,6 +325,7 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
         address,
         server_name,
         guests,
+        qemu: qemu.value,
         keepalive: keepalive.value,
         dead_after: dead_after.value,
     }

@@ -392,6 +392,7 @@ impl Backend for Site {
             self.exports.stop(guest);
             self.drills.forget(guest).await?;
             self.standbys.close(guest).await;
+            self.context.metrics.guest(guest).forget_durable();
             let directory = self.standbys.directory(guest);
             if directory.exists() {
                 let path = directory.clone();
@@ -442,6 +443,7 @@ impl Backend for Site {
             handle: self.supervisor(guest),
             from: writer_of(&config, guest),
             fencing: config.fencing.clone(),
+            qemu: self.runs_qemu_of(guest),
             request,
             asked,
         };

@@ -7,14 +7,13 @@
 //! | resumed | stands still until the record allows it | runs at once, so the record comes first |
 //! | disks at the other site | paths of the description are replaced | so are they in the command line |
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 use tokio::time::{Instant, sleep};
 
 use super::context::SiteContext;
@@ -22,6 +21,7 @@ use crate::config::resolved::QemuConfig;
 use crate::device_state::DeviceState;
 use crate::guest::any::AnyGuest;
 use crate::guest::builtin::BuiltinGuest;
+use crate::guest::detached::detached;
 use crate::guest::qemu::machine::{self, Machine};
 use crate::guest::qemu::probe::Mode;
 use crate::guest::qemu::restore::{ImageFile, restore};
@@ -169,15 +169,12 @@ fn options(
     mode: Mode,
     disks: impl Iterator<Item = (DiskId, String)>,
 ) -> Options {
-    let socket = run_dir.join("nbd.sock");
-    // Of an earlier daemon; two daemons of one site exclude each other.
-    let _ = std::fs::remove_file(&socket);
     Options {
         qmp,
         mode,
         disks: disks.map(|(id, node)| DiskOptions { id, node }).collect(),
         mirrors: Some(MirrorOptions {
-            socket,
+            socket: run_dir.join("nbd.sock"),
             dir: run_dir.to_owned(),
         }),
         watchdog: Some(WatchdogOptions {
@@ -309,13 +306,20 @@ const DROPPED: [&str; 6] = [
 /// The same without an argument.
 const DROPPED_ALONE: [&str; 3] = ["-daemonize", "-S", "-no-shutdown"];
 
-/// The command line for the same machine, waiting for a checkpoint, with monitors of ours.
+/// The command line for the same machine, waiting for a checkpoint, with monitors of ours. The other
+/// site has written it, and it can name any file of this host: only for peers that are trusted so far
+/// (`qemu = true`).
 fn command(machine: &Machine, run_dir: &Path) -> Result<Vec<String>, GuestError> {
     let mut arguments = machine.command.iter();
-    let program = arguments.next();
-    let mut command = vec![program.cloned().ok_or_else(|| {
-        GuestError::Failed("the checkpoint does not say how its QEMU was started".into())
-    })?];
+    let program = arguments.next().map_or("", String::as_str);
+    // Of the old site's path only the name: the program is this site's own.
+    let name = program.rsplit('/').next().unwrap_or_default();
+    if !name.starts_with("qemu-system-") && !["qemu-kvm", "kvm"].contains(&name) {
+        return Err(GuestError::Failed(format!(
+            "the guest was not run by a QEMU that can be started here, but by {program:?}"
+        )));
+    }
+    let mut command = vec![name.to_owned()];
     while let Some(argument) = arguments.next() {
         let plain = argument.replacen("--", "-", 1);
         if DROPPED.contains(&plain.as_str()) {
@@ -334,32 +338,19 @@ fn command(machine: &Machine, run_dir: &Path) -> Result<Vec<String>, GuestError>
 }
 
 async fn start_qemu(machine: &Machine, run_dir: &Path) -> Result<Child, GuestError> {
-    std::fs::create_dir_all(run_dir).map_err(|e| failed(run_dir.display(), e))?;
+    let arguments = command(machine, run_dir)?;
     let log_path = run_dir.join("qemu.log");
-    let log = OpenOptions::new().create(true).append(true).open(&log_path);
-    let log = log.map_err(|e| failed(log_path.display(), e))?;
+    let mut process =
+        detached(Path::new(&arguments[0]), &log_path).map_err(|e| failed(log_path.display(), e))?;
     let (qmp, watchdog) = monitors(run_dir);
     for socket in [&qmp, &watchdog] {
         // Of an earlier QEMU; one that still listens would keep the disks locked.
         let _ = std::fs::remove_file(socket);
     }
-    let arguments = command(machine, run_dir)?;
-    let mut process = Command::new(&arguments[0]);
-    process
+    let mut child = process
         .args(&arguments[1..])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log);
-    // SAFETY: between fork and exec only setsid is called, which is async-signal-safe.
-    unsafe {
-        process.pre_exec(|| {
-            if libc::setsid() < 0 {
-                return Err(std::io::Error::last_os_error());
-            }
-            Ok(())
-        });
-    }
-    let mut child = process.spawn().map_err(|e| failed(&arguments[0], e))?;
+        .spawn()
+        .map_err(|e| failed(&arguments[0], e))?;
     let deadline = Instant::now() + QEMU_LISTENS_WITHIN;
     while !qmp.exists() {
         let ended = child.try_wait().map_err(|e| failed(&arguments[0], e))?;
@@ -399,7 +390,7 @@ mod tests {
             minor: 2,
             micro: 22,
         };
-        let old = "qemu-system-x86_64 -m 64 -drive file=/a/root.img,format=raw,id=root -daemonize \
+        let old = "/opt/qemu/bin/qemu-system-x86_64 -m 64 -drive file=/a/root.img,format=raw,id=root -daemonize \
                    -qmp unix:/a/qmp,server=on -S --pidfile /a/pid -serial file:/a/out";
         let old = old.split_whitespace().map(str::to_owned).collect();
         let disk = MachineDisk {
@@ -429,6 +420,11 @@ mod tests {
         let Hardware::Qemu(mut other) = hardware else {
             panic!("it is a QEMU's");
         };
+        for program in ["/bin/sh", "", "/tmp/qemu-system-x86_64/sh"] {
+            let mut foreign = (*other).clone();
+            foreign.command[0] = program.into();
+            assert!(command(&foreign, Path::new("/run")).is_err(), "{program}");
+        }
         other.disks[0].file = "/elsewhere.img".into();
         assert!(Hardware::Qemu(other).with_disks(&files).is_err());
     }

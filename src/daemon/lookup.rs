@@ -3,11 +3,13 @@
 use std::path::Path;
 
 use super::backend::Site;
+use super::context::writer_of;
 use super::orders::Order;
 use super::promotion::Takeover;
 use super::record::{self, GuestRecord, Standing};
 use super::standbys::{Shared, lock};
 use crate::control::types::{RunResult, TakeReport};
+use crate::guest::qemu::machine::Machine;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::DirStore;
 use crate::metrics::labels::Operation;
@@ -24,6 +26,16 @@ impl Lookup<DirStore> for Site {
                 RefuseReason::NotAllowed,
                 format!(
                     "site {peer} may not write guest \"{guest}\" here; add it to `guests` of [peer.{peer}] at site {}",
+                    config.site
+                ),
+            ));
+        }
+        // Better now than at a failover.
+        if !allowed.is_some_and(|p| p.qemu) && Machine::from_bytes(&open.machine).is_ok() {
+            return Err(Refusal::Refused(
+                RefuseReason::NotAllowed,
+                format!(
+                    "guest \"{guest}\" is one of QEMU, whose command line this site would start as {peer} sends it; if {peer} is trusted so far: qemu = true in [peer.{peer}] at site {}",
                     config.site
                 ),
             ));
@@ -55,7 +67,11 @@ impl Lookup<DirStore> for Site {
             fenced.map_err(|error| failed(error.to_string()))?;
         }
         let copy = self.standbys.copy(guest).await.map_err(failed)?;
-        self.demote(copy.clone(), guest).await.map_err(failed)?;
+        if self.demote(copy.clone(), open).await.map_err(failed)? {
+            let order = |reply| Order::Withdraw { reply };
+            let withdrawn = self.supervisor(guest).ask(order).await;
+            withdrawn.map_err(|error| failed(error.to_string()))?;
+        }
         Ok(copy)
     }
 
@@ -100,6 +116,7 @@ impl Lookup<DirStore> for Site {
             guest: guest.clone(),
             copy: copy.clone(),
             handle: self.supervisor(guest),
+            qemu: self.runs_qemu_of(guest),
         };
         let taken = takeover.carry_out(&run, epoch, generation).await;
         let result = taken.map(|()| RunResult::Take(TakeReport { epoch, generation }));
@@ -122,20 +139,33 @@ impl Site {
         loading.await.map_err(|error| error.to_string())
     }
 
+    /// True if the peer that writes this guest may let us start its QEMU command lines.
+    pub fn runs_qemu_of(&self, guest: &GuestId) -> bool {
+        let config = self.config();
+        let peer = writer_of(&config, guest).and_then(|site| config.peers.get(&site));
+        peer.is_some_and(|peer| peer.qemu)
+    }
+
     /// A copy that was promoted, and whose guest does not run here (any more), may be written again.
     /// The record is read while nothing can promote the copy: whoever promotes it writes first.
-    async fn demote(&self, copy: Shared, guest: &GuestId) -> Result<(), String> {
-        let (state_dir, guest) = (self.context.state_dir.clone(), guest.clone());
+    ///
+    /// True if the record tells of a promotion that was begun under a lower number than the primary's
+    /// and that nobody carries out any more: it is void, since the guest has gone on elsewhere.
+    async fn demote(&self, copy: Shared, open: &Open) -> Result<bool, String> {
+        let (state_dir, guest) = (self.context.state_dir.clone(), open.guest.clone());
+        let generation = open.generation;
         let demoting = self.context.env.offload(move || {
             let mut replica = lock(&copy);
-            let record = record::load(&state_dir, &guest)?;
-            let here = |r: GuestRecord| {
-                matches!(r.standing, Standing::Active | Standing::Promoting { .. })
-            };
-            if !record.is_some_and(here) {
-                replica.demote();
-            }
-            Ok::<(), record::RecordError>(())
+            Ok::<_, record::RecordError>(match record::load(&state_dir, &guest)? {
+                Some(r) if r.standing == Standing::Active => false,
+                Some(r) if matches!(r.standing, Standing::Promoting { .. }) => {
+                    !replica.promoted() && r.generation < generation
+                }
+                _ => {
+                    replica.demote();
+                    false
+                }
+            })
         });
         demoting.await.map_err(|error| error.to_string())
     }

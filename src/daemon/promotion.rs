@@ -34,6 +34,8 @@ pub(super) struct Failover {
     pub from: Option<SiteId>,
     pub fencing: Option<FencingConfig>,
     pub request: FailoverRequest,
+    /// As of [`Takeover`].
+    pub qemu: bool,
     /// When the command arrived.
     pub asked: Instant,
 }
@@ -109,6 +111,7 @@ impl Failover {
             guest: self.guest.clone(),
             copy: self.copy.clone(),
             handle: self.handle.clone(),
+            qemu: self.qemu,
         };
         report.generation_after = takeover.promote(run, point.epoch, before).await?;
         takeover
@@ -203,6 +206,8 @@ pub(super) struct Takeover {
     pub guest: GuestId,
     pub copy: Shared,
     pub handle: Handle,
+    /// It may be a guest of QEMU: its old site may have command lines started here.
+    pub qemu: bool,
 }
 
 impl Takeover {
@@ -307,6 +312,11 @@ impl Takeover {
             .offload(move || write_disks(&copy, &promotion, directory))
             .await?;
         let (hardware, state) = machine(&manifest, &files)?;
+        if !self.qemu && matches!(hardware, Hardware::Qemu(_)) {
+            let text = "it is a guest of QEMU, and this site is not to start the command lines of its old site";
+            let hint = "if that site is trusted so far: qemu = true in its [peer] here, then lifeboat reload";
+            return Err(failed(text).hint(hint));
+        }
         Ok((hardware, state, ram))
     }
 }
@@ -317,6 +327,10 @@ pub(super) fn machine(
     files: &[(DiskId, PathBuf)],
 ) -> Result<(Hardware, DeviceState), ApiError> {
     let hardware = Hardware::from_bytes(&manifest.machine).map_err(failed)?;
+    if hardware.layout().map_err(failed)? != manifest.layout {
+        let text = "the machine of the point has other memory or disks than the point";
+        return Err(ApiError::new(Reason::Difference, text));
+    }
     let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
     Ok((hardware.with_disks(files).map_err(failed)?, state))
 }

@@ -25,7 +25,7 @@ use super::error::FrameError;
 use super::manifest::MANIFEST_BYTES_MAX;
 use super::{BLOCK, PART_BYTES_MAX};
 use crate::clock::Timestamp;
-use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId, NAME_BYTES_MAX};
+use crate::ids::{COUNT_MAX, Epoch, Generation, GuestId, ImageRoot, JournalId, NAME_BYTES_MAX};
 
 /// Version of the format that this program writes and reads.
 pub const FORMAT_VERSION: u16 = 1;
@@ -174,6 +174,9 @@ impl PartHeader {
 
     fn check(&self) -> Result<(), FrameError> {
         let wrong = |why| Err(FrameError::Header(why));
+        if self.epoch.0 > COUNT_MAX || self.generation.0 > COUNT_MAX {
+            return wrong("its epoch or generation is one that no guest reaches");
+        }
         if self.epoch == Epoch(0) || self.prev_epoch >= self.epoch {
             return wrong("the epoch does not come after the previous one");
         }

@@ -22,6 +22,7 @@ pub mod fake;
 
 pub mod any;
 pub mod builtin;
+pub(crate) mod detached;
 pub mod qemu;
 
 use std::future::Future;

@@ -73,7 +73,6 @@ pub(super) struct Families {
     pub(super) oldest_point_at: GaugeVec,
     pub(super) verifications: IntCounterVec,
     pub(super) verified_at: GaugeVec,
-    pub(super) split_brain: IntGaugeVec,
     pub(super) fence_rejections: IntCounterVec,
     pub(super) drill_success_at: GaugeVec,
     pub(super) drill_rto: GaugeVec,
@@ -244,13 +243,13 @@ impl Families {
             ),
             sent: make.counters(
                 "lifeboat_replication_sent_bytes_total",
-                "Bytes handed to the link, after reduction.",
-                &["guest", "kind"],
+                "Bytes handed to the link, after reduction: memory, disks, device state.",
+                guest,
             ),
             raw: make.counters(
                 "lifeboat_replication_raw_bytes_total",
                 "The same content before reduction.",
-                &["guest", "kind"],
+                guest,
             ),
             pages: make.counters(
                 "lifeboat_replication_pages_total",
@@ -319,11 +318,6 @@ impl Families {
             verified_at: make.gauges(
                 "lifeboat_verification_last_success_timestamp_seconds",
                 "When a recovery point was last verified without a difference; absent before.",
-                guest,
-            ),
-            split_brain: make.int_gauges(
-                "lifeboat_split_brain",
-                "Whether both sites were seen to own the guest: 1 yes.",
                 guest,
             ),
             fence_rejections: make.counters(

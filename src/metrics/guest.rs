@@ -17,7 +17,7 @@ use prometheus::{Gauge, Histogram, IntCounter, IntGauge};
 use super::families::Families;
 use super::labels::{
     CheckpointResult, ConnectResult, GuestState, JournalOp, Label, PageEncoding, PerLabel, Phase,
-    ResyncReason, Role, SentKind, VerifyResult,
+    ResyncReason, Role, VerifyResult,
 };
 use crate::clock::Timestamp;
 use crate::ids::{Generation, GuestId, SiteId};
@@ -61,8 +61,8 @@ pub struct GuestMetrics {
     rpo_target: Gauge,
     backlog: IntGauge,
     inflight: IntGauge,
-    sent: PerLabel<SentKind, IntCounter>,
-    raw: PerLabel<SentKind, IntCounter>,
+    sent: IntCounter,
+    raw: IntCounter,
     pages: PerLabel<PageEncoding, IntCounter>,
     resyncs: PerLabel<ResyncReason, IntCounter>,
     checkpoints: PerLabel<CheckpointResult, IntCounter>,
@@ -74,7 +74,6 @@ pub struct GuestMetrics {
     journal_errors: PerLabel<JournalOp, IntCounter>,
     points: IntGauge,
     verifications: PerLabel<VerifyResult, IntCounter>,
-    split_brain: IntGauge,
     fence_rejections: IntCounter,
 }
 
@@ -89,8 +88,8 @@ impl GuestMetrics {
             rpo_target: f.rpo_target.with_label_values(&[name]),
             backlog: f.backlog.with_label_values(&[name]),
             inflight: f.inflight.with_label_values(&[name]),
-            sent: PerLabel::new(|l| f.sent.with_label_values(&[name, l])),
-            raw: PerLabel::new(|l| f.raw.with_label_values(&[name, l])),
+            sent: f.sent.with_label_values(&[name]),
+            raw: f.raw.with_label_values(&[name]),
             pages: PerLabel::new(|l| f.pages.with_label_values(&[name, l])),
             resyncs: PerLabel::new(|l| f.resyncs.with_label_values(&[name, l])),
             checkpoints: PerLabel::new(|l| f.checkpoints.with_label_values(&[name, l])),
@@ -102,7 +101,6 @@ impl GuestMetrics {
             journal_errors: PerLabel::new(|l| f.journal_errors.with_label_values(&[name, l])),
             points: f.points.with_label_values(&[name]),
             verifications: PerLabel::new(|l| f.verifications.with_label_values(&[name, l])),
-            split_brain: f.split_brain.with_label_values(&[name]),
             fence_rejections: f.fence_rejections.with_label_values(&[name]),
             name: name.into(),
             late: Arc::default(),
@@ -191,14 +189,14 @@ impl GuestMetrics {
     }
 
     /// Bytes handed to the link, and what they were before reduction.
-    pub fn sent(&self, kind: SentKind, wire_bytes: u64, raw_bytes: u64) {
-        self.sent.get(kind).inc_by(wire_bytes);
-        self.raw.get(kind).inc_by(raw_bytes);
+    pub fn sent(&self, wire_bytes: u64, raw_bytes: u64) {
+        self.sent.inc_by(wire_bytes);
+        self.raw.inc_by(raw_bytes);
     }
 
-    /// Bytes handed to the link so far, of all kinds.
+    /// Bytes handed to the link so far.
     pub fn sent_bytes(&self) -> u64 {
-        self.sent.iter().map(IntCounter::get).sum()
+        self.sent.get()
     }
 
     /// Pages of a checkpoint by how they were encoded.
@@ -309,11 +307,6 @@ impl GuestMetrics {
         }
     }
 
-    /// Whether both sites were seen to own the guest.
-    pub fn set_split_brain(&self, both: bool) {
-        self.split_brain.set(i64::from(both));
-    }
-
     /// A frame or session of a lower generation was refused.
     pub fn fence_rejection(&self) {
         self.fence_rejections.inc();
@@ -351,8 +344,9 @@ impl GuestMetrics {
         }
         labelled::<GuestState, _>(&f.guest_state, name);
         labelled::<Role, _>(&f.guest_role, name);
-        labelled::<SentKind, _>(&f.sent, name);
-        labelled::<SentKind, _>(&f.raw, name);
+        for family in [&f.sent, &f.raw] {
+            remove(family, &[name]);
+        }
         labelled::<PageEncoding, _>(&f.pages, name);
         labelled::<ResyncReason, _>(&f.resyncs, name);
         labelled::<CheckpointResult, _>(&f.checkpoints, name);
@@ -375,7 +369,6 @@ impl GuestMetrics {
             &f.inflight,
             &f.journal_size,
             &f.points,
-            &f.split_brain,
         ] {
             remove(family, &[name]);
         }

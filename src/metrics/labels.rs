@@ -80,20 +80,6 @@ label!(
 );
 
 label!(
-    /// What sent bytes were for.
-    SentKind {
-        /// Pages of RAM.
-        Memory = "memory",
-        /// Disk blocks.
-        Disk = "disk",
-        /// vCPUs and devices.
-        Device = "device",
-        /// Headers, indexes and messages that carry no guest content.
-        Control = "control",
-    }
-);
-
-label!(
     /// How a page was encoded.
     PageEncoding {
         /// All zeros: no content sent.
@@ -138,8 +124,6 @@ label!(
         Acked = "acked",
         /// Given up before it was complete; its pages are dirty again.
         Aborted = "aborted",
-        /// It could not be made.
-        Failed = "failed",
     }
 );
 
@@ -148,12 +132,8 @@ label!(
     Phase {
         /// vCPUs stopped, devices drained, state saved, vCPUs running again.
         Pause = "pause",
-        /// Reading the content of the cut.
-        Harvest = "harvest",
-        /// Making frames of it.
+        /// Reading the content of the cut and making frames of it.
         Encode = "encode",
-        /// Handing the frames to the link.
-        Send = "send",
         /// Waiting for the standby's ack.
         Ack = "ack",
     }

@@ -62,7 +62,7 @@ fn busy() -> Metrics {
     g.durable(Timestamp(980 * SECOND));
     g.set_backlog(10);
     g.set_inflight(2);
-    g.sent(SentKind::Memory, 10, 100);
+    g.sent(10, 100);
     g.pages(PageEncoding::Delta, 3);
     g.resync(ResyncReason::Initial);
     g.checkpoint(CheckpointResult::Acked);
@@ -74,7 +74,6 @@ fn busy() -> Metrics {
     g.journal_error(JournalOp::Sync);
     g.set_points(3, Some(Timestamp(SECOND)));
     g.verification(VerifyResult::Ok, Timestamp(SECOND));
-    g.set_split_brain(false);
     g.fence_rejection();
     let peer = metrics.peer(&"site-b".parse().unwrap());
     peer.set_up(true);
@@ -110,7 +109,6 @@ fn names_follow_the_rules() {
         "lifeboat_link_up",
         "lifeboat_recovery_points",
         "lifeboat_replication_inflight_checkpoints",
-        "lifeboat_split_brain",
     ];
     for (name, kind) in &types {
         let Some(own) = name.strip_prefix("lifeboat_") else {
@@ -265,7 +263,6 @@ fn labels_know_their_place() {
     }
     check::<Role>();
     check::<GuestState>();
-    check::<SentKind>();
     check::<PageEncoding>();
     check::<ResyncReason>();
     check::<CheckpointResult>();

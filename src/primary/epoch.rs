@@ -27,9 +27,7 @@ use crate::frame::{Codec, EncodeStats, FrameStart, Manifest};
 use crate::guest::{Contents, Guest, GuestError, RunState};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
-use crate::metrics::labels::{
-    CheckpointResult, PageEncoding, Phase as MetricPhase, SentKind, VerifyResult,
-};
+use crate::metrics::labels::{CheckpointResult, PageEncoding, Phase as MetricPhase, VerifyResult};
 use crate::page::PAGE_SIZE;
 use crate::wire::message::ToStandby;
 
@@ -371,7 +369,7 @@ fn count(metrics: &GuestMetrics, stats: &EncodeStats) {
     metrics.pages(PageEncoding::Same, stats.same);
     metrics.pages(PageEncoding::Delta, stats.delta);
     metrics.pages(PageEncoding::Raw, stats.raw);
-    metrics.sent(SentKind::Memory, stats.encoded_bytes, stats.raw_bytes);
+    metrics.sent(stats.encoded_bytes, stats.raw_bytes);
 }
 
 impl From<GuestError> for SessionEnd {

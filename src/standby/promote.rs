@@ -51,6 +51,11 @@ impl<S: Store> Replica<S> {
         Ok(promotion)
     }
 
+    /// The guest is being resumed from this copy, or was.
+    pub fn promoted(&self) -> bool {
+        self.promoted
+    }
+
     /// The guest does not run here, and will not: primaries may come again.
     pub fn demote(&mut self) {
         self.promoted = false;

@@ -146,6 +146,11 @@ fn a_move_that_loses_the_link_or_the_target_leaves_one_owner() {
             );
         } else {
             console.advances();
+            // What the other site had begun is void, and not offered to its operator any more.
+            wait("the other site is a standby and nothing else", || {
+                let said = pair.b.try_guest()?.blocked_on.unwrap_or_default();
+                (!said.contains("not finished")).then_some(())
+            });
             let acked = pair.acked();
             wait("protected again", || {
                 pair.acked().filter(|_| pair.acked() > acked)

@@ -476,6 +476,9 @@ impl Supervisor {
             Ok(ended) => ended,
             Err(error) => {
                 tracing::error!(guest = %self.guest, %error, "the primary role crashed; it is started anew");
+                if !self.in_doubt() {
+                    self.stays("the primary role crashed");
+                }
                 if let Some(guest) = self.adopt_again().await {
                     self.hold(guest);
                     if let Err(error) = self.protect_if_wanted() {

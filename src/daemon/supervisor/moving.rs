@@ -99,10 +99,11 @@ impl Supervisor {
         Ok(generation)
     }
 
-    fn stays(&mut self, why: &str) {
-        let text = format!("the guest was not moved and runs on here: {why}");
-        tracing::warn!(guest = %self.guest, "{text}");
+    /// Whoever waits for a move learns that there is none.
+    pub(super) fn stays(&mut self, why: &str) {
         if let Some(moving) = self.moving.take() {
+            let text = format!("the guest was not moved and stays here: {why}");
+            tracing::warn!(guest = %self.guest, "{text}");
             // Whoever asked may have gone.
             let _ = moving.reply.send(Err(failed(text)));
         }
@@ -158,6 +159,7 @@ impl Supervisor {
         {
             tracing::error!(guest = %self.guest, %error, "the process of the moved guest could not be ended");
         }
+        self.site.metrics.guest(&self.guest).forget_durable();
         self.problem(None);
         self.publish();
         if let Some(moving) = self.moving.take() {

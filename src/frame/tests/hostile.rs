@@ -402,6 +402,8 @@ fn impossible_headers_are_refused() {
         (8, 0x0010_0001, "flags do not fit"),
         (12, 1, "flags do not fit"),
         (40, 0, "does not come after"),
+        (44, 1 << 31, "no guest reaches"),
+        (36, 1 << 31, "no guest reaches"),
         (48, 2, "does not come after"),
         (48, 0, "must be full"),
         (88, u32::MAX, "sum of its pieces"),

@@ -16,15 +16,15 @@ mod connection;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::process::{Child, Command as Process};
+use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout};
 
 use connection::{Connection, Content};
 
+use super::detached::detached;
 use super::{
     Base, Chunk, ChunkMemory, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo,
     Round, RunState,
@@ -74,29 +74,12 @@ impl BuiltinGuest {
     ) -> Result<Unbooted, GuestError> {
         let failed =
             |what: &str, error: std::io::Error| GuestError::Failed(format!("{what}: {error}"));
-        std::fs::create_dir_all(run_dir).map_err(|e| failed(&run_dir.display().to_string(), e))?;
         let log_path = run_dir.join(LOG_FILE);
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&log_path)
-            .map_err(|e| failed(&log_path.display().to_string(), e))?;
-        let mut process = Process::new(exe);
+        let mut process =
+            detached(exe, &log_path).map_err(|e| failed(&log_path.display().to_string(), e))?;
         process
             .args(["vmm", "--guest", guest.as_str(), "--run-dir"])
-            .arg(run_dir)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log);
-        // SAFETY: between fork and exec only setsid is called, which is async-signal-safe.
-        unsafe {
-            process.pre_exec(|| {
-                if libc::setsid() < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-                Ok(())
-            });
-        }
+            .arg(run_dir);
         let mut child = process
             .spawn()
             .map_err(|e| failed("the monitor cannot be started", e))?;

@@ -17,7 +17,7 @@ use super::qmp::Version;
 use super::stream::Head;
 use crate::device_state::{DeviceState, DeviceStateError};
 use crate::ids::DiskId;
-use crate::page::{Layout, LayoutError, Region, RegionKind};
+use crate::page::{Layout, LayoutError, PAGE_SIZE, REGION_PAGES_MAX, Region, RegionKind};
 
 /// Version of [`Machine`] and of the section in the device state.
 const FORMAT: u16 = 1;
@@ -68,6 +68,12 @@ pub enum MachineError {
         /// Its format.
         format: u16,
     },
+    /// A block of memory with a size that is none.
+    #[error("memory block {0:?} has {1} bytes, which is no size of memory")]
+    Block(String, u64),
+    /// A disk without an image.
+    #[error("the machine description names no image of disk \"{0}\"")]
+    Disk(DiskId),
 }
 
 impl Machine {
@@ -103,13 +109,20 @@ impl Machine {
     /// Reads what [`to_bytes`](Self::to_bytes) wrote.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, MachineError> {
         let machine: Self = serde_json::from_slice(bytes)?;
-        if (machine.kind.as_str(), machine.format) == (SECTION, FORMAT) {
-            return Ok(machine);
+        if (machine.kind.as_str(), machine.format) != (SECTION, FORMAT) {
+            return Err(MachineError::Format {
+                kind: machine.kind,
+                format: machine.format,
+            });
         }
-        Err(MachineError::Format {
-            kind: machine.kind,
-            format: machine.format,
-        })
+        let most = u64::from(REGION_PAGES_MAX) * PAGE_SIZE as u64;
+        if let Some(block) = machine.head.blocks.iter().find(|b| b.bytes > most) {
+            return Err(MachineError::Block(block.name.clone(), block.bytes));
+        }
+        if let Some(disk) = machine.disks.iter().find(|d| d.file.is_empty()) {
+            return Err(MachineError::Disk(disk.id.clone()));
+        }
+        Ok(machine)
     }
 }
 

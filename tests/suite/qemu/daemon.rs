@@ -62,6 +62,14 @@ fn a_guest_of_stock_qemu_is_replicated_and_resumed_by_the_daemons() {
     // It is left alone until it is to be protected.
     assert_eq!(web(&pair.a).pid, None);
     pair.a.ok(&["guest", "start", WEB]);
+    // The other site starts what we send only if it is told to; that shows now and not at a failover.
+    pair.a.ok(&["protect", WEB, "--no-wait"]);
+    wait("refused, and why", || {
+        let why = web(&pair.a).blocked_on.unwrap_or_default();
+        why.contains("qemu = true").then_some(())
+    });
+    pair.b.edit("[peer.site-a]", "[peer.site-a]\nqemu = true");
+    pair.b.ok(&["reload"]);
     pair.a.ok(&["--timeout", "60s", "protect", WEB]);
     let status = web(&pair.a);
     assert_eq!(status.state, GuestState::Protected, "{status:?}");
