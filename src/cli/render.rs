@@ -180,6 +180,8 @@ fn reasons(guest: &GuestStatus) -> Vec<String> {
         reasons.push(format!("copy at {share:.0} %"));
     }
     reasons.extend(guest.blocked_on.clone());
+    let news = guest.disk_news.as_ref();
+    reasons.extend(news.map(|n| format!("{}: {}", units::time(n.at), n.what)));
     let failed = guest.drill_failure.as_ref();
     reasons.extend(failed.map(|f| format!("drill failed {}: {}", units::time(f.at), f.why)));
     reasons

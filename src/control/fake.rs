@@ -168,6 +168,7 @@ fn guests() -> Vec<GuestStatus> {
             rto_seconds: 1.32,
         }),
         drill_failure: None,
+        disk_news: None,
         blocked_on: None,
         machine: Some(MachineSummary {
             checkpoints: None,

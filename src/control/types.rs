@@ -158,10 +158,23 @@ pub struct GuestStatus {
     /// The last drill at this site, if it did not pass.
     #[serde(default)]
     pub drill_failure: Option<DrillFailure>,
+    /// The last thing that other programs did to its disks while it ran, since it is protected.
+    #[serde(default)]
+    pub disk_news: Option<DiskNews>,
     /// Why it waits or is not protected, and what to do, in words.
     pub blocked_on: Option<String>,
     /// The machine.
     pub machine: Option<MachineSummary>,
+}
+
+/// What another program did to a disk of a running guest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskNews {
+    /// When it was seen.
+    #[serde(with = "time")]
+    pub at: Timestamp,
+    /// What, and what to do, in words.
+    pub what: String,
 }
 
 /// How a session got its common base with the standby.

@@ -5,8 +5,8 @@ use super::orders::View;
 use super::record::{GuestRecord, Standing};
 use crate::clock::Timestamp;
 use crate::control::types::{
-    DiskSummary, GuestStatus, MachineSummary, PointStatus, Progress, ProgressUnit, SyncPath,
-    SyncStatus,
+    DiskNews, DiskSummary, GuestStatus, MachineSummary, PointStatus, Progress, ProgressUnit,
+    SyncPath, SyncStatus,
 };
 use crate::guest::RunState;
 use crate::ids::{Generation, GuestId, SiteId};
@@ -266,6 +266,11 @@ impl Known<'_> {
             }),
             last_drill: None,
             drill_failure: None,
+            disk_news: primary
+                .disk_news
+                .clone()
+                .filter(|_| active)
+                .map(|(at, what)| DiskNews { at, what }),
             blocked_on: self.blocked_on(),
             machine: view
                 .machine

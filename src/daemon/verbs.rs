@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::exports::hold;
 use super::orders::{Handle, Order};
 use super::standbys::{Shared, lock};
 use super::status::{acked_status, point_status, sync_path};
@@ -14,11 +15,11 @@ use crate::control::types::{
     ProtectRequest, Run, RunResult, SyncStatus, VerifyReport,
 };
 use crate::ids::{Epoch, GuestId};
-use crate::journal::{CheckReport, JournalError, RecoveryPoint};
+use crate::journal::{CheckReport, DirStore, Held, JournalError, RecoveryPoint};
 use crate::metrics::GuestMetrics;
 use crate::metrics::labels::VerifyResult;
 use crate::primary::{Phase, PrimaryStatus};
-use crate::standby::ReplicaError;
+use crate::standby::{Image, ReplicaError};
 
 fn failed(error: impl std::fmt::Display) -> ApiError {
     ApiError::new(Reason::Failed, error.to_string())
@@ -122,7 +123,11 @@ pub(super) fn verify(
     let shown = run.run();
     tokio::spawn(async move {
         run.step("replay");
-        let replayed = env.offload(move || replay(&copy, &guest, point)).await;
+        let run = Arc::new(run);
+        let progress = run.clone();
+        let replay = move || replay(hold(&copy, &guest, point)?, &progress);
+        let replayed = env.offload(replay).await;
+        let run = Arc::into_inner(run).expect("the replay, which had the other one, is over");
         let now = env.now();
         let verified = match replayed {
             Ok(verified) => verified,
@@ -160,29 +165,32 @@ struct Verified {
     difference: Option<String>,
 }
 
-fn replay(copy: &Shared, guest: &GuestId, point: Option<Epoch>) -> Result<Verified, ApiError> {
-    let replica = lock(copy);
-    let points = replica.journal().points();
-    let chosen = match point {
-        None => points.last(),
-        Some(epoch) => points.iter().find(|p| p.epoch == epoch),
-    };
-    let point = chosen.cloned().ok_or_else(|| match point {
-        Some(epoch) => ApiError::no_such_point(guest, epoch),
-        None => {
-            let text = format!("guest \"{guest}\" has no recovery point here");
-            ApiError::new(Reason::NoSuchPoint, text)
+/// Replays a point that is held. The copy is not locked: acks do not wait for it.
+fn replay(held: Held<DirStore>, run: &RunHandle) -> Result<Verified, ApiError> {
+    let point = held.point().clone();
+    let layout = held.layout();
+    let (pages, memory_pages) = (layout.pages(), layout.ram_pages());
+    let mut image = Image::new(layout).map_err(failed)?;
+    let total = held.bytes();
+    let replayed = held.replay(&mut image, &mut |done| {
+        run.progress(done, total, ProgressUnit::Bytes);
+    });
+    let difference = match replayed {
+        Ok(_) => {
+            let (epoch, expected, found) = (point.epoch, point.root, image.root());
+            (found != expected).then(|| {
+                let error = ReplicaError::Root {
+                    epoch,
+                    expected,
+                    found,
+                };
+                error.to_string()
+            })
         }
-    })?;
-    let layout = replica.journal().layout().cloned();
-    let (pages, memory_pages) = layout.map_or((0, 0), |l| (l.pages(), l.ram_pages()));
-    let difference = match replica.materialise(&point) {
-        Ok(_) => None,
-        Err(
-            error @ (ReplicaError::Root { .. }
-            | ReplicaError::Journal(JournalError::Corrupt { .. } | JournalError::Frame(_))),
-        ) => Some(error.to_string()),
-        Err(error) => return Err(error.into()),
+        Err(error @ (JournalError::Corrupt { .. } | JournalError::Frame(_))) => {
+            Some(error.to_string())
+        }
+        Err(error) => return Err(failed(error)),
     };
     Ok(Verified {
         point,

@@ -63,6 +63,10 @@ impl Guest for AnyGuest {
         either!(self, guest => guest.cut(strategy).await)
     }
 
+    fn disk_news(&mut self) -> Option<String> {
+        either!(self, guest => guest.disk_news())
+    }
+
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
         either!(self, guest => guest.next_chunk().await)
     }

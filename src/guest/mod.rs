@@ -194,6 +194,12 @@ pub trait Guest: Send + 'static {
     /// What it does now.
     fn state(&mut self) -> impl Future<Output = Result<RunState, GuestError>> + Send;
 
+    /// What other programs did to the guest's disks since this was asked, in words. The pages that
+    /// they may have changed are dirty.
+    fn disk_news(&mut self) -> Option<String> {
+        None
+    }
+
     /// Starts a fuzzy copy of the running guest. Its content follows by `next_chunk`.
     fn round(
         &mut self,

@@ -215,6 +215,7 @@ pub(super) fn write<S: Store>(store: &S, slot: usize, content: &Super) -> std::i
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::COUNT_MAX;
     use crate::page::{REGIONS_MAX, Region, RegionKind};
 
     fn sample(sequence: u64) -> Super {
@@ -232,10 +233,10 @@ mod tests {
             sequence,
             guest: "x".repeat(63).parse().unwrap(),
             journal: JournalId([7; 16]),
-            generation: Generation(u64::MAX),
-            base_epoch: Epoch(u64::MAX),
+            generation: Generation(COUNT_MAX),
+            base_epoch: Epoch(COUNT_MAX),
             base_root: ImageRoot([9; 32]),
-            floor: Epoch(u64::MAX),
+            floor: Epoch(COUNT_MAX),
             segment_bytes: u64::MAX,
             marks: u64::MAX,
             layout: Some(Layout::try_from(regions).unwrap()),

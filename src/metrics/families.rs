@@ -74,6 +74,7 @@ pub(super) struct Families {
     pub(super) verifications: IntCounterVec,
     pub(super) verified_at: GaugeVec,
     pub(super) fence_rejections: IntCounterVec,
+    pub(super) disk_news: IntCounterVec,
     pub(super) drill_success_at: GaugeVec,
     pub(super) drill_rto: GaugeVec,
     pub(super) drill_ok: GaugeVec,
@@ -323,6 +324,11 @@ impl Families {
             fence_rejections: make.counters(
                 "lifeboat_fence_rejections_total",
                 "Frames and sessions refused because of a lower generation.",
+                guest,
+            ),
+            disk_news: make.counters(
+                "lifeboat_disk_disturbed_total",
+                "Times that another program was seen to have touched a disk of the running guest.",
                 guest,
             ),
             drill_success_at: make.gauges(

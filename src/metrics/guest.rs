@@ -75,6 +75,7 @@ pub struct GuestMetrics {
     points: IntGauge,
     verifications: PerLabel<VerifyResult, IntCounter>,
     fence_rejections: IntCounter,
+    disk_news: IntCounter,
 }
 
 impl GuestMetrics {
@@ -102,6 +103,7 @@ impl GuestMetrics {
             points: f.points.with_label_values(&[name]),
             verifications: PerLabel::new(|l| f.verifications.with_label_values(&[name, l])),
             fence_rejections: f.fence_rejections.with_label_values(&[name]),
+            disk_news: f.disk_news.with_label_values(&[name]),
             name: name.into(),
             late: Arc::default(),
             families: f,
@@ -312,6 +314,11 @@ impl GuestMetrics {
         self.fence_rejections.inc();
     }
 
+    /// Another program touched a disk of the running guest.
+    pub fn disk_disturbed(&self) {
+        self.disk_news.inc();
+    }
+
     fn put(&self, late: &Late, family: &prometheus::GaugeVec, at: Timestamp) {
         self.set(late, family, at.as_secs_f64());
     }
@@ -376,6 +383,7 @@ impl GuestMetrics {
             remove(family, &[name]);
         }
         remove(&f.fence_rejections, &[name]);
+        remove(&f.disk_news, &[name]);
         for family in f.of_drills() {
             remove(family, &[name]);
         }

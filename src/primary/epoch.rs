@@ -87,6 +87,12 @@ impl<G: Guest> Builder<'_, G> {
         }
         let cut = self.engine.guest.cut(self.engine.options.strategy).await?;
         self.engine.meters.guest.pause(cut.pause);
+        if let Some(news) = self.engine.guest.disk_news() {
+            tracing::error!(guest = %self.engine.options.guest, "{news}");
+            self.engine.meters.guest.disk_disturbed();
+            let at = cut.captured_at;
+            self.engine.publish(|s| s.disk_news = Some((at, news)));
+        }
         let dirty = cut.dirty.count();
         self.engine.meters.guest.dirty(dirty * PAGE_SIZE as u64);
         self.engine.round_first = dirty > self.engine.options.round_pages;

@@ -200,6 +200,8 @@ pub struct PrimaryStatus {
     pub backlog_bytes: u64,
     /// Of the copy under way.
     pub progress: Option<Progress>,
+    /// The last thing that other programs did to the guest's disks, and when.
+    pub disk_news: Option<(Timestamp, String)>,
     /// What it waits for, in words; `None` when it waits for nothing but the next interval.
     pub blocked_on: Option<String>,
 }

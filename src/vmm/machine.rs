@@ -28,6 +28,7 @@ use crate::vmm::devices::bus::Bus;
 use crate::vmm::devices::genid::GenId;
 use crate::vmm::devices::serial::{COM1_IRQ, SerialPort};
 use crate::vmm::devices::virtio_mmio::{VIRTIO_IRQ, VirtioMmio};
+use crate::vmm::devices::watch::DiskWatch;
 use crate::vmm::gate::Gate;
 use crate::vmm::kvm::{IrqLine, Vm};
 use crate::vmm::state::{self, VcpuCapture, VmState};
@@ -42,6 +43,7 @@ pub struct Machine {
     layout: Layout,
     ram: Arc<GuestRam>,
     disks: Vec<Arc<Disk>>,
+    watch: DiskWatch,
     console: Console,
     vm: Vm,
     gate: Arc<Gate>,
@@ -126,6 +128,7 @@ impl Machine {
             spec: spec.clone(),
             layout,
             ram,
+            watch: DiskWatch::new(&disks),
             disks,
             console,
             vm,
@@ -225,6 +228,12 @@ impl Machine {
     /// was not moved is still marked.
     pub fn harvest(&self, into: &mut PageSet) -> Result<(), VmmError> {
         self.vm.harvest(into)
+    }
+
+    /// Looks for what other programs did to the disks' files: their pages count as changed, and what
+    /// is new is returned in words.
+    pub fn look_at_disks(&self) -> Vec<String> {
+        self.watch.look()
     }
 
     /// Its memory.

@@ -159,6 +159,12 @@ pub enum FromVmm {
         /// What.
         state: GuestState,
     },
+    /// Another program did something to a disk's file. Sent before the reply of the round or cut
+    /// that found it.
+    DiskNews {
+        /// What, in words.
+        news: String,
+    },
 }
 
 /// What a call returns.

@@ -1,11 +1,12 @@
 //! What an operator or a stranger can get wrong: one clear message, and nothing breaks.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use lifeboat::control::types::Run;
 use lifeboat::pki;
 
-use crate::harness::{GUEST, Options, Pair, guest, kvm, wait};
+use crate::harness::{GUEST, Options, Pair, guest, image, kvm, wait};
 
 #[test]
 fn a_state_directory_has_one_daemon() {
@@ -72,6 +73,34 @@ fn a_disk_that_another_process_uses_is_left_alone() {
     disk.unlock().unwrap();
     pair.a.ok(&["guest", "start", GUEST]);
     pair.a.console().advances();
+}
+
+#[test]
+fn what_another_program_writes_to_a_disk_is_told_and_copied() {
+    if !kvm("what_another_program_writes_to_a_disk_is_told_and_copied") {
+        return;
+    }
+    let mut pair = Pair::new(Options::default());
+    let image = pair.a.dir().join("root.img");
+    let open = || File::options().write(true).open(&image).unwrap();
+    // The payload uses the first 8 MiB.
+    open().set_len(16 << 20).unwrap();
+    pair.protect();
+    assert_eq!(pair.at_a().disk_news, None);
+
+    let foreign = [0xA5; 100];
+    open().write_all_at(&foreign, 12 << 20).unwrap();
+    let news = wait("it is told", || pair.at_a().disk_news);
+    assert!(news.what.contains("another program"), "{news:?}");
+    let shown = pair.a.ok(&["status"]).out;
+    assert!(shown.contains("another program"), "{shown}");
+    let newest = pair.more_points(3);
+    pair.a.kill();
+    pair.b.terminate();
+    let copy = image::replay(&pair.b.journal(), newest).unwrap();
+    let disk = copy.bytes().last().unwrap();
+    assert_eq!(disk[12 << 20..][..100], foreign);
+    pair.check_image(newest);
 }
 
 #[test]

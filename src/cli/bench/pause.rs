@@ -57,6 +57,9 @@ impl Outbox for Announce {
     fn abandoned(&self, _cut: CutId, why: &str) {
         let _ = self.0.send(Event::Abandoned(why.to_owned()));
     }
+
+    /// Its guests have no disks.
+    fn disk_news(&self, _news: &str) {}
 }
 
 /// A running guest that can be cut.

@@ -202,6 +202,9 @@ fn guest_card(page: &mut String, guest: &GuestStatus, strip: Option<&Strip>, now
         let tone = tone(guest.state);
         *page += &format!("<p class=\"why {tone}\">{}</p>", Text(why));
     }
+    if let Some(news) = &guest.disk_news {
+        *page += &format!("<p class=\"why warn\">{}</p>", Text(&news.what));
+    }
     if let Some(strip) = strip {
         let within = known(strip.within(), |share| format!("{:.0} %", share * 100.0));
         *page += &strip.svg(now);

@@ -86,6 +86,7 @@ pub(super) struct Connection {
     waiting: Arc<Waiting>,
     out: mpsc::UnboundedSender<Outgoing>,
     content: mpsc::UnboundedReceiver<Content>,
+    disk_news: watch::Receiver<Option<String>>,
     /// Why it ended, once it has.
     ended: watch::Receiver<Option<String>>,
     tasks: [AbortHandle; 2],
@@ -140,10 +141,12 @@ impl Connection {
         let (out, outgoing) = mpsc::unbounded_channel();
         let (content_tx, content) = mpsc::unbounded_channel();
         let (end, ended) = watch::channel(None);
+        let (news, disk_news) = watch::channel(None);
         let reader = Reader {
             stream: stream.clone(),
             waiting: waiting.clone(),
             content: content_tx,
+            news,
             out: out.clone(),
             view,
         };
@@ -161,6 +164,7 @@ impl Connection {
             waiting,
             out,
             content,
+            disk_news,
             ended,
             tasks,
         }))
@@ -216,6 +220,14 @@ impl Connection {
         match self.content.recv().await {
             Some(content) => Ok(content),
             None => Err(self.gone()),
+        }
+    }
+
+    /// What happened to the disks since this was asked.
+    pub fn disk_news(&mut self) -> Option<String> {
+        match self.disk_news.has_changed() {
+            Ok(true) => self.disk_news.borrow_and_update().clone(),
+            _ => None,
         }
     }
 
@@ -282,6 +294,8 @@ struct Reader {
     stream: Arc<UnixStream>,
     waiting: Arc<Waiting>,
     content: mpsc::UnboundedSender<Content>,
+    /// The newest of the disks.
+    news: watch::Sender<Option<String>>,
     out: mpsc::UnboundedSender<Outgoing>,
     view: View,
 }
@@ -320,6 +334,10 @@ impl Reader {
                 }
                 // Asked for by `state`, which always gets the newest.
                 FromVmm::StateChanged { .. } => continue,
+                FromVmm::DiskNews { news } => {
+                    self.news.send_replace(Some(news));
+                    continue;
+                }
                 FromVmm::Chunk { cut, slot, pages } => {
                     if slot >= self.view.slots() {
                         return Err(ProtocolError::Descriptors("a slot that does not exist"));

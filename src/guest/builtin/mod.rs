@@ -321,6 +321,10 @@ impl Guest for BuiltinGuest {
         }
     }
 
+    fn disk_news(&mut self) -> Option<String> {
+        self.connection.disk_news()
+    }
+
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
         let Some(current) = self.current else {
             return Ok(None);

@@ -74,6 +74,11 @@ impl Debts {
         (id, pages)
     }
 
+    /// Dirty bits that no round or cut owns: the next one takes them.
+    pub fn carried(&self) -> &PageSet {
+        &self.carry
+    }
+
     /// Dirty bits that no round or cut owns.
     pub fn carry(&mut self, pages: &PageSet) {
         self.carry.union(pages);

@@ -266,14 +266,25 @@ impl CutEngine {
         match harvested {
             Ok(()) => Ok(state.debts.begin(pages)),
             Err(source) => {
-                state
-                    .debts
-                    .carry(&PageSet::full(self.shared.target.layout()));
-                Err(CutError::Step {
-                    step: "reading the dirty log",
-                    source,
-                })
+                drop(state);
+                Err(self.log_lost(source))
             }
+        }
+    }
+
+    fn log_lost(&self, source: TargetError) -> CutError {
+        let everything = PageSet::full(self.shared.target.layout());
+        self.shared.lock().debts.carry(&everything);
+        CutError::Step {
+            step: "reading the dirty log",
+            source,
+        }
+    }
+
+    fn look_at_disks(&self, session: &Session) {
+        for news in self.shared.target.look_at_disks() {
+            tracing::warn!("{news}");
+            session.outbox.disk_news(&news);
         }
     }
 
@@ -286,6 +297,7 @@ impl CutEngine {
     pub fn round(&self, contents: Contents) -> Result<RoundStart, CutError> {
         let _serial = self.serial();
         let (session, _) = self.ready()?;
+        self.look_at_disks(&session);
         let layout = self.shared.target.layout();
         // The log is read before the copy: what is written from here on is dirty again.
         let (id, dirty) = self.harvest(PageSet::new(layout))?;
@@ -302,20 +314,28 @@ impl CutEngine {
     pub fn cut(&self, strategy: CutStrategy) -> Result<CutStart, CutError> {
         let _serial = self.serial();
         let (session, run_state) = self.ready()?;
+        self.look_at_disks(&session);
         let target = &self.shared.target;
         let was_running = run_state == RunState::Running;
-        let pages = PageSet::new(target.layout());
-        let prepared = match was_running {
+        let mut pages = PageSet::new(target.layout());
+        let protected = match was_running {
+            true => self.prepare(&mut pages, strategy)?,
+            false => None,
+        };
+        let ready = match was_running {
             true => target.prepare_pause(),
             false => Ok(()),
         };
         let started = Instant::now();
-        let captured = match prepared.and_then(|()| target.pause()) {
-            Ok(()) => self.capture(pages, strategy, session),
-            Err(source) => Err(CutError::Step {
-                step: "the pause",
-                source,
-            }),
+        let captured = match ready.and_then(|()| target.pause()) {
+            Ok(()) => self.capture(pages, protected.as_ref(), strategy, session),
+            Err(source) => {
+                self.shared.lock().debts.carry(&pages);
+                Err(CutError::Step {
+                    step: "the pause",
+                    source,
+                })
+            }
         };
         if was_running {
             target.resume();
@@ -324,6 +344,11 @@ impl CutEngine {
             true => started.elapsed(),
             false => Duration::ZERO,
         };
+        if let (Err(_), Some(protection), Some(pages)) =
+            (&captured, &self.copy_on_write, &protected)
+        {
+            protection.unprotect_all(pages);
+        }
         let captured = captured?;
         // Wakes the copier, outside the pause.
         self.shared.changed.notify_all();
@@ -337,20 +362,62 @@ impl CutEngine {
         })
     }
 
+    /// Takes the work of write protection out of the pause: what is dirty already goes into `pages`,
+    /// and is protected while the guest runs. Returns what was protected, if it is worth it.
+    fn prepare(
+        &self,
+        pages: &mut PageSet,
+        strategy: CutStrategy,
+    ) -> Result<Option<PageSet>, CutError> {
+        let protection = self.copy_on_write.as_ref();
+        let Some(protection) =
+            protection.filter(|p| strategy != CutStrategy::StopAndCopy && !p.is_broken())
+        else {
+            return Ok(None);
+        };
+        if let Err(source) = self.shared.target.harvest(pages) {
+            return Err(self.log_lost(source));
+        }
+        let mut known = pages.clone();
+        known.union(self.shared.lock().debts.carried());
+        if strategy == CutStrategy::Auto && self.ram_count(&known) < STOP_AND_COPY_PAGES_MAX {
+            return Ok(None);
+        }
+        match protection.prepare(&known) {
+            Ok(()) => Ok(Some(known)),
+            Err(error) => {
+                tracing::warn!(%error, "memory was not protected before the pause");
+                Ok(None)
+            }
+        }
+    }
+
+    fn ram_count(&self, pages: &PageSet) -> u64 {
+        let ram = pages.regions().take(self.shared.target.ram().len());
+        ram.map(|(_, map)| map.count()).sum()
+    }
+
     fn capture(
         &self,
         pages: PageSet,
+        protected: Option<&PageSet>,
         strategy: CutStrategy,
         session: Arc<Session>,
     ) -> Result<Captured, CutError> {
         let target = &self.shared.target;
-        let device_state = target.save().map_err(|source| CutError::Step {
-            step: "saving the devices",
-            source,
+        let device_state = target.save().map_err(|source| {
+            self.shared.lock().debts.carry(&pages);
+            CutError::Step {
+                step: "saving the devices",
+                source,
+            }
         })?;
         let captured_at = SystemClock.now();
         let (id, pages) = self.harvest(pages)?;
-        let (capture, strategy) = self.capture_ram(&pages, strategy).map_err(|source| {
+        // Until the job is in its place: an answer that does not find it would lift protection.
+        let _gate = self.copy_on_write.as_ref().map(|p| p.answering());
+        let captured = self.capture_ram(&pages, protected, strategy);
+        let (capture, strategy) = captured.map_err(|source| {
             self.shared.lock().debts.return_newest(id);
             CutError::Step {
                 step: "capturing the memory",
@@ -376,18 +443,15 @@ impl CutEngine {
     fn capture_ram(
         &self,
         pages: &Arc<PageSet>,
+        protected: Option<&PageSet>,
         asked: CutStrategy,
     ) -> Result<(Box<dyn Capture>, CutStrategy), TargetError> {
         let protect = match asked {
             CutStrategy::StopAndCopy => None,
             CutStrategy::CopyOnWrite => self.copy_on_write.as_ref(),
-            CutStrategy::Auto => {
-                let ram = pages.regions().take(self.shared.target.ram().len());
-                let dirty: u64 = ram.map(|(_, map)| map.count()).sum();
-                self.copy_on_write
-                    .as_ref()
-                    .filter(|_| dirty >= STOP_AND_COPY_PAGES_MAX)
-            }
+            CutStrategy::Auto => self.copy_on_write.as_ref().filter(|_| {
+                protected.is_some() || self.ram_count(pages) >= STOP_AND_COPY_PAGES_MAX
+            }),
         };
         let reference: &dyn Strategy = &self.stop_and_copy;
         let strategies = protect
@@ -396,7 +460,7 @@ impl CutEngine {
             .chain([reference]);
         let mut failure = None;
         for strategy in strategies {
-            match strategy.capture(pages) {
+            match strategy.capture(pages, protected) {
                 Ok(capture) => return Ok((capture, strategy.kind())),
                 Err(error) => {
                     tracing::warn!(strategy = ?strategy.kind(), %error, "memory was not captured");

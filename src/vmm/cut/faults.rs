@@ -58,15 +58,19 @@ fn fail(shared: &Shared, protection: &CopyOnWrite, why: &str) {
 
 fn answer(shared: &Shared, protection: &CopyOnWrite, address: usize) -> io::Result<()> {
     let _gate = protection.answering();
-    if let Some(addr) = protection.pages().locate(address)
-        && let Some(job) = shared.current()
-    {
-        let pages = protection.pages();
-        // A cancelled cut is void: the write may pass.
-        let _ = job.pull(&shared.states, addr, |out| {
-            pages.read(addr, out);
-            Ok(())
-        });
+    if let Some(addr) = protection.pages().locate(address) {
+        match shared.current() {
+            Some(job) => {
+                let pages = protection.pages();
+                // A cancelled cut is void: the write may pass.
+                let _ = job.pull(&shared.states, addr, |out| {
+                    pages.read(addr, out);
+                    Ok(())
+                });
+            }
+            // Protected for a cut that is being prepared: the pause protects it again.
+            None => shared.states.touch(addr),
+        }
     }
     protection.uffd().unprotect(address, PAGE_SIZE)
 }

@@ -23,6 +23,10 @@ impl CutTarget for Machine {
         Machine::run_state(self)
     }
 
+    fn look_at_disks(&self) -> Vec<String> {
+        Machine::look_at_disks(self)
+    }
+
     fn prepare_pause(&self) -> Result<(), TargetError> {
         Ok(self.hold_devices()?)
     }

@@ -3,10 +3,12 @@
 //! ```text
 //!  control thread          copier thread            fault thread            device threads
 //!  cut():                                           (write faults)          (before_write)
+//!    harvest, protect what                            lets the write go,
+//!    is dirty already                                 notes "touched"
 //!    pause
 //!    save devices
 //!    harvest, +carry = pages, now debt
-//!    capture RAM, arm disks
+//!    protect the rest and what was touched, or copy; arm disks
 //!    resume  ───────────▶  page by page:
 //!                          claim, copy into a   ◀─▶ claim, copy, then   ◀─▶ claim, copy, then
 //!                          slot, let go              let the write go       let the write go
@@ -20,6 +22,8 @@
 //!   (`debts`); a page that was not handed out is never forgotten.
 //! - A page of a cut is copied exactly once, by whoever claims it, before its content may change
 //!   (`states`).
+//! - A page that is protected before the pause and written before it is protected again in it: its
+//!   protection is only lifted after it was noted as touched.
 //! - Nobody holds a claim while waiting for a slot, so that claims are always short.
 //! - The guest waits for a slot a bounded time; then the job is cancelled and every write passes.
 //! - One job at a time; only the copier ends it, and only when nothing of it is armed any more.
@@ -72,6 +76,10 @@ pub trait CutTarget: Send + Sync + 'static {
     fn ram(&self) -> &[RamRange];
     /// What it does.
     fn run_state(&self) -> RunState;
+    /// Marks what other programs changed on the disks, and returns what is new about them, in words.
+    fn look_at_disks(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// Makes devices idle while the vCPUs go on, so that the pause does not wait for them. `resume`
     /// lets them go on.
     fn prepare_pause(&self) -> Result<(), TargetError>;
@@ -98,6 +106,8 @@ pub trait Outbox: Send + Sync + 'static {
     fn end(&self, cut: CutId);
     /// The round or cut ended early; its bits are dirty again.
     fn abandoned(&self, cut: CutId, why: &str);
+    /// Something happened to a disk that somebody should look at.
+    fn disk_news(&self, news: &str);
 }
 
 /// Where the content goes: one reader's staging memory and its socket.

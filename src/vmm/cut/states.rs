@@ -1,4 +1,5 @@
-//! Per-page states of the cut in progress, in two bits a page.
+//! Per-page states of the cut in progress, in two bits a page, and of the one being prepared, in a
+//! third.
 //!
 //! ```text
 //!                arm               claim                      finish
@@ -9,6 +10,8 @@
 //! `busy` is a lock of one page: whoever sets it may look at `armed`; if that was set he takes it away
 //! and owns the copy, else he lets go. Arming is a copy of bitmap words, which is what a pause can
 //! afford: 64 pages a store.
+//!
+//! `touched` is apart from these: set when a page's protection is lifted while no cut is in progress.
 //!
 //! Invariants: at most one owner a page at a time; a page whose `armed` and then `busy` were seen as
 //! zero was copied (or never armed). Arming happens only while no claim is held.
@@ -22,6 +25,7 @@ use crate::page::{Layout, PageAddr, PageRange, RegionId};
 struct RegionStates {
     armed: Vec<AtomicU64>,
     busy: Vec<AtomicU64>,
+    touched: Vec<AtomicU64>,
 }
 
 /// The states of all pages of a guest.
@@ -39,6 +43,7 @@ impl PageStates {
         let regions = layout.regions().iter().map(|region| RegionStates {
             armed: zeros(region.pages),
             busy: zeros(region.pages),
+            touched: zeros(region.pages),
         });
         Self {
             regions: regions.collect(),
@@ -63,6 +68,32 @@ impl PageStates {
                 state.store(*word, Ordering::SeqCst);
             }
         }
+    }
+
+    /// The page's protection is about to be lifted although no cut is in progress.
+    pub fn touch(&self, addr: PageAddr) {
+        let touched = &self.regions[usize::from(addr.region.0)].touched;
+        touched[addr.page as usize / 64].fetch_or(1 << (addr.page % 64), Ordering::SeqCst);
+    }
+
+    /// No page was touched from here on.
+    pub fn forget_touched(&self) {
+        let touched = self.regions.iter().flat_map(|region| &region.touched);
+        touched.for_each(|word| word.store(0, Ordering::SeqCst));
+    }
+
+    /// Pages of the cut that are not protected, when `before` were protected before the pause.
+    pub fn unprotected(
+        &self,
+        region: RegionId,
+        pages: &PageBitmap,
+        before: &PageBitmap,
+    ) -> PageBitmap {
+        let touched = &self.regions[usize::from(region.0)].touched;
+        let words = pages.words().iter().zip(before.words()).zip(touched);
+        let words = words
+            .map(|((page, before), touched)| page & !(before & !touched.load(Ordering::SeqCst)));
+        PageBitmap::from_words(words.collect(), pages.pages()).expect("as many pages")
     }
 
     /// Takes every page that was not claimed out of the cut.

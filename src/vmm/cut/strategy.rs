@@ -4,7 +4,8 @@
 //!   Strategy::capture(pages)  in the pause      Capture::copy_page   afterwards, page by page
 //!   ─────────────────────────────────────       ─────────────────────────────────────────────
 //!   StopAndCopy   copies all into a buffer      from the buffer
-//!   CopyOnWrite   arms and protects             claims, copies from the guest; release() lets go
+//!   CopyOnWrite   arms, protects what is not    claims, copies from the guest; release() lets go
+//!                 protected since prepare()
 //!   (live)        nothing: a fuzzy round        from the guest as it is by then
 //! ```
 //!
@@ -33,9 +34,14 @@ pub trait Strategy: Send + Sync {
     /// Its name.
     fn kind(&self) -> CutStrategy;
 
-    /// Makes the RAM pages of the set readable with their content of now. The guest is paused. On
-    /// failure nothing is left behind.
-    fn capture(&self, pages: &Arc<PageSet>) -> io::Result<Box<dyn Capture>>;
+    /// Makes the RAM pages of the set readable with their content of now. The guest is paused;
+    /// `prepared` are pages of the set that [`CopyOnWrite::prepare`] was given for this cut. No fault
+    /// is answered meanwhile. On failure nothing is left behind.
+    fn capture(
+        &self,
+        pages: &Arc<PageSet>,
+        prepared: Option<&PageSet>,
+    ) -> io::Result<Box<dyn Capture>>;
 }
 
 /// RAM content of one instant. Pages are asked for in ascending order.
@@ -151,7 +157,11 @@ impl Strategy for StopAndCopy {
         CutStrategy::StopAndCopy
     }
 
-    fn capture(&self, pages: &Arc<PageSet>) -> io::Result<Box<dyn Capture>> {
+    fn capture(
+        &self,
+        pages: &Arc<PageSet>,
+        _prepared: Option<&PageSet>,
+    ) -> io::Result<Box<dyn Capture>> {
         let count: u64 = ram_maps(self.pages.ranges(), pages)
             .map(|(_, map)| map.count())
             .sum();
@@ -215,8 +225,8 @@ pub struct CopyOnWrite {
     uffd: Uffd,
     pages: Arc<GuestPages>,
     states: Arc<PageStates>,
-    /// Held while protection is armed, and while one fault is answered: an answer that was decided
-    /// on before an arming must not lift what the arming protects.
+    /// Held from the arming in the pause until the job can be found, and while one fault is answered:
+    /// an answer that was decided on before must not lift what the arming protects.
     gate: Mutex<()>,
     broken: AtomicBool,
 }
@@ -247,7 +257,7 @@ impl CopyOnWrite {
         &self.pages
     }
 
-    /// Keeps armings out while a fault is answered.
+    /// Keeps armings out while a fault is answered, and answers while a cut is armed.
     pub fn answering(&self) -> MutexGuard<'_, ()> {
         lock(&self.gate)
     }
@@ -267,7 +277,34 @@ impl CopyOnWrite {
         }
     }
 
-    fn unprotect_all(&self, pages: &PageSet) {
+    /// Protects pages while the guest runs, for a cut that follows at once: the pause has only those
+    /// left that were touched meanwhile. Call [`unprotect_all`](Self::unprotect_all) if it does not
+    /// come to the cut. On failure nothing is left behind.
+    pub fn prepare(&self, pages: &PageSet) -> io::Result<()> {
+        if self.is_broken() {
+            return Err(io::Error::other("userfaultfd failed before"));
+        }
+        self.states.forget_touched();
+        let protected = ram_maps(self.pages.ranges(), pages)
+            .try_for_each(|(range, map)| self.protect(range, map));
+        if protected.is_err() {
+            self.unprotect_all(pages);
+        }
+        protected
+    }
+
+    fn protect(&self, range: &RamRange, pages: &PageBitmap) -> io::Result<()> {
+        pages
+            .runs(PROTECT_GAP_PAGES)
+            .into_iter()
+            .try_for_each(|run| {
+                let start = range.hva + run.start as usize * PAGE_SIZE;
+                self.uffd.protect(start, run.len() as usize * PAGE_SIZE)
+            })
+    }
+
+    /// Lifts the protection of all pages of a set.
+    pub fn unprotect_all(&self, pages: &PageSet) {
         for (range, map) in ram_maps(self.pages.ranges(), pages) {
             for run in map.runs(PROTECT_GAP_PAGES) {
                 self.unprotect(range.region, run);
@@ -295,17 +332,23 @@ impl Strategy for Arc<CopyOnWrite> {
         CutStrategy::CopyOnWrite
     }
 
-    fn capture(&self, pages: &Arc<PageSet>) -> io::Result<Box<dyn Capture>> {
+    fn capture(
+        &self,
+        pages: &Arc<PageSet>,
+        prepared: Option<&PageSet>,
+    ) -> io::Result<Box<dyn Capture>> {
         if self.is_broken() {
             return Err(io::Error::other("userfaultfd failed before"));
         }
-        let _gate = lock(&self.gate);
         let protected = ram_maps(self.pages.ranges(), pages).try_for_each(|(range, map)| {
             self.states.arm(range.region, map);
-            map.runs(PROTECT_GAP_PAGES).into_iter().try_for_each(|run| {
-                let start = range.hva + run.start as usize * PAGE_SIZE;
-                self.uffd.protect(start, run.len() as usize * PAGE_SIZE)
-            })
+            match prepared.map(|prepared| prepared.region(range.region)) {
+                None => self.protect(range, map),
+                Some(before) => {
+                    let missing = self.states.unprotected(range.region, map, before);
+                    self.protect(range, &missing)
+                }
+            }
         });
         if let Err(error) = protected {
             self.states.disarm(pages);

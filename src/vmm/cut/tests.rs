@@ -163,6 +163,20 @@ fn until_something_was_settled_everything_is_dirty() {
 }
 
 #[test]
+fn a_page_that_is_touched_before_the_pause_and_written_after_it_is_exact() {
+    let guest = TestGuest::start(1, Fault::None);
+    guest.stop_writing();
+    let engine = CutEngine::new(guest.target()).unwrap();
+    let mut reader = Reader::attach(&engine, &guest, small());
+    guest.set_fault(Fault::WritesAroundThePause);
+    for _ in 0..20 {
+        // The copier begins after the write.
+        let cut = reader.cut(&engine, CutStrategy::CopyOnWrite).unwrap();
+        reader.check(&cut).unwrap();
+    }
+}
+
+#[test]
 fn a_paused_guest_stays_paused_over_a_cut() {
     let guest = TestGuest::start(2, Fault::None);
     let engine = CutEngine::new(guest.target()).unwrap();
@@ -214,7 +228,12 @@ fn the_check_catches_a_lost_bit_a_late_disk_write_and_a_guest_that_is_not_stoppe
     ] {
         let guest = TestGuest::start(2, fault);
         let engine = CutEngine::new(guest.target()).unwrap();
-        let mut reader = Reader::attach(&engine, &guest, small());
+        // Room for all that the writers touch before the reader takes: they must not wait for it.
+        let roomy = StagingOptions {
+            slots: 4096,
+            ..small()
+        };
+        let mut reader = Reader::attach(&engine, &guest, roomy);
         let caught = (0..2000).any(|number| {
             let cut = engine.cut(STRATEGIES[number % 2]).unwrap();
             let before = guest.writes();

@@ -9,7 +9,7 @@
 //! read is either read with the change or marked again.
 //!
 //! The file is locked (flock) from opening to `Disk::unlock` or drop: exclusively if the guest may
-//! write it, shared otherwise.
+//! write it, shared otherwise. Programs that do not ask for the lock are seen by `watch`.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -118,6 +118,20 @@ impl Disk {
         let mut dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
         into.union(&dirty);
         dirty.clear_all();
+    }
+
+    /// Counts all pages as changed.
+    pub(crate) fn mark_all(&self) {
+        let mut dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
+        dirty.set_range(PageRange {
+            start: 0,
+            end: self.pages,
+        });
+    }
+
+    /// The open file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Sets or removes the hook. A change that has already passed the old hook is not held up: set it

@@ -11,6 +11,7 @@ pub(crate) mod genid;
 pub(crate) mod request;
 pub(crate) mod serial;
 pub(crate) mod virtio_mmio;
+pub(crate) mod watch;
 
 use std::io;
 

@@ -60,6 +60,11 @@ impl Outbox for Frames {
         let why = why.to_owned();
         self.send(protocol::encode(&FromVmm::Abandoned { cut, why }));
     }
+
+    fn disk_news(&self, news: &str) {
+        let news = news.to_owned();
+        self.send(protocol::encode(&FromVmm::DiskNews { news }));
+    }
 }
 
 /// The daemon's connection as the process keeps it.

@@ -26,6 +26,10 @@ impl Outbox for Channel {
     fn abandoned(&self, cut: CutId, why: &str) {
         let _ = self.0.send(Event::Abandoned(cut, why.to_owned()));
     }
+
+    fn disk_news(&self, news: &str) {
+        panic!("the tests' guests have no disk files: {news}");
+    }
 }
 
 /// A reader with the image it has so far.
