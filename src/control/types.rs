@@ -194,6 +194,8 @@ pub enum SyncPath {
     Resume,
     /// Sent what changed since the last durable checkpoint.
     Delta,
+    /// Sent what differs from the standby's newest point.
+    Compare,
     /// Sent everything.
     Full,
 }

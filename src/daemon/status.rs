@@ -285,6 +285,7 @@ pub(super) fn sync_path(path: primary::SyncPath) -> SyncPath {
     match path {
         primary::SyncPath::Resume => SyncPath::Resume,
         primary::SyncPath::Delta => SyncPath::Delta,
+        primary::SyncPath::Compare => SyncPath::Compare,
         primary::SyncPath::Full => SyncPath::Full,
     }
 }

@@ -17,7 +17,8 @@
 //!   So until the frame ends such a page counts as not shadowed, and is shipped whole if it returns.
 //! * A frame that is void ([`abandon`](Encoder::abandon)) or lost ([`invalidate`](Encoder::invalidate))
 //!   takes the validity of its pages with it; they are shipped whole next time.
-//! * A full frame begins with no valid shadow at all, so that it depends on nothing before it.
+//! * A frame that is made by comparison with what the standby has
+//!   ([`push_unlike`](Encoder::push_unlike)) and a full frame begin with no valid shadow at all, so that it depends on nothing before it.
 //!
 //! The tree always holds what was pushed last. The first frame of an encoder must cover all RAM (a
 //! round over all contents comes first); otherwise [`finish`](Encoder::finish) has no root and panics.
@@ -27,6 +28,7 @@ use std::time::Duration;
 use super::bits::Bits;
 use super::delta::{self, DELTA_BYTES_LIMIT, Delta};
 use super::error::EncodeError;
+use super::fingerprint::{Fingerprints, fingerprint};
 use super::leaves;
 use super::shadow::Shadow;
 use super::tree::ImageTree;
@@ -153,10 +155,8 @@ impl Encoder {
     /// Begins a frame. Panics if the frame before was neither finished nor abandoned, or if the epochs
     /// are out of order.
     pub fn begin(&mut self, start: FrameStart) {
-        if start.full
-            && let Some(shadow) = &mut self.shadow
-        {
-            shadow.invalidate_all();
+        if start.full {
+            self.forget();
         }
         self.writer.begin(start, false);
         self.stats = EncodeStats::default();
@@ -167,6 +167,27 @@ impl Encoder {
     /// last content counts. Panics on a page outside the layout (the adapter has checked what its
     /// guest's process says) and if no frame was begun.
     pub fn push(&mut self, chunk: &Chunk, ship: Option<&PageSet>) -> Vec<Vec<u8>> {
+        self.push_if(chunk, |addr, _| ship.is_none_or(|set| set.get(addr)))
+    }
+
+    /// As [`push`](Self::push), of pages that the standby has otherwise; `known` is what it has. Call
+    /// [`forget`](Self::forget) after the frame was begun.
+    pub fn push_unlike(&mut self, chunk: &Chunk, known: &Fingerprints) -> Vec<Vec<u8>> {
+        self.push_if(chunk, |addr, page| known.get(addr) != fingerprint(page))
+    }
+
+    /// What the standby had until now is not known any more.
+    pub fn forget(&mut self) {
+        if let Some(shadow) = &mut self.shadow {
+            shadow.invalidate_all();
+        }
+    }
+
+    fn push_if(
+        &mut self,
+        chunk: &Chunk,
+        ship: impl Fn(PageAddr, &[u8; PAGE_SIZE]) -> bool,
+    ) -> Vec<Vec<u8>> {
         assert!(self.writer.is_open(), "no frame was begun");
         let (contents, _) = chunk.memory.bytes().as_chunks::<PAGE_SIZE>();
         // Changed pages that are neighbours in the chunk and in the image, from this index on.
@@ -176,7 +197,7 @@ impl Encoder {
                 self.layout.contains(addr),
                 "{addr:?} is outside the guest's layout"
             );
-            let ship = ship.is_none_or(|set| set.get(addr));
+            let ship = ship(addr, page);
             if !ship {
                 self.stats.refreshed += 1;
             } else {

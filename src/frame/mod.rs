@@ -62,6 +62,7 @@ mod check;
 mod delta;
 mod encode;
 mod error;
+mod fingerprint;
 mod format;
 mod leaves;
 mod manifest;
@@ -78,6 +79,10 @@ pub use check::FrameCheck;
 pub use delta::apply as apply_delta;
 pub use encode::{EncodeOptions, EncodeStats, Encoder, Finished};
 pub use error::{EncodeError, FrameError};
+pub use fingerprint::{
+    DiskFingerprints, FINGERPRINT_BYTES, FINGERPRINT_PAGES_MAX, Fingerprint, Fingerprints,
+    fingerprint,
+};
 pub use format::{FORMAT_VERSION, Footer, HEADER_BYTES, PartHeader};
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
 pub use merge::{Merger, merge};

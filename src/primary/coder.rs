@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
-use crate::frame::{Codec, EncodeError, Encoder, Finished, FrameStart, Manifest};
+use crate::frame::{Codec, EncodeError, Encoder, Fingerprints, Finished, FrameStart, Manifest};
 use crate::guest::Chunk;
 use crate::page::Layout;
 
@@ -30,6 +30,17 @@ pub(super) struct Coder {
     ticket: u64,
     /// The pages of the frame that was begun and neither finished nor reset.
     open: Option<PageSet>,
+}
+
+/// Which of the pages that are handed out the standby needs.
+#[derive(Clone)]
+pub(super) enum Ship {
+    /// All.
+    All,
+    /// These; it has the others as they are.
+    Only(Arc<PageSet>),
+    /// Those that it has otherwise.
+    Unlike(Arc<Fingerprints>),
 }
 
 struct Slot {
@@ -73,10 +84,16 @@ impl Coder {
         done.expect("no reset while somebody waits")
     }
 
-    /// Opens a frame.
-    pub(super) async fn begin(&mut self, start: FrameStart) {
+    /// Opens a frame. `afresh`: what the standby had until now is not known any more.
+    pub(super) async fn begin(&mut self, start: FrameStart, afresh: bool) {
         self.open = Some(PageSet::new(&self.layout));
-        self.work(move |encoder| encoder.begin(start)).await;
+        self.work(move |encoder| {
+            encoder.begin(start);
+            if afresh {
+                encoder.forget();
+            }
+        })
+        .await;
     }
 
     /// The open frame will carry these pages (perhaps as "same").
@@ -84,18 +101,22 @@ impl Coder {
         self.open.as_mut().expect("a frame is open").union(pages);
     }
 
-    /// Encodes content; see [`Encoder::push`]. A codec is for this content and what follows.
+    /// Encodes content; see [`Encoder::push`] and [`Encoder::push_unlike`]. A codec is for this content and what follows.
     pub(super) async fn push(
         &self,
         chunk: Chunk,
-        ship: Option<Arc<PageSet>>,
+        ship: Ship,
         codec: Option<Codec>,
     ) -> Vec<Vec<u8>> {
         self.work(move |encoder| {
             if let Some(codec) = codec {
                 encoder.set_codec(codec);
             }
-            encoder.push(&chunk, ship.as_deref())
+            match &ship {
+                Ship::All => encoder.push(&chunk, None),
+                Ship::Only(pages) => encoder.push(&chunk, Some(pages)),
+                Ship::Unlike(known) => encoder.push_unlike(&chunk, known),
+            }
         })
         .await
     }
@@ -202,10 +223,10 @@ mod tests {
             let encoder = Encoder::new(layout.clone(), EncodeOptions::default()).unwrap();
             let mut coder = Coder::new(env, encoder);
             let all = PageSet::full(&layout);
-            coder.begin(start(1, true)).await;
+            coder.begin(start(1, true), false).await;
             coder.add(&all);
-            coder.push(page(0, 1), None, None).await;
-            coder.push(page(1, 1), None, None).await;
+            coder.push(page(0, 1), Ship::All, None).await;
+            coder.push(page(1, 1), Ship::All, None).await;
             let manifest = || manifest(&layout);
             let now = Timestamp(1);
             let (first, pages) = coder.finish(manifest(), now, Duration::ZERO).await.unwrap();
@@ -213,20 +234,20 @@ mod tests {
 
             // The second frame's page is on its way to the encoder, and with it the finish, when the
             // session ends.
-            drop_midway(coder.begin(start(2, false)));
+            drop_midway(coder.begin(start(2, false), false));
             if lag == 0 {
                 coder.add(&all);
-                coder.push(page(0, 2), None, None).await;
+                coder.push(page(0, 2), Ship::All, None).await;
                 drop_midway(coder.finish(manifest(), now, Duration::ZERO));
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             coder.reset(vec![]).await;
             assert!(!coder.is_open());
 
-            coder.begin(start(3, false)).await;
+            coder.begin(start(3, false), false).await;
             tokio::time::sleep(Duration::from_millis(20)).await;
             coder.add(&all);
-            coder.push(page(0, 2), None, None).await;
+            coder.push(page(0, 2), Ship::All, None).await;
             let (third, _) = coder.finish(manifest(), now, Duration::ZERO).await.unwrap();
             assert_eq!(third.stats.same, 0, "the standby does not have that page");
         }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   first of a session, full    round(All), ship all        ─┐
+//!   first of a session, compare round(All), ship what differs│
 //!   first of a session, audit   round(All), ship dirty       ├─▶ round(Dirty)* ─▶ cut ─▶ finish
 //!   much is dirty               round(Dirty)                 │   while it shrinks
 //!   else                        ─────────────────────────────┘
@@ -17,13 +18,14 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::coder::Ship;
 use super::engine::{Engine, Handing, InFlight};
 use super::plan::{Plan, SyncPath};
 use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
 use super::{Compression, Phase, Progress};
 use crate::bitmap::PageSet;
-use crate::frame::{Codec, EncodeStats, FrameStart, Manifest};
+use crate::frame::{Codec, EncodeStats, Fingerprints, FrameStart, Manifest};
 use crate::guest::{Contents, Guest, GuestError, RunState};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
@@ -70,14 +72,15 @@ impl<G: Guest> Builder<'_, G> {
     /// Makes the next checkpoint and queues it. `Ok(false)`: given back, to be tried again. After the
     /// `last` one the guest stands still.
     pub async fn build(&mut self, last: bool) -> Result<bool, SessionEnd> {
+        let known = self.compare().await?;
         let plan = self.first.clone();
         let full = plan.as_ref().is_some_and(|p| p.path == SyncPath::Full);
         let audit = plan.as_ref().is_some_and(|p| p.audit);
-        let epoch = self.begin(full).await;
+        let epoch = self.begin(full, known.is_some()).await;
 
         let everything = full || audit;
         if everything || self.engine.round_first || last {
-            self.rounds(everything, full).await?;
+            self.rounds(everything, full, known).await?;
         }
 
         let started = Instant::now();
@@ -102,7 +105,7 @@ impl<G: Guest> Builder<'_, G> {
         }
         self.engine.coder.add(&cut.dirty);
         let reading = Instant::now();
-        self.take(Taking::Cut, None, 0).await?;
+        self.take(Taking::Cut, Ship::All, 0).await?;
         self.engine
             .meters
             .guest
@@ -154,8 +157,48 @@ impl<G: Guest> Builder<'_, G> {
         Ok(true)
     }
 
+    /// If the session begins with a comparison: what the standby has. If it cannot tell, everything
+    /// is sent instead.
+    async fn compare(&mut self) -> Result<Option<Arc<Fingerprints>>, SessionEnd> {
+        let Some(plan) = self.first.as_mut().filter(|p| p.path == SyncPath::Compare) else {
+            return Ok(None);
+        };
+        let (epoch, reason) = (self.head.epoch, plan.reason.clone());
+        let mut known = Fingerprints::new(&self.engine.guest.info().layout);
+        self.queue.push(ToStandby::Compare { epoch });
+        while !known.complete() {
+            match self.events.recv().await {
+                Some(Event::Fingerprints { first, pages }) => {
+                    let (pages, rest) = pages.as_chunks();
+                    if pages.is_empty() || !rest.is_empty() || !known.add(first, pages) {
+                        return Err(SessionEnd::lost(
+                            "the standby's fingerprints are out of order",
+                        ));
+                    }
+                }
+                Some(Event::Incomparable(why)) => {
+                    let plan = Plan {
+                        path: SyncPath::Full,
+                        reason: format!(
+                            "{reason}, and what the standby has cannot be compared: {why}"
+                        ),
+                        audit: true,
+                        resync: None,
+                    };
+                    let shown = (plan.path, plan.reason.clone());
+                    self.engine.publish(|s| s.path = Some(shown));
+                    self.first = Some(plan);
+                    return Ok(None);
+                }
+                Some(event) => self.apply(event).await?,
+                None => return Err(SessionEnd::lost("the link's reader ended")),
+            }
+        }
+        Ok(Some(Arc::new(known)))
+    }
+
     /// Opens a frame in the encoder.
-    async fn begin(&mut self, full: bool) -> Epoch {
+    async fn begin(&mut self, full: bool, afresh: bool) -> Epoch {
         let epoch = self.engine.last_epoch.next();
         self.engine.last_epoch = epoch;
         let start = FrameStart {
@@ -167,12 +210,17 @@ impl<G: Guest> Builder<'_, G> {
             parent_root: self.head.root,
             full,
         };
-        self.engine.coder.begin(start).await;
+        self.engine.coder.begin(start, afresh).await;
         epoch
     }
 
     /// Fuzzy rounds until little is dirty or it stops shrinking.
-    async fn rounds(&mut self, everything: bool, full: bool) -> Result<(), SessionEnd> {
+    async fn rounds(
+        &mut self,
+        everything: bool,
+        full: bool,
+        mut known: Option<Arc<Fingerprints>>,
+    ) -> Result<(), SessionEnd> {
         let mut contents = if everything {
             Contents::All
         } else {
@@ -183,7 +231,8 @@ impl<G: Guest> Builder<'_, G> {
             let round = self.engine.guest.round(contents).await?;
             let dirty = round.dirty.count();
             let all = contents == Contents::All;
-            if full && all {
+            // What is sent is lost with the frame, and not only what is dirty is sent.
+            if all && (full || known.is_some()) {
                 let all = PageSet::full(&self.engine.guest.info().layout);
                 self.engine.coder.add(&all);
             } else {
@@ -194,7 +243,11 @@ impl<G: Guest> Builder<'_, G> {
             } else {
                 dirty
             };
-            let ship = (all && !full).then_some(round.dirty);
+            let ship = match known.take() {
+                Some(known) if all => Ship::Unlike(known),
+                _ if all && !full => Ship::Only(Arc::new(round.dirty)),
+                _ => Ship::All,
+            };
             self.take(Taking::Round, ship, total).await?;
             let next_is_likely_small = !all
                 && (dirty <= self.engine.options.round_pages
@@ -212,13 +265,7 @@ impl<G: Guest> Builder<'_, G> {
     }
 
     /// Takes all content of a round or cut, encodes and queues it.
-    async fn take(
-        &mut self,
-        taking: Taking,
-        ship: Option<PageSet>,
-        total: u64,
-    ) -> Result<(), SessionEnd> {
-        let ship = ship.map(Arc::new);
+    async fn take(&mut self, taking: Taking, ship: Ship, total: u64) -> Result<(), SessionEnd> {
         let mut done = 0u64;
         loop {
             if taking == Taking::Round {
@@ -356,6 +403,10 @@ impl<G: Guest> Builder<'_, G> {
                     why.unwrap_or_else(|| "it was not offered".into())
                 ))),
             },
+            // Asked for and taken in `compare`.
+            Event::Fingerprints { .. } | Event::Incomparable(_) => {
+                Err(SessionEnd::lost("the standby spoke out of turn"))
+            }
             Event::End(end) => Err(end),
         }
     }

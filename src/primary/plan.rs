@@ -2,17 +2,19 @@
 //!
 //! ```text
 //!   standby has no point, or its newest is damaged .............. full
-//!   guest tracks no base (it was started anew, or never settled)  full
-//!   the base lies in another journal ............................ full
-//!   the standby is behind the base (it lost acked points) ....... full
 //!   a repair was ordered (roots differed) ....................... full
+//!   guest tracks no base (it was started anew, or never settled)  compare
+//!   the base lies in another journal ............................ compare
+//!   the standby is behind the base (it lost acked points) ....... compare
 //!   checkpoints on their way did not all arrive ................. delta
 //!   we do not know the image (this process is new) .............. delta, with an audit
 //!   else ........................................................ resume
 //! ```
 //!
 //! An *audit* reads all RAM and disks, ships only what is dirty, and so proves by the image root that
-//! the standby has everything else.
+//! the standby has everything else. To *compare* is to ask the standby for the fingerprints of all pages
+//! of its newest point, to read everything, and to ship what differs. It may say that it cannot tell;
+//! everything is sent then.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +31,8 @@ pub enum SyncPath {
     Resume,
     /// What changed since the standby's newest point is sent.
     Delta,
+    /// What differs from the standby's newest point is sent.
+    Compare,
     /// Everything is sent.
     Full,
 }
@@ -39,6 +43,7 @@ impl SyncPath {
         match self {
             Self::Resume => "resume",
             Self::Delta => "delta",
+            Self::Compare => "compare",
             Self::Full => "full",
         }
     }
@@ -92,20 +97,24 @@ pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
         );
         return full(Why::Mismatch, reason);
     }
+    let compare = |why: Why, reason: String| Plan {
+        path: SyncPath::Compare,
+        ..full(why, reason)
+    };
     let Some(base) = memory.base else {
         let reason = "this run of the guest has no durable checkpoint yet";
-        return full(Why::GuestRestarted, reason.into());
+        return compare(Why::GuestRestarted, reason.into());
     };
     if base.journal != opened.journal {
         let reason = "the standby's journal is not the one that holds the last checkpoint";
-        return full(Why::JournalChanged, reason.into());
+        return compare(Why::JournalChanged, reason.into());
     }
     if newest.epoch < base.epoch {
         let reason = format!(
             "the standby lost checkpoints that it had acknowledged: it has #{}, we settled #{}",
             newest.epoch, base.epoch
         );
-        return full(Why::BaseLost, reason);
+        return compare(Why::BaseLost, reason);
     }
     let delta = |why: Why, reason: &str| Plan {
         path: SyncPath::Delta,
@@ -150,13 +159,13 @@ mod tests {
             journal: JournalId([2; 16]),
             ..base(5).unwrap()
         });
-        use SyncPath::{Delta, Full, Resume};
+        use SyncPath::{Compare, Delta, Full, Resume};
         // standby's newest, base, newest sent, image known, repair -> path, audit
         let cases = [
             (None, base(5), Some(5), true, None, Full, true),
-            (Some(5), None, None, false, None, Full, true),
-            (Some(5), other, Some(5), true, None, Full, true),
-            (Some(4), base(5), Some(5), true, None, Full, true),
+            (Some(5), None, None, false, None, Compare, true),
+            (Some(5), other, Some(5), true, None, Compare, true),
+            (Some(4), base(5), Some(5), true, None, Compare, true),
             (
                 Some(5),
                 base(5),

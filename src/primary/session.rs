@@ -91,6 +91,8 @@ pub(super) enum Event {
     Mismatch { epoch: Epoch },
     Prepared { refused: Option<String> },
     Taken { refused: Option<String> },
+    Fingerprints { first: u64, pages: Vec<u8> },
+    Incomparable(String),
     End(SessionEnd),
 }
 
@@ -206,6 +208,8 @@ fn event(message: ToPrimary) -> Option<Event> {
         ToPrimary::Mismatch { epoch, .. } => Event::Mismatch { epoch },
         ToPrimary::Prepared { refused } => Event::Prepared { refused },
         ToPrimary::Taken { refused } => Event::Taken { refused },
+        ToPrimary::Fingerprints { first, pages } => Event::Fingerprints { first, pages },
+        ToPrimary::Incomparable { text } => Event::Incomparable(text),
         ToPrimary::Fenced { generation, site } => {
             Event::End(SessionEnd::Fenced { generation, site })
         }

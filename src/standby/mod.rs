@@ -21,6 +21,7 @@
 //!
 //! Not here: who may write which guest (the daemon's `lookup` decides), retention's schedule.
 
+mod compare;
 mod image;
 mod promote;
 mod replica;

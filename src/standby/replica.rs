@@ -59,6 +59,15 @@ pub enum ReplicaError {
     /// There is nothing to resume.
     #[error("guest {0} has no recovery point{1} here")]
     NoPoint(GuestId, String),
+    /// More pages than are compared.
+    #[error(
+        "a guest of {pages} pages is more than can be compared ({})",
+        crate::frame::FINGERPRINT_PAGES_MAX
+    )]
+    TooLarge {
+        /// Its pages.
+        pages: u64,
+    },
     /// The session was replaced by a newer one, or the copy was promoted.
     #[error("this session no longer owns the guest's copy, whose generation is {generation}")]
     Stale {
@@ -377,7 +386,7 @@ impl<S: Store> Replica<S> {
         self.status.send_modify(|s| s.receiving = false);
     }
 
-    fn own(&self, session: SessionId) -> Result<(), ReplicaError> {
+    pub(super) fn own(&self, session: SessionId) -> Result<(), ReplicaError> {
         if session.0 == self.session {
             return Ok(());
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
+use super::compare;
 use super::replica::{Receipt, Replica, ReplicaError, SessionId};
 use crate::clock::Env;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
@@ -120,7 +121,7 @@ pub async fn serve<S: Store>(
     (end, Some(guest))
 }
 
-fn lock<S: Store>(replica: &Mutex<Replica<S>>) -> MutexGuard<'_, Replica<S>> {
+pub(super) fn lock<S: Store>(replica: &Mutex<Replica<S>>) -> MutexGuard<'_, Replica<S>> {
     replica.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -198,6 +199,12 @@ async fn receive<S: Store>(
                 env.offload(move || lock(&owner).abandon(session))
                     .await
                     .map_err(|_| SessionEnd::Stale)?;
+            }
+            ToStandby::Compare { epoch } => {
+                let OpenSession {
+                    replica, session, ..
+                } = opened;
+                compare::answer(env, replica, *session, tx, epoch).await?;
             }
             ToStandby::Prepare => {
                 let refused = lookup.prepare(&opened.guest).await.err();

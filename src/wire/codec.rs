@@ -181,6 +181,7 @@ mod kind {
     pub const CLOSE: u8 = 0x06;
     pub const PREPARE: u8 = 0x07;
     pub const TAKE: u8 = 0x08;
+    pub const COMPARE: u8 = 0x09;
 
     pub const HELLO_REPLY: u8 = 0x81;
     pub const OPENED: u8 = 0x82;
@@ -192,6 +193,8 @@ mod kind {
     pub const PONG: u8 = 0x88;
     pub const PREPARED: u8 = 0x89;
     pub const TAKEN: u8 = 0x8a;
+    pub const FINGERPRINTS: u8 = 0x8b;
+    pub const INCOMPARABLE: u8 = 0x8c;
 }
 
 impl Message for ToStandby {
@@ -203,7 +206,7 @@ impl Message for ToStandby {
             kind::HELLO => Bounds::control(6, limits::HELLO_BYTES_MAX),
             kind::OPEN => Bounds::control(8, limits::CONTROL_BYTES_MAX),
             kind::PART => Bounds::part(),
-            kind::ABANDON => Bounds::control(1, limits::SMALL_BYTES_MAX),
+            kind::ABANDON | kind::COMPARE => Bounds::control(1, limits::SMALL_BYTES_MAX),
             kind::PING => Bounds::control(2, limits::SMALL_BYTES_MAX),
             kind::CLOSE | kind::PREPARE => Bounds::control(0, 0),
             kind::TAKE => Bounds::control(2, limits::SMALL_BYTES_MAX),
@@ -223,6 +226,7 @@ impl Message for ToStandby {
             Self::Ping { nonce, at } => (kind::PING, to_body(&(nonce, at))),
             Self::Close => (kind::CLOSE, Vec::new()),
             Self::Prepare => (kind::PREPARE, Vec::new()),
+            Self::Compare { epoch } => (kind::COMPARE, to_body(&epoch)),
             Self::Take { epoch, generation } => (kind::TAKE, to_body(&(epoch, generation))),
         };
         encoded::<Self>(kind, body)
@@ -242,6 +246,9 @@ impl Message for ToStandby {
             }
             kind::CLOSE => Self::Close,
             kind::PREPARE => Self::Prepare,
+            kind::COMPARE => Self::Compare {
+                epoch: exact(header, &body)?,
+            },
             kind::TAKE => {
                 let (epoch, generation) = exact(header, &body)?;
                 Self::Take { epoch, generation }
@@ -275,6 +282,8 @@ impl Message for ToPrimary {
             kind::FENCED => Bounds::control(3, limits::SMALL_BYTES_MAX),
             kind::REFUSED => Bounds::control(2, limits::TEXT_MESSAGE_BYTES_MAX),
             kind::ABANDONED => Bounds::control(2, limits::TEXT_MESSAGE_BYTES_MAX),
+            kind::FINGERPRINTS => Bounds::control(2, limits::CONTROL_BYTES_MAX),
+            kind::INCOMPARABLE => Bounds::control(1, limits::TEXT_MESSAGE_BYTES_MAX),
             kind::PONG => Bounds::control(2, limits::SMALL_BYTES_MAX),
             kind::PREPARED | kind::TAKEN => Bounds::control(1, limits::TEXT_MESSAGE_BYTES_MAX),
             _ => return None,
@@ -302,6 +311,8 @@ impl Message for ToPrimary {
             Self::Fenced { generation, site } => (kind::FENCED, to_body(&(generation, site))),
             Self::Refused { reason, text } => (kind::REFUSED, to_body(&(reason, cut(text)))),
             Self::Abandoned { epoch, text } => (kind::ABANDONED, to_body(&(epoch, cut(text)))),
+            Self::Fingerprints { first, pages } => (kind::FINGERPRINTS, to_body(&(first, pages))),
+            Self::Incomparable { text } => (kind::INCOMPARABLE, to_body(&cut(text))),
             Self::Prepared { refused } => (kind::PREPARED, to_body(&refused.map(cut))),
             Self::Taken { refused } => (kind::TAKEN, to_body(&refused.map(cut))),
             Self::Pong { nonce, at } => (kind::PONG, to_body(&(nonce, at))),
@@ -341,6 +352,13 @@ impl Message for ToPrimary {
                 let (epoch, text) = exact(header, &body)?;
                 Self::Abandoned { epoch, text }
             }
+            kind::FINGERPRINTS => {
+                let (first, pages) = exact(header, &body)?;
+                Self::Fingerprints { first, pages }
+            }
+            kind::INCOMPARABLE => Self::Incomparable {
+                text: exact(header, &body)?,
+            },
             kind::PREPARED => Self::Prepared {
                 refused: exact(header, &body)?,
             },

@@ -177,6 +177,12 @@ pub enum ToStandby {
     },
     /// The primary ends the link on purpose.
     Close,
+    /// What do you have? The standby answers with the fingerprints of all pages of this checkpoint, its
+    /// newest.
+    Compare {
+        /// The checkpoint.
+        epoch: Epoch,
+    },
     /// The guest will be handed over soon: is everything there that it needs? Nothing changes.
     Prepare,
     /// The guest is yours, from this checkpoint on and under this number. Its last owner has stopped
@@ -232,6 +238,18 @@ pub enum ToPrimary {
     Abandoned {
         /// The epoch.
         epoch: Epoch,
+        /// Why, for people.
+        text: String,
+    },
+    /// Answer to `Compare`, in as many messages as it takes, in order.
+    Fingerprints {
+        /// Number of the first page, counted through all regions.
+        first: u64,
+        /// Of this page and those that follow it, one after the other.
+        pages: Vec<u8>,
+    },
+    /// Answer to `Compare`: it cannot be told.
+    Incomparable {
         /// Why, for people.
         text: String,
     },

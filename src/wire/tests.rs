@@ -61,6 +61,7 @@ fn to_standby() -> Vec<(&'static str, ToStandby)> {
         ("ping", ToStandby::Ping { nonce: 7, at: AT }),
         ("close", ToStandby::Close),
         ("prepare", ToStandby::Prepare),
+        ("compare", ToStandby::Compare { epoch: Epoch(300) }),
         (
             "take",
             ToStandby::Take {
@@ -141,6 +142,19 @@ fn to_primary() -> Vec<(&'static str, ToPrimary)> {
             ToPrimary::Abandoned {
                 epoch: Epoch(300),
                 text: "fdatasync failed".into(),
+            },
+        ),
+        (
+            "fingerprints",
+            ToPrimary::Fingerprints {
+                first: 300,
+                pages: vec![0xa5; 32],
+            },
+        ),
+        (
+            "incomparable",
+            ToPrimary::Incomparable {
+                text: "no".to_owned(),
             },
         ),
         ("prepared", ToPrimary::Prepared { refused: None }),

@@ -1,8 +1,12 @@
 //! Daemons that end or are killed while the guest runs on.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
 use lifeboat::control::types::SyncPath;
 
-use crate::harness::{Options, Pair, epochs, kvm};
+use crate::harness::image::replay;
+use crate::harness::{GUEST, Options, Pair, epochs, kvm};
 
 #[test]
 fn a_primary_daemon_that_comes_back_sends_only_what_changed() {
@@ -50,6 +54,62 @@ fn a_primary_daemon_that_comes_back_sends_only_what_changed() {
         console.advances();
         pair.b.verify(&[]);
     }
+}
+
+#[test]
+fn a_guest_that_was_started_anew_is_compared_with_its_copy() {
+    if !kvm("a_guest_that_was_started_anew_is_compared_with_its_copy") {
+        return;
+    }
+    const DISK: u64 = 64 << 20;
+    let mut pair = Pair::new(Options::default());
+    let image = File::options()
+        .write(true)
+        .open(pair.a.dir().join("root.img"));
+    let image = image.unwrap();
+    image.set_len(DISK).unwrap();
+    // Content that does not compress, behind what the guest uses: blake3 of nothing, read on.
+    let mut noise = vec![0; DISK as usize - (8 << 20)];
+    blake3::Hasher::new().finalize_xof().fill(&mut noise);
+    image.write_all_at(&noise, 8 << 20).unwrap();
+    drop(image);
+    pair.protect();
+    let first = pair.at_a().sent_bytes;
+    assert!(
+        first > noise.len() as u64,
+        "{first} bytes for the first copy"
+    );
+
+    for round in 0..2 {
+        pair.a.console().advances();
+        let newest = pair.more_points(2);
+        let before = pair.at_a().sent_bytes;
+        pair.a.ok(&["guest", "stop", GUEST]);
+        if round == 1 {
+            // A new daemon too.
+            pair.a.terminate();
+            pair.a.start();
+        }
+        pair.a.ok(&["guest", "start", GUEST]);
+        let run = pair.a.ok(&["--timeout", "60s", "protect", GUEST]);
+        pair.point_after(newest);
+        let status = pair.at_a();
+        let sync = status.sync.unwrap_or_else(|| panic!("{run:?}"));
+        assert_eq!(sync.path, SyncPath::Compare, "round {round}: {sync:?}");
+        let sent = match round {
+            0 => status.sent_bytes - before,
+            _ => status.sent_bytes,
+        };
+        println!("round {round}: {sent} bytes by comparison, {first} for the first copy");
+        assert!(sent < first / 3, "round {round}: {sent} of {first} bytes");
+        pair.b.verify(&[]);
+    }
+    pair.a.kill();
+    let newest = pair.b.points()[0].epoch;
+    pair.b.terminate();
+    let copy = replay(&pair.b.journal(), newest).unwrap();
+    assert!(copy.bytes().last().unwrap()[8 << 20..] == noise);
+    pair.check_image(newest);
 }
 
 #[test]

@@ -1,0 +1,135 @@
+//! What this site has, for a primary that does not know: the fingerprints of all pages of the newest
+//! point.
+//!
+//! ```text
+//!   Compare ──▶ hold the point ──▶ disks: replay it, without the lock ──▶ ┐
+//!                              └─▶ memory: from the image, some pages at   ├─▶ Fingerprints ...
+//!                                  a time                                  ┘   or Incomparable
+//! ```
+//!
+//! Nothing changes here. The point stays the newest one while the session lives, because only its own
+//! primary, which waits for the answer, could add another; a session that ended is noticed at the next
+//! step.
+
+use std::sync::{Arc, Mutex};
+
+use super::replica::{Replica, ReplicaError, SessionId};
+use super::session::{SessionEnd, lock};
+use crate::clock::Env;
+use crate::frame::{
+    DiskFingerprints, FINGERPRINT_BYTES, FINGERPRINT_PAGES_MAX, Fingerprint, fingerprint,
+};
+use crate::ids::Epoch;
+use crate::journal::{Held, Store};
+use crate::page::PAGE_SIZE;
+use crate::wire::link::LinkTx;
+use crate::wire::message::ToPrimary;
+
+/// Pages of one message: 512 KiB of fingerprints, 128 MiB of memory.
+const PAGES: usize = 32 << 10;
+
+/// Pages that are hashed without giving the lock back: a few milliseconds.
+const PAGES_LOCKED: usize = 4 << 10;
+
+/// Answers `Compare`.
+pub(super) async fn answer<S: Store>(
+    env: &Env,
+    replica: &Arc<Mutex<Replica<S>>>,
+    session: SessionId,
+    tx: &mut impl LinkTx<ToPrimary>,
+    epoch: Epoch,
+) -> Result<(), SessionEnd> {
+    let owner = replica.clone();
+    let held = env.offload(move || lock(&owner).hold_newest(session, epoch));
+    let disks = match held.await {
+        Ok(held) => env.offload(move || disks(held)).await,
+        Err(ReplicaError::Stale { .. }) => return Err(SessionEnd::Stale),
+        Err(error) => Err(error.to_string()),
+    };
+    let disks = match disks {
+        Ok(disks) => disks,
+        Err(text) => return Ok(tx.send(ToPrimary::Incomparable { text }).await?),
+    };
+    let mut first = 0;
+    loop {
+        let mut pages = Vec::with_capacity(PAGES);
+        let at = first as usize;
+        while pages.len() < PAGES {
+            let (owner, from) = (replica.clone(), at + pages.len());
+            let some = env
+                .offload(move || lock(&owner).ram_fingerprints(session, from, PAGES_LOCKED))
+                .await
+                .map_err(|_| SessionEnd::Stale)?;
+            if some.is_empty() {
+                break;
+            }
+            pages.extend(some);
+        }
+        if pages.is_empty() {
+            break;
+        }
+        first = send(tx, first, &pages).await?;
+    }
+    for pages in disks.chunks(PAGES) {
+        first = send(tx, first, pages).await?;
+    }
+    Ok(())
+}
+
+/// Returns the number of the page after these.
+async fn send(
+    tx: &mut impl LinkTx<ToPrimary>,
+    first: u64,
+    pages: &[Fingerprint],
+) -> Result<u64, SessionEnd> {
+    tx.send(ToPrimary::Fingerprints {
+        first,
+        pages: pages.as_flattened().to_vec(),
+    })
+    .await?;
+    debug_assert_eq!(size_of_val(pages), pages.len() * FINGERPRINT_BYTES);
+    Ok(first + pages.len() as u64)
+}
+
+fn disks<S: Store>(held: Held<S>) -> Result<Vec<Fingerprint>, String> {
+    let layout = held.layout();
+    if layout.regions().len() == layout.ram_regions() {
+        return Ok(Vec::new());
+    }
+    let mut image = DiskFingerprints::new(layout);
+    let replayed = held.replay(&mut image, &mut |_| {});
+    replayed.map_err(|error| error.to_string())?;
+    Ok(image.finish())
+}
+
+impl<S: Store> Replica<S> {
+    fn hold_newest(&mut self, session: SessionId, epoch: Epoch) -> Result<Held<S>, ReplicaError> {
+        self.own(session)?;
+        let newest = self.journal.newest().map(|point| point.epoch);
+        if newest != Some(epoch) || self.shows != Some(epoch) {
+            return Err(ReplicaError::NoPoint(
+                self.guest.clone(),
+                format!(" #{epoch} that is the newest and undamaged"),
+            ));
+        }
+        let pages = self.journal.layout().map_or(0, |layout| layout.pages());
+        if pages > FINGERPRINT_PAGES_MAX {
+            return Err(ReplicaError::TooLarge { pages });
+        }
+        Ok(self.journal.view(epoch)?)
+    }
+
+    /// Of at most `count` pages of memory from page `first` on; none after the last.
+    fn ram_fingerprints(
+        &self,
+        session: SessionId,
+        first: usize,
+        count: usize,
+    ) -> Result<Vec<Fingerprint>, ReplicaError> {
+        self.own(session)?;
+        let image = self.image.as_ref().expect("an open session has an image");
+        let (pages, _) = image.bytes().as_chunks::<PAGE_SIZE>();
+        let pages = pages.iter().skip(first).take(count);
+        Ok(pages.map(fingerprint).collect())
+    }
+}
