@@ -27,7 +27,8 @@
 //!   the guest if we do not live to do it.
 //!
 //! What a daemon that is gone left behind costs each write of the guest a failed attempt, until the next
-//! daemon ends it. A daemon that hangs while QEMU connects holds up QEMU's main loop.
+//! daemon ends it. A daemon that hangs or dies while QEMU connects to it holds up QEMU's main loop, for a
+//! second.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -54,6 +55,8 @@ pub(super) const MIRROR: &str = "lifeboat-mirror-";
 const REFUSALS_MAX: u32 = 100;
 /// Time between two looks at jobs that are not in sync yet, or not gone.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Seconds that QEMU may take to connect to us. Its main loop waits for that.
+const CONNECT_WITHIN_S: u64 = 1;
 /// How long a job that was cancelled may take to go.
 const GONE_WITHIN: Duration = Duration::from_secs(30);
 
@@ -265,6 +268,7 @@ impl Disks {
         let target = json!({
             "driver": "nbd",
             "node-name": disk.job,
+            "open-timeout": CONNECT_WITHIN_S,
             "server": { "type": "unix", "path": self.socket },
             "export": disk.options.id.as_str(),
         });

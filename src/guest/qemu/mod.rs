@@ -50,8 +50,8 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use self::colo::Colo;
-use self::disks::{Disks, Which};
 pub use self::disks::{DiskOptions, MirrorOptions};
+use self::disks::{Disks, Which};
 use self::handout::{CHUNKS_LENT_MAX, Handout};
 use self::machine::Machine;
 use self::migrate::Plain;

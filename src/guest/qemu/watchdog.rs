@@ -29,10 +29,9 @@
 //! `migrate_cancel` is never used: when the migration has just become a COLO session, it leaves QEMU in
 //! a state that nothing ends.
 //!
-//! After 5 s of silence the connections to the mirrors are yanked; those jobs fail and the guest goes on.
-//!
-//! What nothing helps against is a daemon that hangs in the milliseconds in which QEMU connects to its
-//! NBD server: QEMU's main loop waits for that, and it cannot be yanked yet.
+//! After 5 s of silence the connections to the mirrors are yanked; those jobs pause and the guest goes on.
+//! A daemon that hangs while QEMU connects to its NBD server cannot be yanked yet; QEMU gives up by itself,
+//! after a second.
 //!
 //! With a monitor of its own it is connected all the time, because a connection that is made when QEMU
 //! is blocked is of no use, and it acts while the daemon hangs. With the daemon's monitor, which serves
@@ -56,8 +55,8 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::disks::MIRROR;
 use super::probe;
-use super::standstill;
 use super::qmp::{Qmp, QmpError};
+use super::standstill;
 
 const OPEN: u8 = b'o';
 const PROGRESS: u8 = b'p';
