@@ -147,6 +147,11 @@ impl Site {
         self.daemon.as_ref().expect("the daemon was started").id()
     }
 
+    /// SIGSTOP.
+    pub fn freeze(&self) {
+        signal(self.pid(), libc::SIGSTOP);
+    }
+
     /// SIGKILL, and waits for the end.
     pub fn kill(&mut self) {
         kill_now(&[self.pid()]);

@@ -304,6 +304,37 @@ async fn a_guest_in_the_wrong_state_is_refused() {
     assert_eq!(status(&vm).await, "running");
 }
 
+/// A daemon that dies while it ends a mirror leaves the guest stopped, with a mark of that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_a_daemon_left_standing_goes_on() {
+    if !have_qemu("a_guest_that_a_daemon_left_standing_goes_on") {
+        return;
+    }
+    let dir = workspace();
+    let vm = Vm::boot(dir.path(), "vm");
+    let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+    let leave_standing = async || {
+        let mark = json!({ "qom-type": "throttle-group", "id": "lifeboat-standstill" });
+        qmp.call("object-add", mark).await.unwrap();
+        qmp.call("stop", json!({})).await.unwrap();
+        vm.said().last().copied()
+    };
+    // Found by the next daemon.
+    let said = leave_standing().await;
+    let mut guest = vm.attach(Mode::Auto).await;
+    vm.progress(said);
+    // And by its watchdog, when it is gone itself.
+    guest.round(Contents::All).await.unwrap();
+    let said = leave_standing().await;
+    drop(guest);
+    let said = vm.progress(said);
+    vm.progress(Some(said));
+    // What its operator pauses stays paused: there is no mark any more.
+    qmp.call("stop", json!({})).await.unwrap();
+    let refused = QemuGuest::attach(vm.options(Mode::Auto)).await.err();
+    assert!(refused.is_some_and(|error| error.to_string().contains("is paused")));
+}
+
 /// Names the directory in which [`daemon_that_ends`] acts.
 const VICTIM: &str = "LIFEBOAT_TEST_QEMU_VICTIM";
 
