@@ -65,15 +65,19 @@ pub(super) async fn during<T>(
     what: impl Future<Output = Result<T, QmpError>>,
 ) -> Result<T, GuestError> {
     let qmp = &context.qmp;
+    // The last checkpoint may be over for us and not yet for QEMU.
+    context.over().await?;
     if probe::status(qmp).await? != "running" {
         return Ok(what.await?);
     }
     let lifeline = context.lifeline().await?;
+    // One could be there that was not removed in time.
+    unmark(qmp).await?;
+    let mark = json!({ "qom-type": "throttle-group", "id": MARK });
+    qmp.call("object-add", mark).await?;
     if let Some(lifeline) = &lifeline {
         lifeline.open();
     }
-    let mark = json!({ "qom-type": "throttle-group", "id": MARK });
-    qmp.call("object-add", mark).await?;
     let stopped = qmp.call("stop", json!({})).await;
     let done = match stopped {
         Ok(_) => what.await,
