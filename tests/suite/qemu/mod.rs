@@ -14,8 +14,9 @@ use lifeboat::guest::qemu::probe::{Method, Mode};
 use lifeboat::guest::qemu::qmp::Qmp;
 use lifeboat::guest::{Contents, CutStrategy, Guest, GuestError, RunState};
 use serde_json::json;
+use tokio::time::timeout;
 
-use crate::harness::wait;
+use crate::harness::{WITHIN, wait};
 use vm::{BOUND, Standby, TESTED_FROM, Vm, base, disk, have_qemu, workspace};
 
 /// What `query-status` says, over the monitor of the test.
@@ -153,6 +154,18 @@ async fn a_lost_mirror_starts_over() {
             let mirror = json!({ "type": "block-node", "node-name": "lifeboat-mirror-0" });
             let mirrors = json!({ "instances": [mirror] });
             qmp.call("yank", mirrors).await.unwrap();
+            // Its job pauses. One that ended by itself while the guest writes would damage QEMU.
+            let failed = async {
+                loop {
+                    let jobs = qmp.call("query-block-jobs", json!({})).await.unwrap();
+                    assert_eq!(jobs[0]["device"], "lifeboat-mirror-0", "{jobs}");
+                    if jobs[0]["io-status"] == "failed" {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            timeout(WITHIN, failed).await.expect("the mirror fails");
         }
         said = vm.progress(Some(said));
     }
