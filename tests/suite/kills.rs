@@ -54,7 +54,8 @@ const VICTIMS: [Victim; 4] = [
     Victim::BothDaemons,
 ];
 
-fn number(name: &str) -> Option<u64> {
+/// A number from the environment.
+pub fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     let parsed = text.parse();
     Some(parsed.unwrap_or_else(|error| panic!("{name}={text}: {error}")))

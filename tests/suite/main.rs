@@ -14,7 +14,8 @@
 //!   runbooks      every command of the runbooks, executed
 //!   nbd           exports of disks and recovery points, read and written by qemu-img and nbdcopy
 //!   flush         one flush per commit, counted by strace
-//!   qemu/         stock QEMU: checkpoints, kills, resumed guests; watchdog
+//!   qemu/         stock QEMU: checkpoints, kills, resumed guests; watchdog; LIFEBOAT_QEMU_KILLS=200 for a
+//!                 long run of kills of its daemon, LIFEBOAT_SEED=N to replay one
 //!   readme        README and command line say the same
 //! ```
 //!

@@ -119,6 +119,14 @@ impl Colo {
         Ok(())
     }
 
+    /// Waits until a session that is open does nothing but wait for our word.
+    pub async fn rest(&mut self, context: &Context) -> Result<(), GuestError> {
+        match self.session {
+            Some(_) => self.ready(context).await,
+            None => Ok(()),
+        }
+    }
+
     /// The session is over: leaves COLO. Nothing is lost, and what was read stays pending.
     async fn failed(&mut self, context: &Context, why: String) -> GuestError {
         self.session = None;
@@ -194,10 +202,8 @@ impl Colo {
 
     /// Ends the session; the guest runs on outside of COLO.
     pub async fn leave(&mut self, context: &Context) -> Result<(), GuestError> {
-        if self.session.is_some() {
-            // An order under way is finished first: COLO is left between two checkpoints.
-            self.ready(context).await?;
-        }
+        // An order under way is finished first: COLO is left between two checkpoints.
+        self.rest(context).await?;
         self.session = None;
         self.ready = false;
         context.idle().await

@@ -5,20 +5,30 @@
 //!                  └─ blockdev-mirror, write-blocking ─▶ nbd socket ─▶ MirrorDisk: epochs
 //!
 //!   start: blockdev-add ─ blockdev-mirror (sync full) ─▶ ready ─▶ cuts count
-//!   the job is gone (its target failed, or an operator ended it) ─▶ start again, everything is compared
+//!   a target or source fails (the daemon is killed, its disk is full) ─▶ the job pauses, the guest goes on
+//!   end: stop ─ block-job-cancel ─ cont ─▶ the job is gone ─ blockdev-del;  then start again
 //! ```
 //!
 //! In this mode a write of the guest is complete only when its copy is. QEMU drains and flushes all nodes
 //! when it stops the guest, and the guest issues nothing until it is told to run. So the epoch that is
 //! closed in between ends at the instant of the device state. A cut counts only if every job is in sync
-//! after it; a job that failed has vanished from QEMU's list by then, and only we start new ones.
+//! and has seen no error after it; an error stays with its job, and only we start new ones.
 //!
-//! WARNING: a daemon that is killed *while a mirror starts* can cost the guest: QEMU 7.2.22 then aborted
-//! ("malloc_consolidate(): unaligned fastbin chunk detected") in a part of the runs in which the NBD server
-//! vanished between `blockdev-add` and the end of the first copy. Cause unknown; without disks, or with
-//! the mirror in sync, it was not seen. A daemon that hangs at that time holds up QEMU's main loop.
+//! **A mirror must never end while a write of the guest is under way**, by failure or by cancel: QEMU's
+//! job then frees its `in_flight_bitmap` before it waits for that write, which clears its bit in the freed
+//! memory when it completes (`mirror_run`, `active_write_settle`). QEMU 7.2 and 10.0 abort on that in a few
+//! of a hundred cases ("malloc_consolidate(): unaligned fastbin chunk detected") and go on with a damaged
+//! heap in others. Therefore:
 //!
-//! If our socket fails, the job ends and the guest goes on unharmed (`on-target-error` = report).
+//! * errors of either side only pause a job (`on-target-error` and `on-source-error` = stop), so that none
+//!   ends by itself, whatever becomes of this process;
+//! * [`end`] stops the guest first, which waits for its writes, and lets it run again when the job is
+//!   cancelled: from then on its writes do not go through the job. See `standstill` for what becomes of
+//!   the guest if we do not live to do it.
+//!
+//! What a daemon that is gone left behind costs each write of the guest a failed attempt, until the next
+//! daemon ends it. A daemon that hangs or dies while QEMU connects to it holds up QEMU's main loop, for a
+//! second.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,10 +37,12 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::json;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::machine::MachineDisk;
+use super::monitor::Context;
 use super::qmp::{Qmp, QmpError};
+use super::standstill;
 use crate::bitmap::PageBitmap;
 use crate::guest::GuestError;
 use crate::ids::DiskId;
@@ -41,8 +53,12 @@ use crate::page::PAGE_SIZE;
 pub(super) const MIRROR: &str = "lifeboat-mirror-";
 /// How often the start of a job may be refused.
 const REFUSALS_MAX: u32 = 100;
-/// Time between two looks at jobs that are not in sync yet.
+/// Time between two looks at jobs that are not in sync yet, or not gone.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Seconds that QEMU may take to connect to us. Its main loop waits for that.
+const CONNECT_WITHIN_S: u64 = 1;
+/// How long a job that was cancelled may take to go.
+const GONE_WITHIN: Duration = Duration::from_secs(30);
 
 /// A disk that is to be protected.
 #[derive(Debug, Clone)]
@@ -105,9 +121,18 @@ struct BlockDevice {
 struct Job {
     device: String,
     ready: bool,
+    /// "ok", or what went wrong last.
+    #[serde(rename = "io-status")]
+    io_status: String,
     /// From QEMU 8.2 on: every write goes to both.
     #[serde(rename = "actively-synced")]
     in_sync: Option<bool>,
+}
+
+impl Job {
+    fn failed(&self) -> bool {
+        self.io_status != "ok"
+    }
 }
 
 impl Disks {
@@ -166,14 +191,11 @@ impl Disks {
                 mirrors.socket.display()
             ))
         })?;
-        let disks = Self {
+        Ok(Self {
             disks: found,
             socket: mirrors.socket.clone(),
             _server: Some(server),
-        };
-        // What an earlier daemon left writes to a socket of its own, which is gone.
-        disks.remove(qmp).await?;
-        Ok(disks)
+        })
     }
 
     /// The disks' names and sizes in pages.
@@ -196,30 +218,41 @@ impl Disks {
         self.disks.iter().map(one).collect()
     }
 
-    /// True if every mirror is in sync.
+    /// True if every mirror is in sync, and no write was refused.
     pub async fn in_sync(&self, qmp: &Qmp) -> Result<bool, QmpError> {
         if self.disks.is_empty() {
             return Ok(true);
         }
-        let jobs: Vec<Job> = qmp.ask("query-block-jobs").await?;
+        let jobs = jobs(qmp).await?;
         Ok(self.disks.iter().all(|disk| {
-            jobs.iter()
-                .any(|job| job.device == disk.job && job.ready && job.in_sync != Some(false))
+            jobs.iter().any(|job| {
+                job.device == disk.job && job.ready && !job.failed() && job.in_sync != Some(false)
+            })
         }))
     }
 
-    /// Starts the jobs that are not there, and waits until all are in sync.
+    /// True if a mirror failed: [`end`] it.
+    pub async fn failed(&self, qmp: &Qmp) -> Result<bool, QmpError> {
+        Ok(!self.disks.is_empty() && jobs(qmp).await?.iter().any(Job::failed))
+    }
+
+    /// Starts the jobs that are not there, and waits until all are in sync. [`GuestError::Abandoned`]
+    /// if one fails meanwhile.
     pub async fn ready(&self, qmp: &Qmp) -> Result<(), GuestError> {
         let mut refusals = 0;
         loop {
             if self.in_sync(qmp).await? {
                 return Ok(());
             }
-            let jobs: Vec<Job> = qmp.ask("query-block-jobs").await?;
+            let jobs = jobs(qmp).await?;
+            if jobs.iter().any(Job::failed) {
+                let text = "the mirror of a disk failed before it was in sync; it starts over";
+                return Err(GuestError::Abandoned(text.into()));
+            }
             for disk in &self.disks {
                 if jobs.iter().all(|job| job.device != disk.job) {
                     match self.start(qmp, disk).await {
-                        // A job that just failed may still sit on the disk.
+                        // A job that was just ended may still sit on the disk.
                         Err(QmpError::Refused { .. }) if refusals < REFUSALS_MAX => refusals += 1,
                         other => other?,
                     }
@@ -235,6 +268,7 @@ impl Disks {
         let target = json!({
             "driver": "nbd",
             "node-name": disk.job,
+            "open-timeout": CONNECT_WITHIN_S,
             "server": { "type": "unix", "path": self.socket },
             "export": disk.options.id.as_str(),
         });
@@ -245,30 +279,12 @@ impl Disks {
             "target": disk.job,
             "sync": "full",
             "copy-mode": "write-blocking",
-            "on-target-error": "report",
+            // Never "report": see above.
+            "on-source-error": "stop",
+            "on-target-error": "stop",
         });
         let started = qmp.call("blockdev-mirror", mirror).await;
         started.map(drop)
-    }
-
-    /// Ends the jobs and removes their targets.
-    pub async fn remove(&self, qmp: &Qmp) -> Result<(), QmpError> {
-        for disk in &self.disks {
-            let arguments = json!({ "device": disk.job, "force": true });
-            match qmp.call("block-job-cancel", arguments).await {
-                Ok(_) | Err(QmpError::Refused { .. }) => {}
-                Err(other) => return Err(other),
-            }
-            loop {
-                let jobs: Vec<Job> = qmp.ask("query-block-jobs").await?;
-                if jobs.iter().all(|job| job.device != disk.job) {
-                    break;
-                }
-                sleep(LOOK_EVERY).await;
-            }
-            remove_node(qmp, &disk.job).await?;
-        }
-        Ok(())
     }
 
     /// Closes the open epochs: of each disk its number and the pages that changed in it.
@@ -299,6 +315,71 @@ fn mirror(options: &DiskOptions, bytes: u64, dir: &Path) -> io::Result<MirrorDis
         return Err(io::Error::other("it is empty"));
     }
     MirrorDisk::new(options.id.as_str(), bytes, dir)
+}
+
+/// The jobs of ours that QEMU has, an earlier daemon's too.
+async fn jobs(qmp: &Qmp) -> Result<Vec<Job>, QmpError> {
+    let mut jobs: Vec<Job> = qmp.ask("query-block-jobs").await?;
+    jobs.retain(|job| job.device.starts_with(MIRROR));
+    Ok(jobs)
+}
+
+/// Which mirrors [`end`] ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Which {
+    All,
+    Failed,
+}
+
+/// Ends mirrors without harm to the guest, and removes their targets. No checkpoint or migration may be
+/// under way. It is a task of its own, which is finished even if nobody waits for it any more, because
+/// the guest stands still for a moment (as long as QEMU takes to flush its disks).
+pub(super) async fn end(context: &Arc<Context>, which: Which) -> Result<(), GuestError> {
+    let context = context.clone();
+    let task = tokio::spawn(async move {
+        let qmp = &context.qmp;
+        let mut jobs = jobs(qmp).await?;
+        jobs.retain(|job| which == Which::All || job.failed());
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        standstill::during(&context, cancel(qmp, &jobs)).await?;
+        for job in jobs {
+            gone(qmp, &job).await?;
+            remove_node(qmp, &job.device).await?;
+        }
+        Ok(())
+    });
+    let failed = |error| GuestError::Failed(format!("the end of a mirror: {error}"));
+    task.await.unwrap_or_else(|error| Err(failed(error)))
+}
+
+/// Cancels jobs; a guest that runs stands still.
+async fn cancel(qmp: &Qmp, jobs: &[Job]) -> Result<(), QmpError> {
+    for job in jobs {
+        let arguments = json!({ "device": job.device, "force": true });
+        match qmp.call("block-job-cancel", arguments).await {
+            // Refused: it is gone.
+            Ok(_) | Err(QmpError::Refused { .. }) => {}
+            Err(other) => return Err(other),
+        }
+    }
+    Ok(())
+}
+
+async fn gone(qmp: &Qmp, job: &Job) -> Result<(), GuestError> {
+    let deadline = Instant::now() + GONE_WITHIN;
+    while jobs(qmp).await?.iter().any(|j| j.device == job.device) {
+        if Instant::now() > deadline {
+            let seconds = GONE_WITHIN.as_secs();
+            return Err(GuestError::Failed(format!(
+                "QEMU's job {} is not gone {seconds} s after it was cancelled",
+                job.device
+            )));
+        }
+        sleep(LOOK_EVERY).await;
+    }
+    Ok(())
 }
 
 /// Removes a block node, if there is one.

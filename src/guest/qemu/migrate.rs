@@ -52,8 +52,7 @@ impl Plain {
 
     /// Makes a checkpoint; with `hold` the guest stays paused.
     pub async fn cut(&mut self, context: &Arc<Context>, hold: bool) -> Result<Taken, GuestError> {
-        // Its pages are pending, whatever became of it.
-        drop(self.finish().await);
+        self.rest().await;
         self.running = Some(tokio::spawn(checkpoint(context.clone(), hold)));
         let result = self.finish().await.expect("it was just begun");
         if result.is_err() {
@@ -62,9 +61,14 @@ impl Plain {
         result
     }
 
-    /// Waits until nothing is under way.
-    pub async fn leave(&mut self, context: &Context) -> Result<(), GuestError> {
+    /// Waits until nothing is under way. Its pages are pending, whatever became of it.
+    pub async fn rest(&mut self) {
         drop(self.finish().await);
+    }
+
+    /// Waits until nothing is under way, of QEMU's clean-up either.
+    pub async fn leave(&mut self, context: &Context) -> Result<(), GuestError> {
+        self.rest().await;
         context.idle().await
     }
 }

@@ -36,6 +36,7 @@ pub mod probe;
 pub mod qmp;
 pub mod restore;
 mod session;
+mod standstill;
 mod store;
 pub mod stream;
 pub mod watchdog;
@@ -49,8 +50,8 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use self::colo::Colo;
-use self::disks::Disks;
 pub use self::disks::{DiskOptions, MirrorOptions};
+use self::disks::{Disks, Which};
 use self::handout::{CHUNKS_LENT_MAX, Handout};
 use self::machine::Machine;
 use self::migrate::Plain;
@@ -135,9 +136,12 @@ impl QemuGuest {
         if !foreign || watchdog::in_colo(&context.qmp).await? {
             context.idle_after_others().await?;
         }
+        standstill::recover(&context.qmp).await?;
         let answers = probe::ask(&context.qmp).await?;
         let refused = |refusal: probe::Refusal| GuestError::Failed(refusal.to_string());
         let mut choice = probe::decide(options.mode, &answers).map_err(refused)?;
+        // Those of an earlier daemon.
+        disks::end(&context, Which::All).await?;
         if choice.method == Method::Colo
             && let Err(error) = context.prepare(Method::Colo).await
         {
@@ -212,8 +216,21 @@ impl QemuGuest {
             Source::Colo(colo) => colo.leave(&self.context).await?,
             Source::Plain(plain) => plain.leave(&self.context).await?,
         }
-        self.context.shared.disks.remove(&self.context.qmp).await?;
-        Ok(())
+        disks::end(&self.context, Which::All).await
+    }
+
+    /// All mirrors are in sync afterwards; those that failed are ended, between two checkpoints, and
+    /// start over.
+    async fn mirrored(&mut self) -> Result<(), GuestError> {
+        let context = self.context.clone();
+        if context.shared.disks.failed(&context.qmp).await? {
+            match &mut self.source {
+                Source::Colo(colo) => colo.rest(&context).await?,
+                Source::Plain(plain) => plain.rest().await,
+            }
+            disks::end(&context, Which::Failed).await?;
+        }
+        context.shared.disks.ready(&context.qmp).await
     }
 
     fn next_id(&mut self) -> CutId {
@@ -258,8 +275,7 @@ impl Guest for QemuGuest {
         self.current = None;
         if !self.paused {
             self.check_state().await?;
-            let (qmp, shared) = (&self.context.qmp, &self.context.shared);
-            shared.disks.ready(qmp).await?;
+            self.mirrored().await?;
             if let Source::Colo(colo) = &mut self.source {
                 colo.sync(&self.context).await?;
             }
@@ -277,8 +293,8 @@ impl Guest for QemuGuest {
     async fn cut(&mut self, _: CutStrategy) -> Result<Cut, GuestError> {
         self.current = None;
         self.check_state().await?;
+        self.mirrored().await?;
         let (qmp, shared) = (&self.context.qmp, &self.context.shared);
-        shared.disks.ready(qmp).await?;
         let hold = self.paused;
         let taken = match &mut self.source {
             Source::Colo(colo) => colo.cut(&self.context, hold).await,

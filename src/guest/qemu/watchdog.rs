@@ -10,10 +10,12 @@
 //! ```
 //!
 //! COLO has no timeout of its own: if its peer vanishes between REPLY and LOADED, the guest stays paused
-//! for ever. The watchdog is a process of its own, so that neither a panic nor a kill of the daemon
+//! for ever. The same goes for the moment in which the daemon stops the guest to end a mirror (see
+//! `disks`). The watchdog is a process of its own, so that neither a panic nor a kill of the daemon
 //! takes it along, and it acts only on what QEMU says of itself:
 //!
 //! ```text
+//!   paused, with the daemon's mark (`standstill`) .. cont
 //!   paused in COLO ................................ x-colo-lost-heartbeat: runs after ~3 ms
 //!   in COLO while the pipe ended .................. x-colo-lost-heartbeat: leaves COLO
 //!   migrated to us (`postmigrate`), pause open .... cont
@@ -27,10 +29,9 @@
 //! `migrate_cancel` is never used: when the migration has just become a COLO session, it leaves QEMU in
 //! a state that nothing ends.
 //!
-//! After 5 s of silence the connections to the mirrors are yanked; those jobs fail and the guest goes on.
-//!
-//! What nothing helps against is a daemon that hangs in the milliseconds in which QEMU connects to its
-//! NBD server: QEMU's main loop waits for that, and it cannot be yanked yet.
+//! After 5 s of silence the connections to the mirrors are yanked; those jobs pause and the guest goes on.
+//! A daemon that hangs while QEMU connects to its NBD server cannot be yanked yet; QEMU gives up by itself,
+//! after a second.
 //!
 //! With a monitor of its own it is connected all the time, because a connection that is made when QEMU
 //! is blocked is of no use, and it acts while the daemon hangs. With the daemon's monitor, which serves
@@ -55,6 +56,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use super::disks::MIRROR;
 use super::probe;
 use super::qmp::{Qmp, QmpError};
+use super::standstill;
 
 const OPEN: u8 = b'o';
 const PROGRESS: u8 = b'p';
@@ -160,6 +162,8 @@ struct Seen<'a> {
     migration: &'a str,
     /// `query-colo-status`: it is the primary of a COLO session.
     colo: bool,
+    /// It has the mark that the daemon stops it, see [`standstill`].
+    marked: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,6 +177,9 @@ enum Action {
 
 /// The table above. `open`: a pause had begun; `ended`: the daemon is gone.
 fn action(seen: Seen<'_>, open: bool, ended: bool) -> Action {
+    if seen.marked && seen.status == "paused" && (open || ended) {
+        return Action::Continue;
+    }
     let paused = matches!(seen.status, "colo" | "finish-migrate");
     if seen.colo || seen.migration == "colo" {
         return if ended || (open && paused) {
@@ -291,6 +298,7 @@ async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpErr
         status: &status,
         migration: &migration,
         colo: in_colo(qmp).await?,
+        marked: standstill::is_marked(qmp).await?,
     };
     let action = action(seen, open, ended);
     let command = match action {
@@ -312,7 +320,11 @@ async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpErr
     if action == Action::EndMigration {
         return yank(qmp, true).await.map(|()| false);
     }
-    match qmp.call(command, json!({})).await {
+    let done = qmp.call(command, json!({})).await;
+    if seen.marked && action == Action::Continue {
+        standstill::unmark(qmp).await?;
+    }
+    match done {
         // Somebody else was faster, or it takes a moment: look again.
         Ok(_) | Err(QmpError::Refused { .. }) => Ok(false),
         Err(other) => Err(other),
@@ -456,12 +468,26 @@ mod tests {
                 status,
                 migration,
                 colo,
+                marked: false,
             };
             let found = [(true, false), (true, true), (false, true)]
                 .map(|(open, ended)| action(seen, open, ended));
             assert_eq!(found, wanted, "{status} {migration} {colo}");
             // Without a pause and with its daemon alive, nothing is touched.
             assert_eq!(action(seen, false, false), Nothing);
+            // What the daemon stopped goes on, in a session or not; what runs is as without the mark.
+            let marked = Seen {
+                marked: true,
+                ..seen
+            };
+            let wanted = match status {
+                "paused" => [Continue; 3],
+                _ => wanted,
+            };
+            let found = [(true, false), (true, true), (false, true)]
+                .map(|(open, ended)| action(marked, open, ended));
+            assert_eq!(found, wanted, "{status} {migration} {colo}, marked");
+            assert_eq!(action(marked, false, false), Nothing);
         }
     }
 }

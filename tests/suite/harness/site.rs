@@ -114,10 +114,16 @@ impl Site {
             .unwrap()
     }
 
+    /// Starts the daemon, which may not answer yet.
+    pub fn launch(&mut self) {
+        assert!(self.daemon.is_none(), "{} runs already", self.name);
+        self.daemon = Some(self.spawn());
+    }
+
     /// Starts the daemon and waits until it answers.
     pub fn start(&mut self) {
-        assert!(self.daemon.is_none(), "{} runs already", self.name);
-        let mut daemon = self.spawn();
+        self.launch();
+        let mut daemon = self.daemon.take().expect("it was just started");
         let until = Instant::now() + WITHIN;
         while self.cli(&["status"]).code != 0 {
             if let Some(status) = daemon.try_wait().unwrap() {
@@ -139,6 +145,11 @@ impl Site {
     /// Process id of the daemon.
     pub fn pid(&self) -> u32 {
         self.daemon.as_ref().expect("the daemon was started").id()
+    }
+
+    /// SIGSTOP.
+    pub fn freeze(&self) {
+        signal(self.pid(), libc::SIGSTOP);
     }
 
     /// SIGKILL, and waits for the end.

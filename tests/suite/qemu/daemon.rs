@@ -11,9 +11,9 @@ use super::vm::{Vm, have_qemu, workspace};
 use crate::harness::site::Site;
 use crate::harness::{Options, Pair, kill_now, wait};
 
-const WEB: &str = "web";
+pub const WEB: &str = "web";
 
-fn configuration(dir: &Path, name: &str) -> String {
+pub fn configuration(dir: &Path, name: &str) -> String {
     format!(
         r#"
 [[guest]]
@@ -28,13 +28,13 @@ disks = [{{ id = "root", node = "root-node" }}]
     )
 }
 
-fn web(site: &Site) -> GuestStatus {
+pub fn web(site: &Site) -> GuestStatus {
     let mut status: SiteStatus = site.ok(&["status", WEB]).json();
     status.guests.remove(0)
 }
 
 /// Ends the QEMU that the daemon has started, whatever becomes of the test.
-struct Ends(Cell<Option<u32>>);
+pub struct Ends(pub Cell<Option<u32>>);
 
 impl Drop for Ends {
     fn drop(&mut self) {
@@ -70,7 +70,10 @@ fn a_guest_of_stock_qemu_is_replicated_and_resumed_by_the_daemons() {
     });
     pair.b.edit("[peer.site-a]", "[peer.site-a]\nqemu = true");
     pair.b.ok(&["reload"]);
-    pair.a.ok(&["--timeout", "60s", "protect", WEB]);
+    wait("the refused run is over", || {
+        let ran = pair.a.cli(&["--timeout", "60s", "protect", WEB]);
+        (ran.code == 0).then_some(())
+    });
     let status = web(&pair.a);
     assert_eq!(status.state, GuestState::Protected, "{status:?}");
     let machine = status.machine.expect("it is known");
