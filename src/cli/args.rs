@@ -210,6 +210,21 @@ pub enum Verb {
         #[arg(long)]
         no_wait: bool,
     },
+    /// Move the running, protected guests of this site to another one, one after the other. Asked
+    /// again it goes on with those that are left.
+    Evacuate {
+        /// Where to.
+        #[arg(long, value_name = "SITE")]
+        to: SiteId,
+        /// Only these, in this order.
+        names: Vec<GuestId>,
+        /// Move so many at a time.
+        #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+        parallel: u16,
+        /// Go on with the others after a failure.
+        #[arg(long)]
+        keep_going: bool,
+    },
     /// Resume a clone of a recovery point in isolation, ask it, and remove it. Nothing else notices.
     TestFailover {
         /// The guest.

@@ -17,6 +17,7 @@ pub mod console;
 pub mod demo;
 pub mod doctor;
 pub mod drills;
+pub mod evacuate;
 pub mod follow;
 pub mod logging;
 pub mod output;

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::args::{GuestVerb, JournalVerb, Verb};
 use super::confirm;
 use super::console;
+use super::evacuate;
 use super::follow::follow;
 use super::output::Output;
 use super::render;
@@ -114,6 +115,20 @@ pub async fn run(
             } else {
                 follow(client, run, timeout, out).await?;
             }
+        }
+        Verb::Evacuate {
+            to,
+            names,
+            parallel,
+            keep_going,
+        } => {
+            let request = evacuate::Request {
+                to,
+                guests: (!names.is_empty()).then_some(names),
+                parallel: usize::from(parallel),
+                keep_going,
+            };
+            evacuate::run(&request, client, timeout, out).await?;
         }
         Verb::TestFailover {
             name, stop: true, ..

@@ -44,8 +44,9 @@ const VERBS: &[(At, &str, &[&str], &str)] = &[
     (At::B, "journal rebuild-index", &[GUEST], "run"),
     (At::B, "failover", &[GUEST, "--dry-run"], "run"),
     (At::A, "move", &[GUEST], "run"),
-    (At::B, "unprotect", &[GUEST], "done"),
-    (At::B, "guest stop", &[GUEST], "done"),
+    (At::B, "evacuate", &["--to", "site-a", GUEST], "evacuate"),
+    (At::A, "unprotect", &[GUEST], "done"),
+    (At::A, "guest stop", &[GUEST], "done"),
     (
         At::A,
         "pki init",

@@ -256,6 +256,28 @@ const CASES: &[(&str, &str, ExitCode)] = &[
         "test-failover db1 --probe tcp",
         ExitCode::Usage,
     ),
+    ("evacuate", "evacuate --to site-b", ExitCode::Ok),
+    (
+        "evacuate-json",
+        "evacuate --to site-b web1 lost1 --json",
+        ExitCode::Ok,
+    ),
+    (
+        "evacuate-again",
+        "evacuate --to site-b db1 slow1 torn1",
+        ExitCode::Ok,
+    ),
+    (
+        "evacuate-unknown",
+        "evacuate --to site-b db1 nobody",
+        ExitCode::NotFound,
+    ),
+    ("evacuate-no-peer", "evacuate --to site-x", ExitCode::Usage),
+    (
+        "evacuate-peer-down",
+        "evacuate --to site-c",
+        ExitCode::Unreachable,
+    ),
     ("verify", "verify db1", ExitCode::Ok),
     ("verify-difference", "verify torn1", ExitCode::Difference),
     (

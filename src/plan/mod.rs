@@ -1,0 +1,3 @@
+//! Verbs for many guests, over the admin API.
+
+pub mod guests;
