@@ -210,6 +210,7 @@ pub async fn run(
         | Verb::Bench { .. }
         | Verb::Pki(_)
         | Verb::Config(_)
+        | Verb::Plan(_)
         | Verb::Check { .. }
         | Verb::Doctor => {
             unreachable!("these verbs are not sent here")

@@ -237,6 +237,7 @@ fn schemas_are_named_and_numbered() {
     all.extend(crate::cli::verbs::SCHEMAS);
     all.extend(crate::cli::config::SCHEMAS);
     all.extend(crate::cli::evacuate::SCHEMAS);
+    all.extend(crate::cli::plan::SCHEMAS);
     all.extend(crate::cli::check::SCHEMAS);
     all.extend(crate::cli::pki::SCHEMAS);
     all.extend(crate::cli::doctor::SCHEMAS);

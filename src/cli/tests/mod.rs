@@ -469,3 +469,4 @@ fn the_arguments_are_well_formed() {
 
 mod bench;
 mod local;
+mod plan;
