@@ -11,7 +11,7 @@ use super::bench;
 use crate::config::units;
 use crate::control::codes::EXIT_CODES;
 use crate::control::drills::Probe;
-use crate::ids::{DiskId, GuestId, SiteId};
+use crate::ids::{DiskId, GuestId, PlanName, SiteId};
 use crate::plan::steps::Mode;
 
 const STYLES: Styles = Styles::styled()
@@ -219,6 +219,12 @@ pub enum Verb {
         to: SiteId,
         /// Only these, in this order.
         names: Vec<GuestId>,
+        /// Only the guests of this plan, in its order.
+        #[arg(long, value_name = "FILE", conflicts_with = "names")]
+        plan: Option<PathBuf>,
+        /// Only the guests of this group of the plan.
+        #[arg(long, value_name = "GROUP", requires = "plan")]
+        group: Option<PlanName>,
         /// Move so many at a time.
         #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
         parallel: u16,

@@ -5,6 +5,7 @@
 //! `lifeboat.evacuate/v1` with all of them, then the error if there was one.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -12,11 +13,13 @@ use serde::Serialize;
 use super::output::Output;
 use super::text::{Paint, table};
 use super::units;
+use crate::config::Files;
 use crate::control::client::Client;
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Document, SiteStatus};
-use crate::ids::{GuestId, SiteId};
+use crate::ids::{GuestId, PlanName, SiteId};
 use crate::metrics::labels::Role;
+use crate::plan::file::load;
 use crate::plan::guests::{Act, Batch, Event, Figures, find, is_running, peer_is_up};
 
 /// What is to be evacuated.
@@ -137,6 +140,24 @@ impl Guest {
             }
         }
     }
+}
+
+/// The guests of a plan, or of one group of it, in order.
+pub fn planned(file: &Path, group: Option<&PlanName>) -> Result<Vec<GuestId>, ApiError> {
+    let plan = load(file, Files::Ignored)?;
+    let Some(wanted) = group else {
+        return Ok(plan.guests().cloned().collect());
+    };
+    let found = plan.groups.iter().find(|group| group.name == *wanted);
+    found.map(|group| group.guests.clone()).ok_or_else(|| {
+        let names: Vec<&str> = plan
+            .groups
+            .iter()
+            .map(|group| group.name.as_str())
+            .collect();
+        let message = format!("plan \"{}\" has no group \"{wanted}\"", plan.name);
+        ApiError::new(Reason::Usage, message).hint(format!("its groups are: {}", names.join(", ")))
+    })
 }
 
 /// Carries it out. The error was not printed yet.

@@ -119,12 +119,16 @@ pub async fn run(
         Verb::Evacuate {
             to,
             names,
+            plan,
+            group,
             parallel,
             keep_going,
         } => {
+            let named = (!names.is_empty()).then_some(names);
+            let planned = plan.map(|file| evacuate::planned(&file, group.as_ref()));
             let request = evacuate::Request {
                 to,
-                guests: (!names.is_empty()).then_some(names),
+                guests: planned.transpose()?.or(named),
                 parallel: usize::from(parallel),
                 keep_going,
             };

@@ -96,11 +96,6 @@ pub struct Batch<'a> {
     pub within: Option<Duration>,
 }
 
-enum Begun {
-    Already,
-    Run(Run),
-}
-
 impl Batch<'_> {
     /// Carries it out; `earlier` is the run that was begun for a guest in an attempt before. `on`
     /// hears of everything; its error ends the batch at once. Otherwise `Ok`, also with failures.
@@ -120,15 +115,15 @@ impl Batch<'_> {
                 let since = Instant::now();
                 on(guest, Event::Begins)?;
                 let begun = self.begin(guest, earlier.as_ref()).await;
-                if let Ok(Begun::Run(run)) = &begun {
+                if let Ok(Some(run)) = &begun {
                     on(guest, Event::Run(&run.id))?;
                 }
                 let (client, within) = (self.client.clone(), self.within);
                 let guest = guest.clone();
                 waiting.spawn(async move {
                     let result = match begun {
-                        Ok(Begun::Run(run)) => wait(&client, run, within).await.map(figures),
-                        Ok(Begun::Already) => Ok(Figures {
+                        Ok(Some(run)) => wait(&client, run, within).await.map(figures),
+                        Ok(None) => Ok(Figures {
                             already: true,
                             ..Figures::default()
                         }),
@@ -147,11 +142,16 @@ impl Batch<'_> {
         }
     }
 
-    async fn begin(&self, guest: &GuestId, earlier: Option<&RunId>) -> Result<Begun, ApiError> {
+    /// The run that carries it out; `None`: there is nothing to do.
+    async fn begin(
+        &self,
+        guest: &GuestId,
+        earlier: Option<&RunId>,
+    ) -> Result<Option<Run>, ApiError> {
         if let Some(id) = earlier {
             match self.client.run(id).await {
                 Ok(run) if matches!(run.state, RunStatus::Running | RunStatus::Ok) => {
-                    return Ok(Begun::Run(run));
+                    return Ok(Some(run));
                 }
                 Err(error) if error.reason != Reason::NoSuchRun => return Err(error),
                 // It failed, or the daemon is another one: what it came to shows below.
@@ -160,10 +160,10 @@ impl Batch<'_> {
         }
         let status = self.client.status().await?;
         if self.is_done(find(&status, guest)?) {
-            return Ok(Begun::Already);
+            return Ok(None);
         }
         match self.ask(guest).await {
-            Ok(run) => Ok(Begun::Run(run)),
+            Ok(run) => Ok(Some(run)),
             Err(error) if error.reason == Reason::Busy => {
                 let runs = self.client.runs().await?.runs.into_iter();
                 let mut same = runs.filter(|run| {
@@ -171,7 +171,7 @@ impl Batch<'_> {
                         && run.verb == self.operation()
                         && run.state == RunStatus::Running
                 });
-                same.next().map(Begun::Run).ok_or(error)
+                same.next().map(Some).ok_or(error)
             }
             Err(error) => Err(error),
         }

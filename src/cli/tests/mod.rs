@@ -268,6 +268,16 @@ const CASES: &[(&str, &str, ExitCode)] = &[
         ExitCode::Ok,
     ),
     (
+        "evacuate-group",
+        "evacuate --to site-b --plan config/plans/maintenance.toml --group front",
+        ExitCode::Ok,
+    ),
+    (
+        "evacuate-no-group",
+        "evacuate --to site-b --plan config/plans/maintenance.toml --group back",
+        ExitCode::Usage,
+    ),
+    (
         "evacuate-unknown",
         "evacuate --to site-b db1 nobody",
         ExitCode::NotFound,
