@@ -16,9 +16,9 @@ use super::units;
 use crate::config::Files;
 use crate::control::client::Client;
 use crate::control::codes::Reason;
-use crate::control::types::{ApiError, Document, SiteStatus};
+use crate::control::types::{ApiError, Document, GuestStatus, SiteStatus};
 use crate::ids::{GuestId, PlanName, SiteId};
-use crate::metrics::labels::Role;
+use crate::metrics::labels::{GuestState, Role};
 use crate::plan::file::load;
 use crate::plan::guests::{Act, Batch, Event, Figures, find, is_running, peer_is_up};
 
@@ -209,9 +209,10 @@ pub async fn run(
         })
         .collect();
     if request.guests.is_none() {
-        let unprotected = status.guests.iter().filter(|guest| {
-            guest.role == Role::Active && is_running(guest) && guest.peer.is_none()
-        });
+        let unprotected = status
+            .guests
+            .iter()
+            .filter(|guest| runs_here(guest) && guest.state == GuestState::Unprotected);
         guests.extend(unprotected.map(|guest| Guest::new(&guest.name, Outcome::Unprotected)));
     }
     for guest in &guests {
@@ -244,9 +245,10 @@ fn show(guest: &Guest, out: &mut Output<'_>) {
 /// Whom to move, in order. A name that is not known here is refused before anything is done.
 fn choose(request: &Request, status: &SiteStatus) -> Result<Vec<GuestId>, ApiError> {
     let Some(named) = &request.guests else {
-        let here = status.guests.iter().filter(|guest| {
-            guest.role == Role::Active && is_running(guest) && guest.peer.is_some()
-        });
+        let here = status
+            .guests
+            .iter()
+            .filter(|guest| runs_here(guest) && guest.state != GuestState::Unprotected);
         return Ok(here.map(|guest| guest.name.clone()).collect());
     };
     let mut chosen: Vec<GuestId> = Vec::new();
@@ -257,6 +259,10 @@ fn choose(request: &Request, status: &SiteStatus) -> Result<Vec<GuestId>, ApiErr
         }
     }
     Ok(chosen)
+}
+
+fn runs_here(guest: &GuestStatus) -> bool {
+    guest.role == Role::Active && is_running(guest)
 }
 
 fn judge(guests: &[Guest]) -> Result<(), ApiError> {

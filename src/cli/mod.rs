@@ -20,6 +20,7 @@ pub mod drills;
 pub mod evacuate;
 pub mod follow;
 pub mod logging;
+pub mod operator;
 pub mod output;
 pub mod pki;
 pub mod plan;

@@ -6,7 +6,6 @@
 //! `{"type":"message", ...}`, then the document `lifeboat.plan_run/v1`, then the error if there was one.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,6 +14,7 @@ use serde::Serialize;
 
 use super::args::{PlanRun, PlanVerb};
 use super::config::Problem;
+use super::operator::Told;
 use super::output::Output;
 use super::text::{Paint, table};
 use super::{confirm, units};
@@ -28,16 +28,11 @@ use crate::durable;
 use crate::ids::{GuestId, PlanName, SiteId};
 use crate::plan::file::{PlanError, load};
 use crate::plan::guests::Batch;
-use crate::plan::record::{
-    Begun, Entry, History, Outcome, Record, Shelf, StepEnd, StepState, read,
-};
+use crate::plan::record::{Begun, Entry, History, Outcome, Record, Shelf, StepEnd, read};
 use crate::plan::report::{markdown, outcome};
-use crate::plan::runner::{Operator, Runner};
+use crate::plan::runner::Runner;
 use crate::plan::site::{Prospect, act, fenced, prospects, unknown};
 use crate::plan::steps::{Mode, Plan, Planned};
-
-/// Longest answer that is read.
-const ANSWER_BYTES_MAX: u64 = 256;
 
 /// `lifeboat plan validate`
 #[derive(Debug, Serialize)]
@@ -535,70 +530,5 @@ fn ran(history: History, path: &Path) -> Ran {
         record: path.to_owned(),
         head: history.head,
         report: path.with_extension("md"),
-    }
-}
-
-/// The operator at the terminal.
-struct Told<'o, 's> {
-    yes: bool,
-    out: &'o mut Output<'s>,
-}
-
-#[derive(Serialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
-enum Line<'a> {
-    Step(&'a StepEnd),
-    Message { text: &'a str },
-}
-
-impl Operator for Told<'_, '_> {
-    fn step(&mut self, end: &StepEnd) {
-        if self.out.style.json {
-            return self.out.json_line(&Line::Step(end));
-        }
-        let paint = Paint(self.out.style.color);
-        let state = match end.state {
-            StepState::Ok => paint.good(end.state.as_str()),
-            StepState::Failed => paint.bad(end.state.as_str()),
-            StepState::Skipped => paint.warn(end.state.as_str()),
-        };
-        let mut line = format!("[{}] {state}  {}", end.step, units::seconds(end.seconds));
-        for (name, value) in end.figures.iter().flat_map(|figures| {
-            [
-                ("loss", figures.loss_seconds),
-                ("RTO", figures.rto_seconds),
-                ("downtime", figures.downtime_seconds),
-            ]
-        }) {
-            if let Some(value) = value {
-                line += &format!("  {name} {}", units::seconds(value));
-            }
-        }
-        if let Some(detail) = &end.detail {
-            line += &format!("  {detail}");
-        }
-        self.out.note(&line);
-    }
-
-    fn message(&mut self, text: &str) {
-        if self.out.style.json {
-            self.out.json_line(&Line::Message { text });
-        } else {
-            self.out.note(text);
-        }
-    }
-
-    fn confirm(&mut self, text: &str) -> bool {
-        if self.yes {
-            self.out.note(&format!("{text}  (--yes)"));
-            return true;
-        }
-        let streams = &mut self.out.streams;
-        // A prompt that cannot be written is answered by whoever knows what is asked.
-        let _ = write!(streams.err, "{text}  Type yes to go on: ");
-        let _ = streams.err.flush();
-        let mut answer = String::new();
-        let mut input = (&mut *streams.input).take(ANSWER_BYTES_MAX);
-        input.read_line(&mut answer).is_ok() && answer.trim() == "yes"
     }
 }
