@@ -212,7 +212,7 @@ pub async fn run(
         let unprotected = status
             .guests
             .iter()
-            .filter(|guest| runs_here(guest) && guest.state == GuestState::Unprotected);
+            .filter(|guest| runs_here(guest) && !is_protected(guest));
         guests.extend(unprotected.map(|guest| Guest::new(&guest.name, Outcome::Unprotected)));
     }
     for guest in &guests {
@@ -248,7 +248,7 @@ fn choose(request: &Request, status: &SiteStatus) -> Result<Vec<GuestId>, ApiErr
         let here = status
             .guests
             .iter()
-            .filter(|guest| runs_here(guest) && guest.state != GuestState::Unprotected);
+            .filter(|guest| runs_here(guest) && is_protected(guest));
         return Ok(here.map(|guest| guest.name.clone()).collect());
     };
     let mut chosen: Vec<GuestId> = Vec::new();
@@ -263,6 +263,11 @@ fn choose(request: &Request, status: &SiteStatus) -> Result<Vec<GuestId>, ApiErr
 
 fn runs_here(guest: &GuestStatus) -> bool {
     guest.role == Role::Active && is_running(guest)
+}
+
+fn is_protected(guest: &GuestStatus) -> bool {
+    let alone = [GuestState::Unprotected, GuestState::FailedOver];
+    !alone.contains(&guest.state)
 }
 
 fn judge(guests: &[Guest]) -> Result<(), ApiError> {

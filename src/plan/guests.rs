@@ -227,7 +227,8 @@ pub fn is_running(guest: &GuestStatus) -> bool {
     matches!(guest.run_state, Some(RunState::Running | RunState::Paused))
 }
 
-/// Whether this site can hear the other one; otherwise a move there is not even tried.
+/// Whether the other site is a peer, and not known to be out of reach: otherwise a move there is not
+/// even tried.
 pub fn peer_is_up(status: &SiteStatus, to: &SiteId) -> Result<(), ApiError> {
     let Some(peer) = status.peers.iter().find(|peer| peer.name == *to) else {
         let peers: Vec<&str> = status.peers.iter().map(|p| p.name.as_str()).collect();
@@ -235,10 +236,10 @@ pub fn peer_is_up(status: &SiteStatus, to: &SiteId) -> Result<(), ApiError> {
         let hint = format!("its peers are: {}", peers.join(", "));
         return Err(ApiError::new(Reason::Usage, message).hint(hint));
     };
-    if peer.up {
+    // Without a guest that is replicated there is no link, and nothing is wrong.
+    let Some(why) = peer.last_error.as_ref().filter(|_| !peer.up) else {
         return Ok(());
-    }
-    let why = peer.last_error.as_deref().unwrap_or("nothing was heard");
+    };
     let message = format!("{to} cannot be reached ({why}): nothing was moved");
     Err(ApiError::new(Reason::PeerUnreachable, message)
         .hint("\"lifeboat status\" shows when it is back"))
