@@ -105,6 +105,12 @@ name_type!(
     "disk"
 );
 
+name_type!(
+    /// A plan, or a group of guests in it.
+    PlanName,
+    "plan or group"
+);
+
 /// Largest count that is believed when it comes from outside. From here 2^63 steps are left, so that
 /// nobody can make us count to the end.
 pub const COUNT_MAX: u64 = u64::MAX >> 1;

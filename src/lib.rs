@@ -39,6 +39,7 @@
 //! | `config` | `guest`, `ids`, `page` |
 //! | `nbd` | `bitmap`, `clock`, `ids`, `page` |
 //! | `control` | `clock`, `guest`, `ids`, `metrics` |
+//! | `plan` | `clock`, `config`, `control`, `durable`, `guest`, `ids`, `metrics` |
 //! | `cli` | anything |
 //! | `daemon` | anything |
 //! | `main` | anything |
@@ -61,6 +62,7 @@ pub mod metrics;
 pub mod nbd;
 pub mod page;
 pub mod pki;
+pub mod plan;
 pub mod primary;
 pub mod retry;
 pub mod standby;

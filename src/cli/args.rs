@@ -11,7 +11,8 @@ use super::bench;
 use crate::config::units;
 use crate::control::codes::EXIT_CODES;
 use crate::control::drills::Probe;
-use crate::ids::{DiskId, GuestId, SiteId};
+use crate::ids::{DiskId, GuestId, PlanName, SiteId};
+use crate::plan::steps::Mode;
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -210,6 +211,27 @@ pub enum Verb {
         #[arg(long)]
         no_wait: bool,
     },
+    /// Move the running, protected guests of this site to another one, one after the other. Asked
+    /// again it goes on with those that are left.
+    Evacuate {
+        /// Where to.
+        #[arg(long, value_name = "SITE")]
+        to: SiteId,
+        /// Only these, in this order.
+        names: Vec<GuestId>,
+        /// Only the guests of this plan, in its order.
+        #[arg(long, value_name = "FILE", conflicts_with = "names")]
+        plan: Option<PathBuf>,
+        /// Only the guests of this group of the plan.
+        #[arg(long, value_name = "GROUP", requires = "plan")]
+        group: Option<PlanName>,
+        /// Move so many at a time.
+        #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+        parallel: u16,
+        /// Go on with the others after a failure.
+        #[arg(long)]
+        keep_going: bool,
+    },
     /// Resume a clone of a recovery point in isolation, ask it, and remove it. Nothing else notices.
     TestFailover {
         /// The guest.
@@ -259,6 +281,9 @@ pub enum Verb {
         #[arg(long, conflicts_with_all = ["name", "point", "disk", "at", "stop"])]
         list: bool,
     },
+    /// Judge and run plans: groups of guests in order, with hooks, probes and a record.
+    #[command(subcommand)]
+    Plan(PlanVerb),
     /// Look at, check and mend journals.
     #[command(subcommand)]
     Journal(JournalVerb),
@@ -307,6 +332,66 @@ pub enum GuestVerb {
         /// The guest.
         name: GuestId,
     },
+}
+
+/// Verbs for plans.
+#[derive(Debug, Subcommand)]
+pub enum PlanVerb {
+    /// Say what is wrong with a plan, and whether its programs and guests are there.
+    Validate {
+        /// The plan.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Carry out a plan at this site.
+    Run(PlanRun),
+    /// Show the report of a run, after a check of its record.
+    Report {
+        /// A run, or a plan: its newest run.
+        #[arg(value_name = "RUN")]
+        run: String,
+        /// Where the records are (otherwise plans/ in the state directory).
+        #[arg(long, value_name = "DIR")]
+        record: Option<PathBuf>,
+    },
+}
+
+/// `plan run`
+#[derive(Debug, Args)]
+pub struct PlanRun {
+    /// The plan.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// What to do with the guests (otherwise failover).
+    #[arg(long, value_name = "failover|test|move")]
+    pub mode: Option<Mode>,
+    /// Only say what would happen and what would be lost.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Go on with the newest run, which failed or was cut off.
+    #[arg(long, conflicts_with_all = ["dry_run", "abandon"])]
+    pub resume: bool,
+    /// Give up the newest run, which was cut off, and begin anew.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub abandon: bool,
+    /// Leave out this step; may be repeated.
+    #[arg(long, value_name = "STEP")]
+    pub skip: Vec<String>,
+    /// Where guests move to (otherwise as in the plan).
+    #[arg(long, value_name = "SITE")]
+    pub to: Option<SiteId>,
+    /// You know that the other site cannot run the guests any more.
+    #[arg(long)]
+    pub fenced_by_operator: bool,
+    /// Why; for the report.
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+    /// Where the records are (otherwise plans/ in the state directory).
+    #[arg(long, value_name = "DIR")]
+    pub record: Option<PathBuf>,
+    /// Do not ask; prompts of the plan count as confirmed.
+    #[arg(long)]
+    pub yes: bool,
 }
 
 /// Verbs for journals.

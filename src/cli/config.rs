@@ -19,11 +19,35 @@ struct Checked {
     problems: Vec<Problem>,
 }
 
+/// One thing that is wrong with a file.
 #[derive(Debug, Serialize)]
-struct Problem {
-    key: String,
-    place: Option<String>,
-    message: String,
+pub struct Problem {
+    /// The key.
+    pub key: String,
+    /// Where.
+    pub place: Option<String>,
+    /// What is wrong and what to do.
+    pub message: String,
+}
+
+impl From<config::Problem> for Problem {
+    fn from(problem: config::Problem) -> Self {
+        Self {
+            key: problem.key,
+            place: problem.place.map(|place| place.to_string()),
+            message: problem.message,
+        }
+    }
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let parts = self.place.iter().chain([&self.key]);
+        for part in parts.filter(|part| !part.is_empty()) {
+            write!(f, "{part}: ")?;
+        }
+        f.write_str(&self.message)
+    }
 }
 
 impl Document for Checked {
@@ -94,18 +118,15 @@ fn check(file: &Path, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
         1 => format!("{}: 1 problem\n", file.display()),
         n => format!("{}: {n} problems\n", file.display()),
     };
-    let lines: String = problems.iter().map(|p| format!("  {p}\n")).collect();
-    let problems = problems.into_iter().map(|problem| Problem {
-        key: problem.key,
-        place: problem.place.map(|place| place.to_string()),
-        message: problem.message,
-    });
     let checked = Checked {
         file: file.to_owned(),
         ok,
-        problems: problems.collect(),
+        problems: problems.into_iter().map(Problem::from).collect(),
     };
-    out.result(checked, |_| text + &lines);
+    out.result(checked, |checked| {
+        let lines = checked.problems.iter().map(|p| format!("  {p}\n"));
+        text + &lines.collect::<String>()
+    });
     Ok(if ok { ExitCode::Ok } else { ExitCode::Usage })
 }
 

@@ -21,22 +21,33 @@ pub fn askable(yes: bool, what: &str, out: &Output<'_>) -> Result<(), ApiError> 
 
 /// Asks the operator to type the guest's name.
 pub fn typed(yes: bool, guest: &GuestId, what: &str, out: &mut Output<'_>) -> Result<(), ApiError> {
+    typed_name(yes, "guest", guest.as_str(), what, out)
+}
+
+/// Asks the operator to type a name; `whose` says of what it is the name.
+pub fn typed_name(
+    yes: bool,
+    whose: &str,
+    name: &str,
+    what: &str,
+    out: &mut Output<'_>,
+) -> Result<(), ApiError> {
     askable(yes, what, out)?;
     if yes {
         return Ok(());
     }
     let streams = &mut out.streams;
     // A prompt that cannot be written is answered by whoever knows what is asked.
-    let _ = write!(streams.err, "Type the guest's name to {what}: ");
+    let _ = write!(streams.err, "Type the {whose}'s name to {what}: ");
     let _ = streams.err.flush();
     let mut answer = String::new();
     let mut input = (&mut *streams.input).take(ANSWER_BYTES_MAX);
     let read = input.read_line(&mut answer);
-    if read.is_ok() && answer.trim() == guest.as_str() {
+    if read.is_ok() && answer.trim() == name {
         return Ok(());
     }
     Err(ApiError::new(
         Reason::NotConfirmed,
-        "the name that was typed is not the guest's: nothing was done",
+        format!("the name that was typed is not the {whose}'s: nothing was done"),
     ))
 }

@@ -17,10 +17,13 @@ pub mod console;
 pub mod demo;
 pub mod doctor;
 pub mod drills;
+pub mod evacuate;
 pub mod follow;
 pub mod logging;
+pub mod operator;
 pub mod output;
 pub mod pki;
+pub mod plan;
 pub mod render;
 pub mod site;
 pub mod text;
@@ -135,6 +138,11 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
         Verb::Config(verb) => config::run(&verb, file, out),
         Verb::Pki(verb) => pki::run(verb, file, out).map(|()| ExitCode::Ok),
         Verb::Check { name } => Ok(runtime()?.block_on(check::run(&global, name.as_ref(), out))),
+        Verb::Plan(verb) => {
+            let (client, timeout) = (Client::new(socket(&global)?), global.timeout);
+            let records = records(&global)?;
+            runtime()?.block_on(plan::run(verb, &client, records, timeout, out))
+        }
         Verb::Doctor => runtime()?.block_on(doctor::run(file, out)),
         verb => {
             let client = Client::new(socket(&global)?);
@@ -155,6 +163,15 @@ fn runtime() -> Result<tokio::runtime::Runtime, ApiError> {
 fn workers() -> Result<tokio::runtime::Runtime, ApiError> {
     tokio::runtime::Runtime::new()
         .map_err(|error| ApiError::new(Reason::Failed, format!("no runtime: {error}")))
+}
+
+/// Where the site keeps the records of plans, if its configuration is named.
+fn records(global: &Global) -> Result<Option<PathBuf>, ApiError> {
+    let Some(file) = &global.config else {
+        return Ok(None);
+    };
+    let loaded = load(file, Files::Ignored).map_err(|e| config::error(&e))?;
+    Ok(Some(loaded.config.state_dir.join("plans")))
 }
 
 /// The daemon's socket: as said, or as configured, or the usual one.

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::args::{GuestVerb, JournalVerb, Verb};
 use super::confirm;
 use super::console;
+use super::evacuate;
 use super::follow::follow;
 use super::output::Output;
 use super::render;
@@ -115,6 +116,24 @@ pub async fn run(
                 follow(client, run, timeout, out).await?;
             }
         }
+        Verb::Evacuate {
+            to,
+            names,
+            plan,
+            group,
+            parallel,
+            keep_going,
+        } => {
+            let named = (!names.is_empty()).then_some(names);
+            let planned = plan.map(|file| evacuate::planned(&file, group.as_ref()));
+            let request = evacuate::Request {
+                to,
+                guests: planned.transpose()?.or(named),
+                parallel: usize::from(parallel),
+                keep_going,
+            };
+            evacuate::run(&request, client, timeout, out).await?;
+        }
         Verb::TestFailover {
             name, stop: true, ..
         } => {
@@ -195,6 +214,7 @@ pub async fn run(
         | Verb::Bench { .. }
         | Verb::Pki(_)
         | Verb::Config(_)
+        | Verb::Plan(_)
         | Verb::Check { .. }
         | Verb::Doctor => {
             unreachable!("these verbs are not sent here")

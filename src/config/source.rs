@@ -38,6 +38,18 @@ pub enum Place {
     Env(String),
 }
 
+impl Place {
+    /// The place of a byte in a text.
+    pub fn in_text(text: &str, offset: usize) -> Self {
+        let before = text.get(..offset).unwrap_or(text);
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        Self::File {
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+        }
+    }
+}
+
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -73,12 +85,7 @@ impl Source {
         if let Some((name, _)) = past.and_then(|var| self.vars.get(var)) {
             return Place::Env(name.clone());
         }
-        let before = self.text.get(..span.start).unwrap_or(&self.text);
-        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-        Place::File {
-            line: before.matches('\n').count() + 1,
-            column: before[line_start..].chars().count() + 1,
-        }
+        Place::in_text(&self.text, span.start)
     }
 
     /// The raw schema, or what is wrong with the text.

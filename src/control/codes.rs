@@ -121,6 +121,8 @@ reasons! {
     NoSuchPoint = "no_such_point" => NotFound, 404;
     /// No such run, or it is too old to be remembered.
     NoSuchRun = "no_such_run" => NotFound, 404;
+    /// Some of a group were done, others not.
+    Partial = "partial" => Partial, 500;
     /// A verification or check found a difference.
     Difference = "difference" => Difference, 409;
     /// Time is up and the run goes on.

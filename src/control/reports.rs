@@ -46,6 +46,9 @@ pub struct ProtectReport {
     pub sent_bytes: u64,
 }
 
+/// What a dry run says of the fence when there is none.
+pub const UNFENCED: &str = "none: the failover would be refused";
+
 /// A guest was resumed from a recovery point, or would be (`dry_run`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FailoverReport {

@@ -236,6 +236,8 @@ fn schemas_are_named_and_numbered() {
     let mut all: Vec<&str> = SCHEMAS.to_vec();
     all.extend(crate::cli::verbs::SCHEMAS);
     all.extend(crate::cli::config::SCHEMAS);
+    all.extend(crate::cli::evacuate::SCHEMAS);
+    all.extend(crate::cli::plan::SCHEMAS);
     all.extend(crate::cli::check::SCHEMAS);
     all.extend(crate::cli::pki::SCHEMAS);
     all.extend(crate::cli::doctor::SCHEMAS);

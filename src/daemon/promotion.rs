@@ -14,6 +14,7 @@ use super::standbys::{Shared, lock};
 use super::status::point_status;
 use crate::config::resolved::FencingConfig;
 use crate::control::codes::Reason;
+use crate::control::reports::UNFENCED;
 use crate::control::runs::RunHandle;
 use crate::control::types::{ApiError, FailoverReport, FailoverRequest, Run, RunResult};
 use crate::device_state::DeviceState;
@@ -161,7 +162,7 @@ impl Failover {
         match (&self.fencing, self.request.fenced_by_operator) {
             (Some(f), _) => format!("would run {}", f.command.join(" ")),
             (None, true) => "the operator's word".into(),
-            (None, false) => "none: the failover would be refused".into(),
+            (None, false) => UNFENCED.into(),
         }
     }
 

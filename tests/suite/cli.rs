@@ -43,9 +43,13 @@ const VERBS: &[(At, &str, &[&str], &str)] = &[
     (At::B, "journal check", &[GUEST], "run"),
     (At::B, "journal rebuild-index", &[GUEST], "run"),
     (At::B, "failover", &[GUEST, "--dry-run"], "run"),
+    (At::B, "plan validate", &["PLAN"], "plan"),
+    (At::B, "plan run", &["PLAN", "--mode", "test"], "plan_run"),
+    (At::B, "plan report", &["sample"], "plan_run"),
     (At::A, "move", &[GUEST], "run"),
-    (At::B, "unprotect", &[GUEST], "done"),
-    (At::B, "guest stop", &[GUEST], "done"),
+    (At::B, "evacuate", &["--to", "site-a", GUEST], "evacuate"),
+    (At::A, "unprotect", &[GUEST], "done"),
+    (At::A, "guest stop", &[GUEST], "done"),
     (
         At::A,
         "pki init",
@@ -87,12 +91,18 @@ fn every_verb_is_asked_here() {
     assert_eq!(asked, all_verbs(), "left: verbs of this test");
 }
 
-/// The verb's words and arguments. `NEW` is a directory that is not there yet.
+/// The verb's words and arguments. `NEW` is a directory that is not there yet, `PLAN` a plan.
 fn arguments(pair: &Pair, verb: &str, more: &[&str]) -> Vec<String> {
-    let new = pair.root().join("new-pki").display().to_string();
+    let path = |name| pair.root().join(name).display().to_string();
+    let plan = format!("name = \"sample\"\n[[group]]\nname = \"g\"\nguests = [\"{GUEST}\"]\n");
+    std::fs::write(path("sample.toml"), plan).unwrap();
     let words = verb.split(' ').chain(more.iter().copied());
     words
-        .map(|word| if word == "NEW" { &new[..] } else { word }.to_owned())
+        .map(|word| match word {
+            "NEW" => path("new-pki"),
+            "PLAN" => path("sample.toml"),
+            word => word.to_owned(),
+        })
         .collect()
 }
 

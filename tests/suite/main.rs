@@ -10,6 +10,7 @@
 //!   bad_input     what an operator or a stranger can get wrong
 //!   monitor       one guest's process: cuts, kills of its daemon, restore, signals
 //!   cli           every verb: its JSON, its exit codes
+//!   plans         a disaster in the order of a plan, cut off and resumed; evacuation
 //!   observability rules, dashboards, and what Prometheus sees of two sites
 //!   runbooks      every command of the runbooks, executed
 //!   nbd           exports of disks and recovery points, read and written by qemu-img and nbdcopy
@@ -33,6 +34,7 @@ mod monitor;
 mod moving;
 mod nbd;
 mod observability;
+mod plans;
 mod qemu;
 mod readme;
 mod restart;

@@ -256,6 +256,38 @@ const CASES: &[(&str, &str, ExitCode)] = &[
         "test-failover db1 --probe tcp",
         ExitCode::Usage,
     ),
+    ("evacuate", "evacuate --to site-b", ExitCode::Ok),
+    (
+        "evacuate-json",
+        "evacuate --to site-b web1 lost1 --json",
+        ExitCode::Ok,
+    ),
+    (
+        "evacuate-again",
+        "evacuate --to site-b db1 slow1 torn1",
+        ExitCode::Ok,
+    ),
+    (
+        "evacuate-group",
+        "evacuate --to site-b --plan config/plans/maintenance.toml --group front",
+        ExitCode::Ok,
+    ),
+    (
+        "evacuate-no-group",
+        "evacuate --to site-b --plan config/plans/maintenance.toml --group back",
+        ExitCode::Usage,
+    ),
+    (
+        "evacuate-unknown",
+        "evacuate --to site-b db1 nobody",
+        ExitCode::NotFound,
+    ),
+    ("evacuate-no-peer", "evacuate --to site-x", ExitCode::Usage),
+    (
+        "evacuate-peer-down",
+        "evacuate --to site-c",
+        ExitCode::Unreachable,
+    ),
     ("verify", "verify db1", ExitCode::Ok),
     ("verify-difference", "verify torn1", ExitCode::Difference),
     (
@@ -447,3 +479,4 @@ fn the_arguments_are_well_formed() {
 
 mod bench;
 mod local;
+mod plan;

@@ -15,12 +15,11 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 
 use crate::control::types::ProbeReport;
+use crate::plan::probe::Lines;
 use crate::vmm::spec::Boot;
 
 /// Pages that the demo guest has to check, if it has so many.
 const CHECKED_MAX: u64 = 1024;
-/// Longest line that is looked at.
-const LINE_BYTES_MAX: usize = 1024;
 
 /// What was heard, and when first.
 pub(super) struct Answer {
@@ -67,7 +66,7 @@ struct Heard {
     /// Pages that the demo guest has to check; `None`: another guest.
     check: Option<u64>,
     first: Option<Instant>,
-    line: Vec<u8>,
+    lines: Lines,
     resumed: Option<u64>,
     /// The newest report since: step and errors.
     report: Option<(u64, u64)>,
@@ -89,16 +88,9 @@ impl Heard {
     }
 
     fn hear(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            match byte {
-                b'\n' => {
-                    let line = std::mem::take(&mut self.line);
-                    self.understand(&String::from_utf8_lossy(&line));
-                }
-                byte if self.line.len() < LINE_BYTES_MAX => self.line.push(*byte),
-                _ => {}
-            }
-        }
+        let mut lines = std::mem::take(&mut self.lines);
+        lines.hear(bytes, |line| self.understand(line));
+        self.lines = lines;
     }
 
     fn understand(&mut self, line: &str) {

@@ -183,6 +183,20 @@ impl Site {
         run_to_end(command)
     }
 
+    /// Starts a verb with `--json` and does not wait for it.
+    pub fn begin(&self, args: &[&str]) -> Child {
+        Command::new(PROGRAM)
+            .arg("--json")
+            .arg("-c")
+            .arg(self.config())
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
     /// Runs a verb that must work.
     pub fn ok(&self, args: &[&str]) -> Ran {
         let ran = self.cli(args);
