@@ -151,6 +151,7 @@ fn faults_lose_nothing_and_replication_converges() {
             "reopen",
             "resume",
             "delta",
+            "compare",
             "full",
             "promoted",
             "converged",
