@@ -284,7 +284,12 @@ impl CopyOnWrite {
         if self.is_broken() {
             return Err(io::Error::other("userfaultfd failed before"));
         }
-        self.states.forget_touched();
+        {
+            // An answer that was begun for the last cut would lift protection without a note; the one
+            // under way is over here, and those that follow find no cut.
+            let _gate = lock(&self.gate);
+            self.states.forget_touched();
+        }
         let protected = ram_maps(self.pages.ranges(), pages)
             .try_for_each(|(range, map)| self.protect(range, map));
         if protected.is_err() {
