@@ -155,7 +155,10 @@ fn what_does_not_pass_is_told_and_what_makes_no_sense_is_refused() {
     let ran = pair.b.cli(&[DRILL, &["--probe-timeout", "1ms"]].concat());
     assert_eq!(ran.code, 1, "{ran:?}");
     let error = run(&ran).error.expect("it says why");
-    assert!(error.message.contains("resumed"), "{error:?}");
+    assert!(
+        error.message.contains("did not pass the probe"),
+        "{error:?}"
+    );
     assert!(!report(&ran).probes[0].passed);
     let status = pair.at_b();
     assert_eq!(status.last_drill, None);

@@ -342,10 +342,30 @@ async fn a_guest_that_a_daemon_left_standing_goes_on() {
     drop(guest);
     let said = vm.progress(said);
     vm.progress(Some(said));
+    // The watchdog has more to do when the guest goes on: it takes the mark away and leaves COLO, which
+    // runs a guest, whoever paused it.
+    let mut looks = 0;
+    loop {
+        let objects = qmp.call("qom-list", json!({ "path": "/objects" })).await;
+        let colo = qmp.call("query-colo-status", json!({})).await.unwrap();
+        let marked = objects.unwrap().to_string().contains("lifeboat-standstill");
+        if !marked && colo["mode"] == "none" {
+            break;
+        }
+        looks += 1;
+        assert!(looks < 1000, "the watchdog does not finish: {colo}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     // What its operator pauses stays paused: there is no mark any more.
     qmp.call("stop", json!({})).await.unwrap();
     let refused = QemuGuest::attach(vm.options(Mode::Auto)).await.err();
-    assert!(refused.is_some_and(|error| error.to_string().contains("is paused")));
+    let refused = refused.map(|error| error.to_string());
+    assert!(
+        refused
+            .as_ref()
+            .is_some_and(|why| why.contains("is paused")),
+        "{refused:?}"
+    );
 }
 
 /// Names the directory in which [`daemon_that_ends`] acts.
