@@ -17,8 +17,9 @@
 //!   So until the frame ends such a page counts as not shadowed, and is shipped whole if it returns.
 //! * A frame that is void ([`abandon`](Encoder::abandon)) or lost ([`invalidate`](Encoder::invalidate))
 //!   takes the validity of its pages with it; they are shipped whole next time.
-//! * A frame that is made by comparison with what the standby has
-//!   ([`push_unlike`](Encoder::push_unlike)) and a full frame begin with no valid shadow at all, so that it depends on nothing before it.
+//! * A full frame begins with no valid shadow at all, so that it depends on nothing before it. So does a
+//!   frame that is made by comparison ([`push_unlike`](Encoder::push_unlike)): what the standby has is
+//!   known from its fingerprints alone.
 //!
 //! The tree always holds what was pushed last. The first frame of an encoder must cover all RAM (a
 //! round over all contents comes first); otherwise [`finish`](Encoder::finish) has no root and panics.

@@ -8,7 +8,7 @@ use super::PageImage;
 use crate::page::{Layout, PAGE_SIZE, PageAddr};
 
 /// Bytes of a fingerprint.
-pub const FINGERPRINT_BYTES: usize = 16;
+const FINGERPRINT_BYTES: usize = 16;
 
 /// Most pages of a guest that is compared: 64 GiB of memory and disks, 256 MiB of fingerprints.
 pub const FINGERPRINT_PAGES_MAX: u64 = 16 << 20;

@@ -80,8 +80,7 @@ pub use delta::apply as apply_delta;
 pub use encode::{EncodeOptions, EncodeStats, Encoder, Finished};
 pub use error::{EncodeError, FrameError};
 pub use fingerprint::{
-    DiskFingerprints, FINGERPRINT_BYTES, FINGERPRINT_PAGES_MAX, Fingerprint, Fingerprints,
-    fingerprint,
+    DiskFingerprints, FINGERPRINT_PAGES_MAX, Fingerprint, Fingerprints, fingerprint,
 };
 pub use format::{FORMAT_VERSION, Footer, HEADER_BYTES, PartHeader};
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};

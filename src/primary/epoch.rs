@@ -25,7 +25,7 @@ use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
 use super::{Compression, Phase, Progress};
 use crate::bitmap::PageSet;
-use crate::frame::{Codec, EncodeStats, Fingerprints, FrameStart, Manifest};
+use crate::frame::{Codec, EncodeStats, FINGERPRINT_PAGES_MAX, Fingerprints, FrameStart, Manifest};
 use crate::guest::{Contents, Guest, GuestError, RunState};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
@@ -164,6 +164,14 @@ impl<G: Guest> Builder<'_, G> {
             return Ok(None);
         };
         let (epoch, reason) = (self.head.epoch, plan.reason.clone());
+        let pages = self.engine.guest.info().layout.pages();
+        if pages > FINGERPRINT_PAGES_MAX {
+            self.copy_instead(
+                &reason,
+                &format!("a guest of {pages} pages is too large for it"),
+            );
+            return Ok(None);
+        }
         let mut known = Fingerprints::new(&self.engine.guest.info().layout);
         self.queue.push(ToStandby::Compare { epoch });
         while !known.complete() {
@@ -177,17 +185,7 @@ impl<G: Guest> Builder<'_, G> {
                     }
                 }
                 Some(Event::Incomparable(why)) => {
-                    let plan = Plan {
-                        path: SyncPath::Full,
-                        reason: format!(
-                            "{reason}, and what the standby has cannot be compared: {why}"
-                        ),
-                        audit: true,
-                        resync: None,
-                    };
-                    let shown = (plan.path, plan.reason.clone());
-                    self.engine.publish(|s| s.path = Some(shown));
-                    self.first = Some(plan);
+                    self.copy_instead(&reason, &why);
                     return Ok(None);
                 }
                 Some(event) => self.apply(event).await?,
@@ -195,6 +193,19 @@ impl<G: Guest> Builder<'_, G> {
             }
         }
         Ok(Some(Arc::new(known)))
+    }
+
+    /// The session sends everything.
+    fn copy_instead(&mut self, reason: &str, why: &str) {
+        let plan = Plan {
+            path: SyncPath::Full,
+            reason: format!("{reason}, and what the standby has cannot be compared: {why}"),
+            audit: true,
+            resync: None,
+        };
+        let shown = (plan.path, plan.reason.clone());
+        self.engine.publish(|s| s.path = Some(shown));
+        self.first = Some(plan);
     }
 
     /// Opens a frame in the encoder.

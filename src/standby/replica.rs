@@ -508,7 +508,8 @@ impl<S: Store> Replica<S> {
                 "checkpoint #{epoch} gave image root {found} here and {expected} at the source; it was dropped and a full copy was asked for"
             ));
         });
-        self.rebuild_image()?;
+        // Not only an image of the newest point: the journal may have none, and the session goes on.
+        self.ready_image(&manifest.layout)?;
         Ok(receipt)
     }
 
