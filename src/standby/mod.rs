@@ -26,6 +26,8 @@ mod image;
 mod promote;
 mod replica;
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use image::{Image, ImageError};
 pub use promote::Promotion;
