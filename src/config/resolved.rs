@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::guest::CutStrategy;
+use crate::guest::qemu::command::Rewrite;
 use crate::guest::qemu::probe::Mode;
 use crate::ids::{DiskId, GuestId, SiteId};
 
@@ -90,6 +91,8 @@ pub struct PeerConfig {
     pub guests: Vec<GuestId>,
     /// They may be guests of QEMU: this site starts the QEMU command lines that the peer sends.
     pub qemu: bool,
+    /// What is written into those command lines in the place of what, in order.
+    pub rewrites: Vec<Rewrite>,
     /// Longest silence before a ping.
     pub keepalive: Duration,
     /// Silence after which the link is taken for dead.

@@ -83,8 +83,17 @@ table!(
         server_name: Maybe<String>,
         guests: Vec<Spanned<String>>,
         qemu: Maybe<bool>,
+        rewrite: Vec<Spanned<Rewrite>>,
         keepalive: Maybe<String>,
         dead_after: Maybe<String>,
+    }
+);
+table!(
+    /// A line of `rewrite` of a peer
+    Rewrite {
+        from: Maybe<String>,
+        to: Maybe<String>,
+        guest: Maybe<String>,
     }
 );
 table!(

@@ -1,5 +1,6 @@
 use super::resolved::*;
 use super::*;
+use crate::guest::qemu::command::Rewrite;
 use crate::guest::qemu::probe::Mode;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -273,6 +274,39 @@ fn one_image_under_two_names_is_found() {
     std::fs::write(&file, text(false)).unwrap();
     let error = load_with(&file, Files::Required, std::iter::empty()).unwrap_err();
     assert!(error.to_string().contains("no multiple of 4096"), "{error}");
+}
+
+#[test]
+fn what_becomes_of_a_peers_command_lines_is_understood() {
+    let peer = |rewrite: &str| {
+        let text = format!(
+            "[site]\nname = \"site-b\"\n[listen]\naddress = \"127.0.0.1:7443\"\n\
+             [tls]\nca = \"/ca\"\ncert = \"/cert\"\nkey = \"/key\"\n\
+             [peer.site-a]\nguests = [\"web\"]\nqemu = true\nrewrite = [{rewrite}]\n"
+        );
+        load_text(&text, &[]).map(|loaded| loaded.config.peers.into_values().next().unwrap().rewrites)
+    };
+    let line = |guest: Option<&str>| Rewrite {
+        from: "tap3".into(),
+        to: "tap7".into(),
+        guest: guest.map(|name| name.parse().unwrap()),
+    };
+    let found =
+        peer(r#"{ from = "tap3", to = "tap7" }, { from = "tap3", to = "tap7", guest = "web" }"#);
+    assert_eq!(found.unwrap(), [line(None), line(Some("web"))]);
+    for (bad, word) in [
+        (r#"{ from = "", to = "x" }"#, "empty"),
+        (r#"{ to = "x" }"#, "missing"),
+        (r#"{ from = "x" }"#, "missing"),
+        (
+            r#"{ from = "x", to = "", guest = "db" }"#,
+            "none of the guests",
+        ),
+        (r#"{ from = "x", to = "", all = true }"#, "all"),
+    ] {
+        let error = peer(bad).unwrap_err().to_string();
+        assert!(error.contains(word), "{bad}: {error}");
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use super::resolved::*;
 use super::schema;
 use super::units;
 use super::validate_guest as guests;
+use crate::guest::qemu::command::Rewrite;
 use crate::ids::{GuestId, SiteId};
 
 /// Longest path of a unix socket in Linux, without its final zero.
@@ -306,6 +307,7 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
         );
     }
     let qemu = check.plain(&format!("{prefix}.qemu"), raw.qemu, false);
+    let rewrites = rewrites(check, prefix, raw.rewrite, &guests);
     let keepalive = check.parsed(
         &format!("{prefix}.keepalive"),
         raw.keepalive,
@@ -326,9 +328,54 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
         server_name,
         guests,
         qemu: qemu.value,
+        rewrites,
         keepalive: keepalive.value,
         dead_after: dead_after.value,
     }
+}
+
+/// What becomes of the peer's QEMU command lines here.
+fn rewrites(
+    check: &mut Check<'_>,
+    prefix: &str,
+    raw: Vec<Spanned<schema::Rewrite>>,
+    guests: &[GuestId],
+) -> Vec<Rewrite> {
+    let mut rewrites = Vec::new();
+    for (index, raw) in raw.into_iter().enumerate() {
+        let raw = raw.into_inner();
+        let key = format!("{prefix}.rewrite[{index}]");
+        let from = check.required(
+            &format!("{key}.from"),
+            raw.from,
+            "a text in the peer's command lines",
+            |text| match text {
+                "" => Err("is empty: write what is to be replaced".to_owned()),
+                text => Ok(text.to_owned()),
+            },
+        );
+        let to = check.required(
+            &format!("{key}.to"),
+            raw.to,
+            "what takes its place here",
+            |text| Ok(text.to_owned()),
+        );
+        let guest = check.optional(&format!("{key}.guest"), raw.guest, |text| {
+            let guest = parse_as::<GuestId>(text)?;
+            match guests.contains(&guest) {
+                true => Ok(guest),
+                false => Err(format!("\"{guest}\" is none of the guests of {prefix}")),
+            }
+        });
+        if let (Some(from), Some(to)) = (from, to) {
+            rewrites.push(Rewrite {
+                from: from.value,
+                to: to.value,
+                guest: guest.map(|found| found.value),
+            });
+        }
+    }
+    rewrites
 }
 
 pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {

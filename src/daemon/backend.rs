@@ -443,7 +443,7 @@ impl Backend for Site {
             handle: self.supervisor(guest),
             from: writer_of(&config, guest),
             fencing: config.fencing.clone(),
-            qemu: self.runs_qemu_of(guest),
+            qemu: self.qemu_of(guest),
             request,
             asked,
         };

@@ -9,6 +9,7 @@ use super::promotion::Takeover;
 use super::record::{self, GuestRecord, Standing};
 use super::standbys::{Shared, lock};
 use crate::control::types::{RunResult, TakeReport};
+use crate::guest::qemu::command::Rewrite;
 use crate::guest::qemu::machine::Machine;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::DirStore;
@@ -116,7 +117,7 @@ impl Lookup<DirStore> for Site {
             guest: guest.clone(),
             copy: copy.clone(),
             handle: self.supervisor(guest),
-            qemu: self.runs_qemu_of(guest),
+            qemu: self.qemu_of(guest),
         };
         let taken = takeover.carry_out(&run, epoch, generation).await;
         let result = taken.map(|()| RunResult::Take(TakeReport { epoch, generation }));
@@ -139,11 +140,14 @@ impl Site {
         loading.await.map_err(|error| error.to_string())
     }
 
-    /// True if the peer that writes this guest may let us start its QEMU command lines.
-    pub fn runs_qemu_of(&self, guest: &GuestId) -> bool {
+    /// What becomes of the guest's QEMU command line here; `None` if the peer that writes this guest
+    /// may not let us start any.
+    pub fn qemu_of(&self, guest: &GuestId) -> Option<Vec<Rewrite>> {
         let config = self.config();
-        let peer = writer_of(&config, guest).and_then(|site| config.peers.get(&site));
-        peer.is_some_and(|peer| peer.qemu)
+        let peer = writer_of(&config, guest).and_then(|site| config.peers.get(&site))?;
+        let own = |line: &&Rewrite| line.guest.as_ref().is_none_or(|only| only == guest);
+        peer.qemu
+            .then(|| peer.rewrites.iter().filter(own).cloned().collect())
     }
 
     /// A copy that was promoted, and whose guest does not run here (any more), may be written again.

@@ -20,6 +20,7 @@ mod lookup;
 mod moving;
 mod orders;
 mod promotion;
+mod qemu;
 mod record;
 mod standbys;
 mod status;

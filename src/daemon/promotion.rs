@@ -21,6 +21,7 @@ use crate::device_state::DeviceState;
 use crate::failover::{DiskFiles, Fence, fence};
 use crate::frame::Manifest;
 use crate::guest::RunState;
+use crate::guest::qemu::command::Rewrite;
 use crate::ids::{DiskId, Epoch, Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
 use crate::standby::{Promotion, ReplicaError};
@@ -36,7 +37,7 @@ pub(super) struct Failover {
     pub fencing: Option<FencingConfig>,
     pub request: FailoverRequest,
     /// As of [`Takeover`].
-    pub qemu: bool,
+    pub qemu: Option<Vec<Rewrite>>,
     /// When the command arrived.
     pub asked: Instant,
 }
@@ -112,7 +113,7 @@ impl Failover {
             guest: self.guest.clone(),
             copy: self.copy.clone(),
             handle: self.handle.clone(),
-            qemu: self.qemu,
+            qemu: self.qemu.clone(),
         };
         report.generation_after = takeover.promote(run, point.epoch, before).await?;
         takeover
@@ -207,8 +208,9 @@ pub(super) struct Takeover {
     pub guest: GuestId,
     pub copy: Shared,
     pub handle: Handle,
-    /// It may be a guest of QEMU: its old site may have command lines started here.
-    pub qemu: bool,
+    /// It may be a guest of QEMU, whose old site may have command lines started here, with these
+    /// changes.
+    pub qemu: Option<Vec<Rewrite>>,
 }
 
 impl Takeover {
@@ -312,8 +314,9 @@ impl Takeover {
             .env
             .offload(move || write_disks(&copy, &promotion, directory))
             .await?;
-        let (hardware, state) = machine(&manifest, &files)?;
-        if !self.qemu && matches!(hardware, Hardware::Qemu(_)) {
+        let table = self.qemu.as_deref().unwrap_or_default();
+        let (hardware, state) = machine(&manifest, &files, table)?;
+        if self.qemu.is_none() && matches!(hardware, Hardware::Qemu(_)) {
             let text = "it is a guest of QEMU, and this site is not to start the command lines of its old site";
             let hint = "if that site is trusted so far: qemu = true in its [peer] here, then lifeboat reload";
             return Err(failed(text).hint(hint));
@@ -322,10 +325,12 @@ impl Takeover {
     }
 }
 
-/// The machine of a point with its disks in these files, and the state of its devices.
+/// The machine of a point with its disks in these files and its command line rewritten, and the state
+/// of its devices.
 pub(super) fn machine(
     manifest: &Manifest,
     files: &[(DiskId, PathBuf)],
+    table: &[Rewrite],
 ) -> Result<(Hardware, DeviceState), ApiError> {
     let hardware = Hardware::from_bytes(&manifest.machine).map_err(failed)?;
     if hardware.layout().map_err(failed)? != manifest.layout {
@@ -333,7 +338,7 @@ pub(super) fn machine(
         return Err(ApiError::new(Reason::Difference, text));
     }
     let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
-    Ok((hardware.with_disks(files).map_err(failed)?, state))
+    Ok((hardware.placed(files, table).map_err(failed)?, state))
 }
 
 fn write_disks(

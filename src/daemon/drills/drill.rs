@@ -245,7 +245,7 @@ fn replay(held: Held<DirStore>, directory: &Path, run: &RunHandle) -> Result<Clo
         return Err(ApiError::new(Reason::Difference, text).hint(hint));
     }
     let files: Vec<(_, PathBuf)> = image.disks.finish().map_err(failed)?;
-    let (hardware, state) = machine(&manifest, &files)?;
+    let (hardware, state) = machine(&manifest, &files, &[])?;
     let Hardware::Builtin(spec) = hardware else {
         let text = "a guest of QEMU cannot be tried yet: it would be started beside its own disks and sockets";
         return Err(ApiError::new(Reason::WrongState, text));

@@ -26,6 +26,7 @@
 //! COLO is called unstable by QEMU; `probe` never assumes it, and `migrate` works without.
 
 mod colo;
+pub mod command;
 pub mod compose;
 mod disks;
 mod handout;

@@ -1,0 +1,148 @@
+//! QEMU processes that this site starts: they wait for a checkpoint, and outlive the daemon.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::process::Child;
+use tokio::time::{Instant, sleep};
+
+use super::hardware::{Hardware, failed};
+use crate::device_state::DeviceState;
+use crate::guest::GuestError;
+use crate::guest::detached::detached;
+use crate::guest::qemu::command::{Sockets, started};
+use crate::guest::qemu::machine::{self, Machine};
+use crate::guest::qemu::restore::{ImageFile, restore};
+
+/// How long a QEMU may take until its monitor listens.
+const LISTENS_WITHIN: Duration = Duration::from_secs(20);
+/// Time between two looks for it.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// Of what a QEMU said before it ended, so much is told, in bytes.
+const SAID_MAX: u64 = 600;
+
+/// A QEMU that waits for a checkpoint, and the checkpoint.
+pub(super) struct WaitingQemu {
+    child: Child,
+    machine: Machine,
+    /// `None` once it was given away.
+    ram: Option<OwnedFd>,
+    devices: Vec<u8>,
+    run_dir: PathBuf,
+}
+
+impl WaitingQemu {
+    /// Starts it.
+    pub async fn start(
+        machine: &Machine,
+        run_dir: &Path,
+        state: DeviceState,
+        ram: OwnedFd,
+    ) -> Result<Self, GuestError> {
+        let devices = machine::devices(state).map_err(|e| failed("the device state", e))?;
+        let sockets = Sockets::within(run_dir);
+        let command = started(machine, &sockets).map_err(|e| GuestError::Failed(e.to_string()))?;
+        let child = start(&command, &sockets, &log(run_dir)).await?;
+        Ok(Self {
+            child,
+            machine: machine.clone(),
+            ram: Some(ram),
+            devices,
+            run_dir: run_dir.to_owned(),
+        })
+    }
+
+    /// The machine.
+    pub fn hardware(&self) -> Hardware {
+        Hardware::Qemu(Box::new(self.machine.clone()))
+    }
+
+    /// Runs the guest from the checkpoint.
+    pub async fn resume(&mut self) -> Result<(), GuestError> {
+        let sockets = Sockets::within(&self.run_dir);
+        let head = self.machine.head.clone();
+        let ram = self.ram.take().expect("a guest is resumed once");
+        let image = ImageFile::new(File::from(ram), &head);
+        let devices = std::mem::take(&mut self.devices);
+        let restored = restore(&sockets.qmp, head, image, devices).await;
+        restored.map_err(|error| {
+            let log = log(&self.run_dir);
+            GuestError::Failed(format!(
+                "{error}; {} ends with: {}",
+                log.display(),
+                said(&log)
+            ))
+        })
+    }
+
+    /// Ends the process.
+    pub async fn end(mut self) -> std::io::Result<()> {
+        self.child.kill().await
+    }
+}
+
+/// Where a QEMU below this directory logs.
+pub(super) fn log(run_dir: &Path) -> PathBuf {
+    run_dir.join("qemu.log")
+}
+
+/// Starts a QEMU and waits until its monitor listens.
+pub(super) async fn start(
+    command: &[String],
+    sockets: &Sockets,
+    log: &Path,
+) -> Result<Child, GuestError> {
+    let mut process =
+        detached(Path::new(&command[0]), log).map_err(|e| failed(log.display(), e))?;
+    for socket in [&sockets.qmp, &sockets.watchdog, &sockets.agent] {
+        // Of an earlier QEMU; one that still listens would keep the disks locked.
+        let _ = std::fs::remove_file(socket);
+    }
+    let mut child = process.args(&command[1..]).spawn().map_err(|e| {
+        failed(
+            &command[0],
+            format!("{e}; is QEMU installed here, and on the daemon's PATH?"),
+        )
+    })?;
+    let deadline = Instant::now() + LISTENS_WITHIN;
+    while tokio::net::UnixStream::connect(&sockets.watchdog)
+        .await
+        .is_err()
+    {
+        let ended = child.try_wait().map_err(|e| failed(&command[0], e))?;
+        if ended.is_some() || Instant::now() > deadline {
+            // It may have ended by itself.
+            let _ = child.kill().await;
+            return Err(GuestError::Failed(format!(
+                "{} did not start: {} ({})",
+                command[0],
+                said(log),
+                log.display()
+            )));
+        }
+        sleep(LOOK_EVERY).await;
+    }
+    Ok(child)
+}
+
+/// The end of what a QEMU said, in one line.
+pub(super) fn said(log: &Path) -> String {
+    let read = || {
+        let mut file = File::open(log)?;
+        let bytes = file.metadata()?.len();
+        file.seek(SeekFrom::Start(bytes.saturating_sub(SAID_MAX)))?;
+        let mut end = Vec::new();
+        file.take(SAID_MAX).read_to_end(&mut end)?;
+        Ok::<_, std::io::Error>(end)
+    };
+    let end = read().unwrap_or_default();
+    let text = String::from_utf8_lossy(&end);
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    match lines.iter().rev().find(|line| !line.is_empty()) {
+        Some(line) => (*line).to_owned(),
+        None => "it said nothing".into(),
+    }
+}
