@@ -180,6 +180,8 @@ fn reasons(guest: &GuestStatus) -> Vec<String> {
         reasons.push(format!("copy at {share:.0} %"));
     }
     reasons.extend(guest.blocked_on.clone());
+    let obstacle = guest.obstacle.as_ref();
+    reasons.extend(obstacle.map(|why| format!("a failover would fail: {why}")));
     let news = guest.disk_news.as_ref();
     reasons.extend(news.map(|n| format!("{}: {}", units::time(n.at), n.what)));
     let failed = guest.drill_failure.as_ref();
@@ -289,6 +291,13 @@ pub fn guest(guest: &GuestStatus, now: Timestamp, paint: Paint) -> String {
             ));
         }
     }
+    rows.extend(guest.command.clone().map(|line| ("command line", line)));
+    rows.extend(
+        guest
+            .differences
+            .clone()
+            .map(|what| ("at the standby", what)),
+    );
     rows.extend(super::drills::last(guest).map(|text| ("last drill", text)));
     rows.extend(guest.pid.map(|pid| ("process", pid.to_string())));
     rows.extend(reasons(guest).into_iter().map(|reason| ("note", reason)));

@@ -284,7 +284,8 @@ fn what_becomes_of_a_peers_command_lines_is_understood() {
              [tls]\nca = \"/ca\"\ncert = \"/cert\"\nkey = \"/key\"\n\
              [peer.site-a]\nguests = [\"web\"]\nqemu = true\nrewrite = [{rewrite}]\n"
         );
-        load_text(&text, &[]).map(|loaded| loaded.config.peers.into_values().next().unwrap().rewrites)
+        load_text(&text, &[])
+            .map(|loaded| loaded.config.peers.into_values().next().unwrap().rewrites)
     };
     let line = |guest: Option<&str>| Rewrite {
         from: "tap3".into(),

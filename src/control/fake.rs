@@ -170,6 +170,9 @@ fn guests() -> Vec<GuestStatus> {
         drill_failure: None,
         disk_news: None,
         blocked_on: None,
+        obstacle: None,
+        differences: None,
+        command: None,
         machine: Some(MachineSummary {
             checkpoints: None,
             kind: "demo".to_owned(),
@@ -194,6 +197,9 @@ fn guests() -> Vec<GuestStatus> {
         backlog_bytes: 310 << 20,
         inflight: 8,
         blocked_on: Some("the link is slower than the guest writes".to_owned()),
+        obstacle: None,
+        differences: None,
+        command: None,
         ..db1.clone()
     };
     let lost1 = GuestStatus {

@@ -163,6 +163,15 @@ pub struct GuestStatus {
     pub disk_news: Option<DiskNews>,
     /// Why it waits or is not protected, and what to do, in words.
     pub blocked_on: Option<String>,
+    /// What a failover of it would fail of, and what to do, as the standby found out.
+    #[serde(default)]
+    pub obstacle: Option<String>,
+    /// What is different at the standby, and does not matter as far as is known.
+    #[serde(default)]
+    pub differences: Option<String>,
+    /// The command line of its QEMU: as it runs here, or as a failover to this site would start it.
+    #[serde(default)]
+    pub command: Option<String>,
     /// The machine.
     pub machine: Option<MachineSummary>,
 }

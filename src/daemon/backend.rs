@@ -15,6 +15,7 @@ use super::moving;
 use super::orders::{Handle, Order};
 use super::promotion::Failover;
 use super::record;
+use super::rehearsal::Rehearsals;
 use super::standbys::{Shared, Standbys, lock};
 use super::status::{Known, point_status};
 use super::supervisor;
@@ -44,6 +45,7 @@ pub(super) struct Site {
     guests: Mutex<BTreeMap<GuestId, (Handle, JoinHandle<()>)>>,
     exports: Arc<exports::Exports>,
     pub drills: Arc<Drills>,
+    pub rehearsals: Rehearsals,
     material: Option<Arc<TlsMaterial>>,
     ready: AtomicBool,
 }
@@ -72,6 +74,7 @@ impl Site {
             guests,
             exports: Arc::default(),
             drills,
+            rehearsals: Rehearsals::default(),
             material,
             ready,
         }
@@ -162,6 +165,7 @@ impl Site {
             copy: self.standbys.status(guest),
             metrics: &metrics,
             writer: writer_of(&self.config(), guest),
+            rehearsed: self.rehearsals.of(guest),
             now: self.context.env.now(),
         };
         let mut status = known.status();
@@ -289,6 +293,7 @@ impl Site {
             }
         }
         self.config.send_replace(new);
+        self.rehearse_anew();
         self.start_guests();
         self.context.metrics.config_loaded(true);
         Ok(Reloaded {
@@ -321,7 +326,7 @@ impl Backend for Site {
         let config = self.config();
         let (free_bytes, capacity_bytes) = super::space(&config.journal.path).unwrap_or((0, 0));
         let path = config.journal.path.clone();
-        let used_bytes = self.context.env.offload(move || used(&path)).await;
+        let used_bytes = self.context.env.offload(move || verbs::used(&path)).await;
         Ok(SiteStatus {
             site: config.site.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -391,6 +396,7 @@ impl Backend for Site {
         if purge {
             self.exports.stop(guest);
             self.drills.forget(guest).await?;
+            self.rehearsals.end(guest);
             self.standbys.close(guest).await;
             self.context.metrics.guest(guest).forget_durable();
             let directory = self.standbys.directory(guest);
@@ -448,6 +454,9 @@ impl Backend for Site {
             asked,
         };
         let run = self.runs.begin(Operation::Failover, guest)?;
+        if !failover.request.dry_run {
+            self.rehearsals.end(guest);
+        }
         Ok(failover.spawn(run))
     }
 
@@ -514,32 +523,11 @@ impl Backend for Site {
 
     async fn journal_stat(&self, guest: &GuestId) -> Result<JournalStat, ApiError> {
         let copy = self.copy(guest).await?;
-        let path = self.standbys.directory(guest);
-        let notes = self.standbys.notes(guest);
-        let (guest, directory) = (guest.clone(), path.clone());
-        self.context
-            .env
-            .offload(move || {
-                let replica = lock(&copy);
-                let journal = replica.journal();
-                let stat = journal.stat();
-                let points = journal.points();
-                Ok(JournalStat {
-                    guest,
-                    journal: journal.id().to_string(),
-                    generation: journal.generation(),
-                    size_bytes: used(&directory),
-                    base_bytes: stat.base_bytes,
-                    segments: u64::from(stat.segments),
-                    free_bytes: stat.free_bytes,
-                    points: points.len() as u64,
-                    oldest_point_at: points.first().map(|p| p.captured_at),
-                    newest_point_at: points.last().map(|p| p.captured_at),
-                    path: directory,
-                    notes,
-                })
-            })
-            .await
+        let (path, notes) = (self.standbys.directory(guest), self.standbys.notes(guest));
+        let (env, guest) = (&self.context.env, guest.clone());
+        Ok(env
+            .offload(move || verbs::journal_stat(&copy, guest, path, notes))
+            .await)
     }
 
     async fn journal_check(&self, guest: &GuestId) -> Result<Run, ApiError> {
@@ -575,19 +563,4 @@ impl Backend for Site {
             "the site is starting or ending",
         ))
     }
-}
-
-/// Bytes that a directory occupies on disk.
-fn used(path: &std::path::Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let Ok(metadata) = std::fs::symlink_metadata(path) else {
-        return 0;
-    };
-    if !metadata.is_dir() {
-        return metadata.blocks() * 512;
-    }
-    let entries = std::fs::read_dir(path).into_iter().flatten();
-    entries
-        .filter_map(|entry| Some(used(&entry.ok()?.path())))
-        .sum()
 }

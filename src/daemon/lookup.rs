@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use tokio::sync::watch;
+
 use super::backend::Site;
 use super::context::writer_of;
 use super::orders::Order;
@@ -16,7 +18,7 @@ use crate::journal::DirStore;
 use crate::metrics::labels::Operation;
 use crate::page::{Layout, Region};
 use crate::standby::{Lookup, Refusal};
-use crate::wire::message::{Open, RefuseReason};
+use crate::wire::message::{Open, Readiness, RefuseReason};
 
 impl Lookup<DirStore> for Site {
     async fn lookup(&self, peer: &SiteId, open: &Open) -> Result<Shared, Refusal> {
@@ -73,7 +75,12 @@ impl Lookup<DirStore> for Site {
             let withdrawn = self.supervisor(guest).ask(order).await;
             withdrawn.map_err(|error| failed(error.to_string()))?;
         }
+        self.rehearse(guest, &open.machine);
         Ok(copy)
+    }
+
+    fn readiness(&self, guest: &GuestId) -> Option<watch::Receiver<Readiness>> {
+        self.rehearsals.subscribe(guest)
     }
 
     fn opened(&self, guest: &GuestId) {
@@ -112,6 +119,7 @@ impl Lookup<DirStore> for Site {
             .runs
             .begin(Operation::Move, guest)
             .map_err(|e| e.to_string())?;
+        self.rehearsals.end(guest);
         let takeover = Takeover {
             site: self.context.clone(),
             guest: guest.clone(),
@@ -148,6 +156,26 @@ impl Site {
         let own = |line: &&Rewrite| line.guest.as_ref().is_none_or(|only| only == guest);
         peer.qemu
             .then(|| peer.rewrites.iter().filter(own).cloned().collect())
+    }
+
+    /// Finds out whether a failover of a guest with this machine would work here.
+    fn rehearse(&self, guest: &GuestId, machine: &[u8]) {
+        match (Machine::from_bytes(machine), self.qemu_of(guest)) {
+            (Ok(machine), Some(table)) => {
+                let (env, run_dir) = (&self.context.env, self.context.run_dir(guest));
+                self.rehearsals.begin(env, guest, &run_dir, machine, table);
+            }
+            _ => self.rehearsals.end(guest),
+        }
+    }
+
+    /// After a reload: tables of command lines may be other ones.
+    pub fn rehearse_anew(&self) {
+        for guest in self.rehearsals.names() {
+            let (env, run_dir) = (&self.context.env, self.context.run_dir(&guest));
+            self.rehearsals
+                .configure(env, &guest, &run_dir, self.qemu_of(&guest));
+        }
     }
 
     /// A copy that was promoted, and whose guest does not run here (any more), may be written again.

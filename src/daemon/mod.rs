@@ -22,6 +22,7 @@ mod orders;
 mod promotion;
 mod qemu;
 mod record;
+mod rehearsal;
 mod standbys;
 mod status;
 mod supervisor;

@@ -10,14 +10,18 @@ use tokio::process::Child;
 use tokio::time::{Instant, sleep};
 
 use super::hardware::{Hardware, failed};
+use crate::clock::Env;
 use crate::device_state::DeviceState;
 use crate::guest::GuestError;
 use crate::guest::detached::detached;
-use crate::guest::qemu::command::{Sockets, started};
+use crate::guest::qemu::agent;
+use crate::guest::qemu::command::{Sockets, has_agent, started};
 use crate::guest::qemu::machine::{self, Machine};
+use crate::guest::qemu::qmp::Qmp;
 use crate::guest::qemu::restore::{ImageFile, restore};
+use crate::ids::GuestId;
 
-/// How long a QEMU may take until its monitor listens.
+/// How long a QEMU may take until its monitor answers.
 const LISTENS_WITHIN: Duration = Duration::from_secs(20);
 /// Time between two looks for it.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -78,6 +82,26 @@ impl WaitingQemu {
         })
     }
 
+    /// Has the guest's clock set, which is that of the checkpoint, if it has an agent. Nothing waits
+    /// for it.
+    pub fn set_clock(&self, env: &Env, guest: &GuestId) {
+        if !has_agent(&self.machine) {
+            return;
+        }
+        let (socket, env) = (Sockets::within(&self.run_dir).agent, env.clone());
+        let guest = guest.clone();
+        tokio::spawn(async move {
+            match agent::set_time(&socket, || env.now()).await {
+                Ok(()) => tracing::info!(%guest, "the guest's clock was set by its agent"),
+                Err(error) => tracing::warn!(
+                    %guest,
+                    %error,
+                    "the guest's clock is that of its checkpoint: set it inside the guest"
+                ),
+            }
+        });
+    }
+
     /// Ends the process.
     pub async fn end(mut self) -> std::io::Result<()> {
         self.child.kill().await
@@ -89,7 +113,7 @@ pub(super) fn log(run_dir: &Path) -> PathBuf {
     run_dir.join("qemu.log")
 }
 
-/// Starts a QEMU and waits until its monitor listens.
+/// Starts a QEMU and waits until its monitor answers.
 pub(super) async fn start(
     command: &[String],
     sockets: &Sockets,
@@ -108,10 +132,8 @@ pub(super) async fn start(
         )
     })?;
     let deadline = Instant::now() + LISTENS_WITHIN;
-    while tokio::net::UnixStream::connect(&sockets.watchdog)
-        .await
-        .is_err()
-    {
+    // Its sockets are there before its machine is, which may fail yet: what greets is complete.
+    while Qmp::connect(&sockets.watchdog).await.is_err() {
         let ended = child.try_wait().map_err(|e| failed(&command[0], e))?;
         if ended.is_some() || Instant::now() > deadline {
             // It may have ended by itself.

@@ -17,6 +17,7 @@ use crate::page::PAGE_SIZE;
 use crate::primary::{self, Acked, Phase, PrimaryStatus};
 use crate::standby::ReplicaStatus;
 use crate::vmm::spec::Boot;
+use crate::wire::message::Readiness;
 
 /// A recovery point as the API shows it.
 pub(super) fn point_status(point: &RecoveryPoint, now: Timestamp) -> PointStatus {
@@ -61,6 +62,8 @@ pub(super) struct Known<'a> {
     pub metrics: &'a GuestMetrics,
     /// Who may write the guest here.
     pub writer: Option<SiteId>,
+    /// What is known of a failover to here, and the command line.
+    pub rehearsed: Option<(Readiness, Vec<String>)>,
     pub now: Timestamp,
 }
 
@@ -124,7 +127,7 @@ impl Known<'_> {
             (Role::Standby, _) => match &self.copy {
                 Some(Ok(copy)) if copy.newest.is_none() => GuestState::InitialSync,
                 Some(Ok(copy)) if copy.problem.is_none() && copy.receiving && !self.late() => {
-                    GuestState::Protected
+                    self.unless_obstructed()
                 }
                 Some(_) => GuestState::Degraded,
                 None => GuestState::Unprotected,
@@ -148,8 +151,40 @@ impl Known<'_> {
             (Phase::Resync, _) => GuestState::Resync,
             (_, None) => GuestState::InitialSync,
             _ if self.late() => GuestState::Degraded,
-            _ => GuestState::Protected,
+            _ => self.unless_obstructed(),
         }
+    }
+
+    /// What is known of a failover, from where the copy is.
+    fn readiness(&self) -> Readiness {
+        let told = match self.role() {
+            Role::Active => self.primary.as_ref().map(|p| p.readiness.clone()),
+            _ => self
+                .rehearsed
+                .as_ref()
+                .map(|(readiness, _)| readiness.clone()),
+        };
+        told.unwrap_or_default()
+    }
+
+    /// A copy that could not be resumed protects nobody.
+    fn unless_obstructed(&self) -> GuestState {
+        match self.readiness().obstacle {
+            Some(_) => GuestState::Degraded,
+            None => GuestState::Protected,
+        }
+    }
+
+    /// The command line of its QEMU: as it runs here, or as it would be started here.
+    fn command(&self) -> Option<String> {
+        let hardware = self.view.as_ref().and_then(|v| v.machine.as_ref());
+        let command = match (self.role(), hardware) {
+            (Role::Active, Some(Hardware::Qemu(machine))) => machine.command.clone(),
+            (Role::Standby, _) => self.rehearsed.as_ref()?.1.clone(),
+            _ => return None,
+        };
+        let quoted = command.iter().map(|argument| quoted(argument));
+        Some(quoted.collect::<Vec<_>>().join(" ")).filter(|line| !line.is_empty())
     }
 
     fn blocked_on(&self) -> Option<String> {
@@ -218,6 +253,7 @@ impl Known<'_> {
             self.writer.clone()
         };
         let state = self.state();
+        let readiness = self.readiness();
         self.metrics.set_role(role);
         self.metrics.set_state(state);
         self.metrics.set_peer(peer.as_ref());
@@ -272,12 +308,24 @@ impl Known<'_> {
                 .filter(|_| active)
                 .map(|(at, what)| DiskNews { at, what }),
             blocked_on: self.blocked_on(),
+            obstacle: readiness.obstacle,
+            differences: readiness.differences,
+            command: self.command(),
             machine: view
                 .machine
                 .as_ref()
                 .map(|hardware| summary(hardware, view.method.clone())),
         }
     }
+}
+
+/// An argument as a shell reads it.
+fn quoted(argument: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=,.:/+@%".contains(c);
+    if !argument.is_empty() && argument.chars().all(plain) {
+        return argument.to_owned();
+    }
+    format!("'{}'", argument.replace('\'', "'\\''"))
 }
 
 /// A role's path in the API's words.
@@ -317,7 +365,7 @@ fn summary(hardware: &Hardware, method: Option<String>) -> MachineSummary {
                 checkpoints: method,
                 kind: format!("qemu {} {}", machine.qemu, machine.head.machine),
                 memory_bytes: blocks.iter().map(|b| b.bytes).sum(),
-                vcpus: 0,
+                vcpus: machine.cpu.as_ref().map_or(0, |cpu| cpu.count),
                 disks: disks
                     .map(|d| DiskSummary {
                         id: d.id.clone(),

@@ -1,5 +1,6 @@
 //! The long verbs but failover: protect, verify, check and rebuild of a journal. Each is a run.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use crate::clock::Env;
 use crate::control::codes::Reason;
 use crate::control::runs::RunHandle;
 use crate::control::types::{
-    ApiError, JournalCheckReport, JournalRebuildReport, ProgressUnit, ProtectReport,
+    ApiError, JournalCheckReport, JournalRebuildReport, JournalStat, ProgressUnit, ProtectReport,
     ProtectRequest, Run, RunResult, SyncStatus, VerifyReport,
 };
 use crate::ids::{Epoch, GuestId};
@@ -270,4 +271,46 @@ pub(super) fn journal_rebuild(run: RunHandle, env: Env, copy: Shared) -> Run {
         }));
     });
     shown
+}
+
+/// `lifeboat journal stat`. Blocks.
+pub(super) fn journal_stat(
+    copy: &Shared,
+    guest: GuestId,
+    path: PathBuf,
+    notes: Vec<String>,
+) -> JournalStat {
+    let replica = lock(copy);
+    let journal = replica.journal();
+    let stat = journal.stat();
+    let points = journal.points();
+    JournalStat {
+        guest,
+        journal: journal.id().to_string(),
+        generation: journal.generation(),
+        size_bytes: used(&path),
+        base_bytes: stat.base_bytes,
+        segments: u64::from(stat.segments),
+        free_bytes: stat.free_bytes,
+        points: points.len() as u64,
+        oldest_point_at: points.first().map(|p| p.captured_at),
+        newest_point_at: points.last().map(|p| p.captured_at),
+        path,
+        notes,
+    }
+}
+
+/// Bytes that a directory occupies on disk.
+pub(super) fn used(path: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(metadata) = std::fs::symlink_metadata(path) else {
+        return 0;
+    };
+    if !metadata.is_dir() {
+        return metadata.blocks() * 512;
+    }
+    let entries = std::fs::read_dir(path).into_iter().flatten();
+    entries
+        .filter_map(|entry| Some(used(&entry.ok()?.path())))
+        .sum()
 }

@@ -16,7 +16,7 @@ use crate::frame::{Codec, EncodeOptions, Encoder};
 use crate::guest::{Base, CutId, Guest, GuestError};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase};
-use crate::wire::message::Opened;
+use crate::wire::message::{Opened, Readiness};
 
 /// A checkpoint on its way.
 pub(super) struct InFlight {
@@ -141,6 +141,8 @@ impl<G: Guest> Engine<G> {
             }
         }
         self.last_epoch = self.last_epoch.max(opened.highest_epoch);
+        // It is told anew.
+        self.publish(|s| s.readiness = Readiness::default());
         plan(
             opened,
             Memory {

@@ -414,6 +414,10 @@ impl<G: Guest> Builder<'_, G> {
                     why.unwrap_or_else(|| "it was not offered".into())
                 ))),
             },
+            Event::Readiness(readiness) => {
+                self.engine.publish(|s| s.readiness = readiness);
+                Ok(())
+            }
             // Asked for and taken in `compare`.
             Event::Fingerprints { .. } | Event::Incomparable(_) => {
                 Err(SessionEnd::lost("the standby spoke out of turn"))

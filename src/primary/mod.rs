@@ -43,6 +43,7 @@ use crate::frame::Codec;
 use crate::guest::{CutStrategy, RunState};
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::metrics::{GuestMetrics, PeerMetrics};
+use crate::wire::message::Readiness;
 
 pub use driver::{Ownership, ask_owner, run};
 pub use plan::SyncPath;
@@ -202,6 +203,8 @@ pub struct PrimaryStatus {
     pub progress: Option<Progress>,
     /// The last thing that other programs did to the guest's disks, and when.
     pub disk_news: Option<(Timestamp, String)>,
+    /// What the standby last said of a failover there.
+    pub readiness: Readiness,
     /// What it waits for, in words; `None` when it waits for nothing but the next interval.
     pub blocked_on: Option<String>,
 }

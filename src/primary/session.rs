@@ -18,7 +18,7 @@ use crate::metrics::labels::ConnectResult;
 use crate::page::Layout;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
-use crate::wire::message::{Open, Opened, RefuseReason, ToPrimary, ToStandby};
+use crate::wire::message::{Open, Opened, Readiness, RefuseReason, ToPrimary, ToStandby};
 
 /// Why a session ended.
 #[derive(Debug)]
@@ -93,6 +93,7 @@ pub(super) enum Event {
     Taken { refused: Option<String> },
     Fingerprints { first: u64, pages: Vec<u8> },
     Incomparable(String),
+    Readiness(Readiness),
     End(SessionEnd),
 }
 
@@ -210,6 +211,7 @@ fn event(message: ToPrimary) -> Option<Event> {
         ToPrimary::Taken { refused } => Event::Taken { refused },
         ToPrimary::Fingerprints { first, pages } => Event::Fingerprints { first, pages },
         ToPrimary::Incomparable { text } => Event::Incomparable(text),
+        ToPrimary::Readiness(readiness) => Event::Readiness(readiness),
         ToPrimary::Fenced { generation, site } => {
             Event::End(SessionEnd::Fenced { generation, site })
         }

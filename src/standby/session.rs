@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::compare;
@@ -12,7 +13,7 @@ use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::Store;
 use crate::wire::handshake::{self, Introduction};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
-use crate::wire::message::{Open, RefuseReason, ToPrimary, ToStandby};
+use crate::wire::message::{Open, Readiness, RefuseReason, ToPrimary, ToStandby};
 
 /// An answer to a primary that may not go on.
 #[derive(Debug)]
@@ -56,6 +57,11 @@ pub trait Lookup<S: Store>: Send + Sync + 'static {
 
     /// A session over this guest's copy is up.
     fn opened(&self, guest: &GuestId);
+
+    /// Follows what is known of a failover of the guest to this site; `None` if nothing ever is.
+    fn readiness(&self, _guest: &GuestId) -> Option<watch::Receiver<Readiness>> {
+        None
+    }
 
     /// The guest will be handed over to this site soon: makes ready what takes time, and says why the
     /// guest cannot be taken.
@@ -191,8 +197,16 @@ async fn receive<S: Store>(
     rx: &mut impl LinkRx<ToStandby>,
     lookup: &impl Lookup<S>,
 ) -> Result<std::convert::Infallible, SessionEnd> {
+    let mut readiness = lookup.readiness(&opened.guest);
     loop {
-        match rx.recv().await? {
+        let message = tokio::select! {
+            message = rx.recv() => message?,
+            now = changed(&mut readiness) => {
+                tx.send(ToPrimary::Readiness(now)).await?;
+                continue;
+            }
+        };
+        match message {
             ToStandby::Part(bytes) => part(env, opened, site, tx, bytes).await?,
             ToStandby::Abandon { .. } => {
                 let (owner, session) = (opened.replica.clone(), opened.session);
@@ -225,6 +239,17 @@ async fn receive<S: Store>(
             }
         }
     }
+}
+
+/// The next news; never, if there are none.
+async fn changed(readiness: &mut Option<watch::Receiver<Readiness>>) -> Readiness {
+    if let Some(news) = readiness
+        && news.changed().await.is_ok()
+    {
+        return news.borrow_and_update().clone();
+    }
+    *readiness = None;
+    std::future::pending().await
 }
 
 async fn part<S: Store>(

@@ -23,7 +23,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::limits::{self, Bounds, HEADER_BYTES};
-use super::message::{ToPrimary, ToStandby};
+use super::message::{Readiness, ToPrimary, ToStandby};
 use crate::clock::Timestamp;
 
 /// Bytes that are no message, and why.
@@ -195,6 +195,7 @@ mod kind {
     pub const TAKEN: u8 = 0x8a;
     pub const FINGERPRINTS: u8 = 0x8b;
     pub const INCOMPARABLE: u8 = 0x8c;
+    pub const READINESS: u8 = 0x8d;
 }
 
 impl Message for ToStandby {
@@ -285,6 +286,7 @@ impl Message for ToPrimary {
             kind::FINGERPRINTS => Bounds::control(2, limits::CONTROL_BYTES_MAX),
             kind::INCOMPARABLE => Bounds::control(1, limits::TEXT_MESSAGE_BYTES_MAX),
             kind::PONG => Bounds::control(2, limits::SMALL_BYTES_MAX),
+            kind::READINESS => Bounds::control(2, 2 * limits::TEXT_MESSAGE_BYTES_MAX),
             kind::PREPARED | kind::TAKEN => Bounds::control(1, limits::TEXT_MESSAGE_BYTES_MAX),
             _ => return None,
         })
@@ -315,6 +317,17 @@ impl Message for ToPrimary {
             Self::Incomparable { text } => (kind::INCOMPARABLE, to_body(&cut(text))),
             Self::Prepared { refused } => (kind::PREPARED, to_body(&refused.map(cut))),
             Self::Taken { refused } => (kind::TAKEN, to_body(&refused.map(cut))),
+            Self::Readiness(Readiness {
+                obstacle,
+                differences,
+            }) => {
+                let (obstacle, differences) = (obstacle.map(cut), differences.map(cut));
+                let cut = Readiness {
+                    obstacle,
+                    differences,
+                };
+                (kind::READINESS, to_body(&cut))
+            }
             Self::Pong { nonce, at } => (kind::PONG, to_body(&(nonce, at))),
         };
         encoded::<Self>(kind, body)
@@ -365,6 +378,7 @@ impl Message for ToPrimary {
             kind::TAKEN => Self::Taken {
                 refused: exact(header, &body)?,
             },
+            kind::READINESS => Self::Readiness(exact(header, &body)?),
             kind::PONG => {
                 let (nonce, at) = exact(header, &body)?;
                 Self::Pong { nonce, at }

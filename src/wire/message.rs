@@ -81,6 +81,15 @@ pub struct Opened {
     pub highest_epoch: Epoch,
 }
 
+/// What a standby found out about resuming a guest there.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Readiness {
+    /// What a failover would fail of, and what to do; `None`: nothing that is known.
+    pub obstacle: Option<String>,
+    /// What is different there and does not matter as far as is known.
+    pub differences: Option<String>,
+}
+
 /// Why a standby refuses to go on. A number on the wire, so that a reason of a later version can be
 /// received by an older site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -263,6 +272,8 @@ pub enum ToPrimary {
         /// Why it does not, for people; `None` if it does.
         refused: Option<String>,
     },
+    /// What is known of a failover there; comes unasked, whenever it changes.
+    Readiness(Readiness),
     /// Answer to a `Ping`; with nonce 0 a sign of life on its own. Sent by the transport.
     Pong {
         /// The ping's nonce, or 0.

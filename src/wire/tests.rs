@@ -164,6 +164,13 @@ fn to_primary() -> Vec<(&'static str, ToPrimary)> {
                 refused: Some("no room".into()),
             },
         ),
+        (
+            "readiness",
+            ToPrimary::Readiness(Readiness {
+                obstacle: Some("no bridge".into()),
+                differences: None,
+            }),
+        ),
         ("pong", ToPrimary::Pong { nonce: 7, at: AT }),
     ]
 }

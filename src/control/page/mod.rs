@@ -202,6 +202,12 @@ fn guest_card(page: &mut String, guest: &GuestStatus, strip: Option<&Strip>, now
         let tone = tone(guest.state);
         *page += &format!("<p class=\"why {tone}\">{}</p>", Text(why));
     }
+    if let Some(why) = &guest.obstacle {
+        *page += &format!(
+            "<p class=\"why bad\">A failover would fail: {}</p>",
+            Text(why)
+        );
+    }
     if let Some(news) = &guest.disk_news {
         *page += &format!("<p class=\"why warn\">{}</p>", Text(&news.what));
     }

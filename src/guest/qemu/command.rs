@@ -141,27 +141,27 @@ pub fn started(machine: &Machine, sockets: &Sockets) -> Result<Vec<String>, Comm
     let mut arguments = machine.command.iter();
     let program = arguments.next().map_or("", String::as_str);
     // Of the old site's path only the name: the program is this site's own.
-    let name = program.rsplit('/').next().unwrap_or_default();
-    if !name.starts_with("qemu-system-") && !["qemu-kvm", "kvm"].contains(&name) {
+    let program_name = program.rsplit('/').next().unwrap_or_default();
+    if !program_name.starts_with("qemu-system-") && !["qemu-kvm", "kvm"].contains(&program_name) {
         return Err(CommandError::Program(program.to_owned()));
     }
     let monitors: Vec<String> = values(&machine.command, "-mon")
         .filter_map(|mon| Some(item(mon, "chardev")?.to_owned()))
         .collect();
     let agent = agent_device(&machine.command);
-    let mut command = vec![name.to_owned()];
+    let mut command = vec![program_name.to_owned()];
     let mut typed = false;
     while let Some(argument) = arguments.next() {
-        let option = plain(argument);
-        if DROPPED_ALONE.contains(&option) {
+        let name = option(argument);
+        if DROPPED_ALONE.contains(&name) {
             continue;
         }
-        if DROPPED.contains(&option) || option == "-mon" {
+        if DROPPED.contains(&name) || name == "-mon" {
             arguments.next();
             continue;
         }
         command.push(argument.clone());
-        match option {
+        match name {
             "-M" | "-machine" => {
                 let value = arguments.next().map_or("", String::as_str);
                 let value = with_type(value, &machine.head.machine);
@@ -223,7 +223,7 @@ fn agent_device(command: &[String]) -> Option<String> {
 }
 
 /// An option's name as with one dash.
-fn plain(argument: &str) -> &str {
+pub(super) fn option(argument: &str) -> &str {
     match argument.strip_prefix("--") {
         Some(name) if !name.is_empty() => &argument[1..],
         _ => argument,
@@ -231,15 +231,15 @@ fn plain(argument: &str) -> &str {
 }
 
 /// Arguments of every occurrence of an option.
-fn values<'a>(command: &'a [String], option: &'a str) -> impl Iterator<Item = &'a str> {
+pub(super) fn values<'a>(command: &'a [String], name: &'a str) -> impl Iterator<Item = &'a str> {
     command
         .windows(2)
-        .filter(move |pair| plain(&pair[0]) == option)
+        .filter(move |pair| option(&pair[0]) == name)
         .map(|pair| pair[1].as_str())
 }
 
 /// The items of `a,b=c`. A doubled comma is one within a value; such items are left whole.
-fn items(value: &str) -> impl Iterator<Item = &str> {
+pub(super) fn items(value: &str) -> impl Iterator<Item = &str> {
     let bytes = value.as_bytes();
     let mut from = 0;
     std::iter::from_fn(move || {
@@ -263,7 +263,7 @@ fn items(value: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Value of `key` in `a,key=value`.
-fn item<'a>(value: &'a str, key: &str) -> Option<&'a str> {
+pub(super) fn item<'a>(value: &'a str, key: &str) -> Option<&'a str> {
     items(value).find_map(|item| item.strip_prefix(key)?.strip_prefix('='))
 }
 

@@ -13,6 +13,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::cpu::Cpu;
 use super::qmp::Version;
 use super::stream::Head;
 use crate::device_state::{DeviceState, DeviceStateError};
@@ -37,6 +38,9 @@ pub struct Machine {
     pub command: Vec<String>,
     /// Its replicated disks.
     pub disks: Vec<MachineDisk>,
+    /// Its CPU, where QEMU tells it.
+    #[serde(default)]
+    pub cpu: Option<Cpu>,
 }
 
 /// A disk of a [`Machine`].
@@ -87,10 +91,11 @@ impl Machine {
         Self {
             kind: SECTION.into(),
             format: FORMAT,
-            qemu: format!("{}.{}.{}", version.major, version.minor, version.micro),
+            qemu: version.to_string(),
             head,
             command,
             disks,
+            cpu: None,
         }
     }
 

@@ -25,11 +25,14 @@
 //!
 //! COLO is called unstable by QEMU; `probe` never assumes it, and `migrate` works without.
 
+pub mod agent;
 mod colo;
 pub mod command;
 pub mod compose;
+pub mod cpu;
 mod disks;
 mod handout;
+pub mod isolated;
 pub mod machine;
 mod migrate;
 mod monitor;
@@ -170,11 +173,13 @@ impl QemuGuest {
         }
         let pid = context.qmp.pid();
         let command = command_line(pid);
+        let cpu = cpu::ask(&context.qmp).await?;
         let info = {
             let content = context.shared.content();
             let content = content.as_ref().expect("its table was read");
             let disks = context.shared.disks.described();
-            let machine = Machine::new(answers.version, content.head.clone(), command, disks);
+            let mut machine = Machine::new(answers.version, content.head.clone(), command, disks);
+            machine.cpu = cpu;
             GuestInfo {
                 layout: content.store.layout().clone(),
                 machine: machine.to_bytes(),

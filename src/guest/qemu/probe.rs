@@ -231,7 +231,7 @@ fn no_colo(answers: &Answers) -> Option<String> {
         minor,
         micro,
     } = answers.version;
-    let named = format!("QEMU {major}.{minor}.{micro}");
+    let named = format!("QEMU {}", answers.version);
     if !answers.capabilities.contains_key(X_COLO) {
         return Some(format!("{named} was built without it"));
     }

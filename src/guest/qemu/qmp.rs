@@ -113,6 +113,12 @@ pub struct Version {
     pub micro: u32,
 }
 
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
 /// Something that QEMU told unasked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {

@@ -62,6 +62,15 @@ impl PageSource for ImageFile {
     }
 }
 
+/// Tells the network where the guest is now. Old or odd machines cannot; a switch learns it from the
+/// guest's first packet then.
+async fn announce(qmp: &Qmp) {
+    let times = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 50 });
+    if let Err(error) = qmp.call("announce-self", times).await {
+        tracing::warn!(%error, "the guest's new place was not announced to its network");
+    }
+}
+
 /// Resumes in the QEMU whose monitor is at `monitor`; returns when the guest runs. `devices` is
 /// QEMU's part of a device state, see [`machine::devices`](super::machine::devices).
 pub async fn restore(
@@ -102,7 +111,10 @@ pub async fn restore(
     loop {
         match probe::status(&qmp).await {
             Ok(status) => match status.as_str() {
-                "running" => return Ok(()),
+                "running" => {
+                    announce(&qmp).await;
+                    return Ok(());
+                }
                 "paused" => {
                     qmp.call("cont", json!({})).await?;
                 }

@@ -1,0 +1,175 @@
+//! A command line that touches nothing but its own directory: to try whether a QEMU starts here,
+//! beside the guest that may run on the same host.
+//!
+//! ```text
+//!   -netdev tap,id=n,..      ─▶ hubport,id=n          no cable
+//!   -chardev socket,id=c,..  ─▶ null,id=c             no file is cut off, no socket taken
+//!   -serial, -parallel       ─▶ null
+//!   -vnc, -spice, -gdb, -D   ─▶ gone                  no port, no log
+//! ```
+//!
+//! What is taken away is looked at instead ([`needs`]): does the bridge exist, and the directory of the
+//! socket? All else (images, ROMs, machine type, CPU model, devices) QEMU checks itself when it starts.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::command::{item, items, option, values};
+
+/// Options that are left out, with their argument.
+const LEFT_OUT: [&str; 5] = ["-vnc", "-spice", "-gdb", "-D", "-display"];
+/// The same without argument.
+const LEFT_OUT_ALONE: [&str; 2] = ["-s", "-nographic"];
+
+/// The command line without its connections to the world.
+pub fn isolated(command: &[String]) -> Vec<String> {
+    let mut isolated = Vec::new();
+    let mut arguments = command.iter();
+    let mut ports = 0;
+    let mut port = || {
+        ports += 1;
+        ports
+    };
+    while let Some(argument) = arguments.next() {
+        let option = option(argument);
+        if LEFT_OUT_ALONE.contains(&option) {
+            continue;
+        }
+        if LEFT_OUT.contains(&option) {
+            arguments.next();
+            continue;
+        }
+        isolated.push(argument.clone());
+        let mut value = || arguments.next().map_or("", String::as_str);
+        let replaced = match option {
+            "-netdev" => format!("hubport,hubid={},id={}", port(), named(value(), "id")),
+            "-nic" => match value() {
+                "none" => "none".to_owned(),
+                nic => {
+                    let kept = ["model", "mac", "addr", "id"];
+                    let kept = kept.iter().filter_map(|key| Some((key, item(nic, key)?)));
+                    let kept: String = kept.map(|(key, value)| format!(",{key}={value}")).collect();
+                    format!("hubport,hubid={}{kept}", port())
+                }
+            },
+            "-chardev" => format!("null,id={}", named(value(), "id")),
+            "-audiodev" => format!("none,id={}", named(value(), "id")),
+            "-serial" | "-parallel" => match value() {
+                kept if kept == "none" || kept.starts_with("chardev:") => kept.to_owned(),
+                _ => "null".to_owned(),
+            },
+            _ => continue,
+        };
+        isolated.push(replaced);
+    }
+    isolated.extend(["-display".into(), "none".into()]);
+    isolated
+}
+
+/// Value of a key of an option that may be written in JSON.
+fn named(value: &str, key: &str) -> String {
+    if let Ok(Value::Object(json)) = serde_json::from_str(value) {
+        let text = json.get(key).and_then(Value::as_str);
+        return text.unwrap_or_default().to_owned();
+    }
+    item(value, key).unwrap_or_default().to_owned()
+}
+
+/// What a command line wants of its host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Directories in which QEMU makes sockets and files.
+    pub directories: Vec<PathBuf>,
+    /// Bridges.
+    pub bridges: Vec<String>,
+    /// Taps. A QEMU with the rights for it makes one that is missing, connected to nothing.
+    pub taps: Vec<String>,
+    /// Arguments with open file descriptors of whoever started it.
+    pub descriptors: Vec<String>,
+    /// Programs behind sockets, which cannot be tried.
+    pub vhost_user: bool,
+}
+
+/// What [`isolated`] takes away.
+pub fn needs(command: &[String]) -> Needs {
+    let mut needs = Needs::default();
+    let mut directory = |path: &str| {
+        let parent = Path::new(path).parent();
+        let parent = parent.filter(|parent| !parent.as_os_str().is_empty());
+        needs.directories.extend(parent.map(Path::to_owned));
+    };
+    for device in values(command, "-chardev") {
+        let kind = items(device).next().unwrap_or_default();
+        if matches!(kind, "file" | "socket" | "pipe" | "unix")
+            && let Some(path) = item(device, "path")
+        {
+            directory(path);
+        }
+    }
+    for line in values(command, "-serial").chain(values(command, "-parallel")) {
+        let place = line
+            .strip_prefix("file:")
+            .or_else(|| line.strip_prefix("unix:"));
+        if let Some(path) = place.and_then(|place| items(place).next()) {
+            directory(path);
+        }
+    }
+    for net in values(command, "-netdev").chain(values(command, "-nic")) {
+        let bridge = named(net, "br");
+        needs.bridges.extend((!bridge.is_empty()).then_some(bridge));
+        let tap = named(net, "ifname");
+        needs.taps.extend((!tap.is_empty()).then_some(tap));
+    }
+    let from_outside = |argument: &&String| {
+        let json = ["\"fd\"", "\"fds\"", "\"vhostfd\""];
+        argument.contains("/dev/fdset/")
+            || json.iter().any(|key| argument.contains(key))
+            || items(argument).any(|item| {
+                ["fd=", "fds=", "vhostfd=", "vhostfds="]
+                    .iter()
+                    .any(|key| item.starts_with(key))
+            })
+    };
+    needs.descriptors = command.iter().filter(from_outside).cloned().collect();
+    needs.vhost_user = command.iter().any(|a| a.contains("vhost-user"));
+    needs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn split(command: &str) -> Vec<String> {
+        command.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn nothing_outside_is_touched() {
+        let command = split(
+            "kvm -m 64 -netdev tap,ifname=tap3,id=n,vhost=on -device virtio-net,netdev=n \
+             -netdev {\"type\":\"bridge\",\"br\":\"br0\",\"id\":\"o\"} \
+             -nic user,model=e1000,mac=52:54:00:00:00:01,hostfwd=tcp::22-:22 -nic none \
+             -chardev socket,id=c,path=/r/c,server=on -serial file:/r/out -serial chardev:c \
+             -vnc :1 -s -nographic -qmp unix:/r/q,server=on",
+        );
+        assert_eq!(
+            isolated(&command).join(" "),
+            "kvm -m 64 -netdev hubport,hubid=1,id=n -device virtio-net,netdev=n \
+             -netdev hubport,hubid=2,id=o \
+             -nic hubport,hubid=3,model=e1000,mac=52:54:00:00:00:01 -nic none \
+             -chardev null,id=c -serial null -serial chardev:c \
+             -qmp unix:/r/q,server=on -display none"
+        );
+        let found = needs(&command);
+        assert_eq!(found.directories, [Path::new("/r"), Path::new("/r")]);
+        assert_eq!(found.bridges, ["br0"]);
+        assert_eq!(found.taps, ["tap3"]);
+        assert!(found.descriptors.is_empty() && !found.vhost_user);
+        let passed = split(
+            "kvm -netdev tap,fd=30,id=n -add-fd set=1,fd=3 -drive file=/dev/fdset/1 -m 64 \
+             -netdev {\"type\":\"tap\",\"fd\":\"29\",\"id\":\"h\"} -device virtio,x=fd",
+        );
+        assert_eq!(needs(&passed).descriptors.len(), 4);
+    }
+}
