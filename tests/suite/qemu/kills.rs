@@ -85,7 +85,7 @@ impl Eye {
 }
 
 /// Waits until the guest is protected, with a newer point than `after`.
-fn protected(site: &Site, after: Option<Epoch>) -> Epoch {
+pub fn protected(site: &Site, after: Option<Epoch>) -> Epoch {
     wait("protected again", || {
         let ran = site.cli(&["status", WEB]);
         (ran.code == 0).then_some(())?;
