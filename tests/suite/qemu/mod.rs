@@ -3,6 +3,7 @@
 mod daemon;
 mod generations;
 mod kills;
+mod pauses;
 mod vm;
 
 use std::fs;
