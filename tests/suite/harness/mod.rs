@@ -18,7 +18,7 @@ pub mod site;
 
 use std::fs::{self, File};
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -53,6 +53,8 @@ pub struct Options {
     pub more_a: String,
     /// Guests that site-b lets site-a write, as a TOML list.
     pub allowed: &'static str,
+    /// Where daemons look for programs first.
+    pub programs: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -63,6 +65,7 @@ impl Default for Options {
             proxy: false,
             more_a: String::new(),
             allowed: r#"["db1"]"#,
+            programs: None,
         }
     }
 }
@@ -129,8 +132,11 @@ impl Pair {
         let (port_a, port_b) = (free_port(), free_port());
         let proxy = options.proxy.then(|| Proxy::start(port_b));
         let towards_b = proxy.as_ref().map_or(port_b, Proxy::port);
-        let a = Site::new(root.path(), "site-a");
-        let b = Site::new(root.path(), "site-b");
+        let mut a = Site::new(root.path(), "site-a");
+        let mut b = Site::new(root.path(), "site-b");
+        for site in [&mut a, &mut b] {
+            site.programs.clone_from(&options.programs);
+        }
         fs::create_dir(a.dir()).unwrap();
         fs::create_dir(b.dir()).unwrap();
         let disk = File::create_new(a.dir().join("root.img")).unwrap();

@@ -59,6 +59,8 @@ pub struct Site {
     name: &'static str,
     dir: PathBuf,
     daemon: Option<Child>,
+    /// Where its daemon looks for programs first.
+    pub programs: Option<PathBuf>,
 }
 
 impl Site {
@@ -68,6 +70,7 @@ impl Site {
             name,
             dir: root.join(name),
             daemon: None,
+            programs: None,
         }
     }
 
@@ -103,7 +106,14 @@ impl Site {
         let log = self.dir.join("site.log");
         let log = OpenOptions::new().create(true).append(true).open(log);
         let log: File = log.unwrap();
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = self
+            .programs
+            .clone()
+            .into_iter()
+            .chain(std::env::split_paths(&path));
         Command::new(PROGRAM)
+            .env("PATH", std::env::join_paths(path).unwrap())
             .arg("site")
             .arg("-c")
             .arg(self.config())

@@ -12,7 +12,7 @@ use serde_json::json;
 use tokio::time::{sleep, timeout};
 
 use super::daemon::{Ends, WEB, configuration, web};
-use super::vm::{Vm, have_qemu, workspace};
+use super::vm::{Vm, qemus, workspace};
 use crate::harness::site::Site;
 use crate::harness::{Options, Pair, WITHIN, kill_now, wait};
 use crate::kills::{Dice, number};
@@ -85,7 +85,7 @@ impl Eye {
 }
 
 /// Waits until the guest is protected, with a newer point than `after`.
-fn protected(site: &Site, after: Option<Epoch>) -> Epoch {
+pub fn protected(site: &Site, after: Option<Epoch>) -> Epoch {
     wait("protected again", || {
         let ran = site.cli(&["status", WEB]);
         (ran.code == 0).then_some(())?;
@@ -97,82 +97,84 @@ fn protected(site: &Site, after: Option<Epoch>) -> Epoch {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_daemon_never_harms_its_guest() {
-    if !have_qemu("a_killed_daemon_never_harms_its_guest") {
-        return;
-    }
-    let kills = number("LIFEBOAT_QEMU_KILLS").unwrap_or(KILLS);
-    let mut dice = Dice::from_environment();
-    let dir = workspace();
-    let ends = Ends(Cell::new(None));
-    let mut vm = Vm::boot(dir.path(), "vm");
-    let mut pair = Pair::new(Options {
-        more_a: configuration(dir.path(), "vm"),
-        allowed: r#"["db1", "web"]"#,
-        ..Options::default()
-    });
-    pair.b.edit("[peer.site-a]", "[peer.site-a]\nqemu = true");
-    pair.b.start();
-    pair.a.start();
-    pair.a.ok(&["guest", "start", WEB]);
-    pair.a.ok(&["--timeout", "60s", "protect", WEB]);
-    let eye = Eye(Qmp::connect(&vm.monitor("c")).await.unwrap());
-    let mut newest = protected(&pair.a, None);
-    let mut start = Duration::from_secs(1);
-    let (mut paused, mut longest) = (0, Duration::ZERO);
-    for number in 0..kills {
-        let at = ROUND[number as usize % ROUND.len()];
-        if !matches!(at, At::Checkpoint) {
+    for qemu in qemus("a_killed_daemon_never_harms_its_guest") {
+        let kills = number("LIFEBOAT_QEMU_KILLS").unwrap_or(KILLS);
+        let mut dice = Dice::from_environment();
+        let place = workspace(&qemu);
+        let ends = Ends(Cell::new(None));
+        let mut vm = Vm::boot(&place, "vm");
+        let mut pair = Pair::new(Options {
+            more_a: configuration(place.path(), "vm"),
+            allowed: r#"["db1", "web"]"#,
+            programs: place.programs(),
+            ..Options::default()
+        });
+        pair.b.edit("[peer.site-a]", "[peer.site-a]\nqemu = true");
+        pair.b.start();
+        pair.a.start();
+        pair.a.ok(&["guest", "start", WEB]);
+        pair.a.ok(&["--timeout", "60s", "protect", WEB]);
+        let eye = Eye(Qmp::connect(&vm.monitor("c")).await.unwrap());
+        let mut newest = protected(&pair.a, None);
+        let mut start = Duration::from_secs(1);
+        let (mut paused, mut longest) = (0, Duration::ZERO);
+        for number in 0..kills {
+            let at = ROUND[number as usize % ROUND.len()];
+            if !matches!(at, At::Checkpoint) {
+                pair.a.kill();
+                eye.runs(Instant::now()).await;
+                pair.a.launch();
+            }
+            let more = match at {
+                At::Start => dice.below(start.as_micros() as u64),
+                At::Mirror => {
+                    eye.mirror().await;
+                    dice.below(2) * dice.below(20_000)
+                }
+                At::Checkpoint => {
+                    eye.stop().await;
+                    dice.below(3_000)
+                }
+            };
+            sleep(Duration::from_micros(more)).await;
+            // Half of the daemons do not answer for a moment before, so that the guest's writes wait for
+            // them when they die.
+            let hung = dice.below(2) * dice.below(30_000);
+            if hung > 0 {
+                pair.a.freeze();
+                sleep(Duration::from_micros(hung)).await;
+            }
             pair.a.kill();
-            eye.runs(Instant::now()).await;
+            let after = eye.runs(Instant::now()).await;
+            paused += u64::from(!after.is_zero());
+            longest = longest.max(after);
+            println!(
+                "kill {number}, {more} us after {at:?}, hung for {hung} us: runs after {after:?}"
+            );
+            let said = vm.said().last().copied();
+            assert_eq!(vm.progress(said).bad, 0, "kill {number}");
+
+            let launched = Instant::now();
             pair.a.launch();
+            newest = protected(&pair.a, Some(newest));
+            start = launched.elapsed();
         }
-        let more = match at {
-            At::Start => dice.below(start.as_micros() as u64),
-            At::Mirror => {
-                eye.mirror().await;
-                dice.below(2) * dice.below(20_000)
-            }
-            At::Checkpoint => {
-                eye.stop().await;
-                dice.below(3_000)
-            }
-        };
-        sleep(Duration::from_micros(more)).await;
-        // Half of the daemons do not answer for a moment before, so that the guest's writes wait for
-        // them when they die.
-        let hung = dice.below(2) * dice.below(30_000);
-        if hung > 0 {
-            pair.a.freeze();
-            sleep(Duration::from_micros(hung)).await;
-        }
-        pair.a.kill();
-        let after = eye.runs(Instant::now()).await;
-        paused += u64::from(!after.is_zero());
-        longest = longest.max(after);
-        println!("kill {number}, {more} us after {at:?}, hung for {hung} us: runs after {after:?}");
+        println!("{kills} kills: the guest was paused after {paused}, for {longest:?} at most");
+
+        // And what is protected after all that is the guest.
         let said = vm.said().last().copied();
-        assert_eq!(vm.progress(said).bad, 0, "kill {number}");
-
-        let launched = Instant::now();
-        pair.a.launch();
-        newest = protected(&pair.a, Some(newest));
-        start = launched.elapsed();
+        let said = vm.progress(said);
+        protected(&pair.a, Some(newest.next()));
+        kill_now(&[pair.a.pid()]);
+        pair.a.reap();
+        vm.kill();
+        pair.b
+            .ok(&["failover", WEB, "--fenced-by-operator", "--yes"]);
+        ends.0.set(web(&pair.b).pid);
+        let lines = vm.lines(8);
+        assert!(lines[0] > said, "{lines:?} goes on after {said:?}");
+        assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+        pair.b.ok(&["guest", "stop", WEB]);
+        ends.0.set(None);
     }
-    println!("{kills} kills: the guest was paused after {paused}, for {longest:?} at most");
-
-    // And what is protected after all that is the guest.
-    let said = vm.said().last().copied();
-    let said = vm.progress(said);
-    protected(&pair.a, Some(newest.next()));
-    kill_now(&[pair.a.pid()]);
-    pair.a.reap();
-    vm.kill();
-    pair.b
-        .ok(&["failover", WEB, "--fenced-by-operator", "--yes"]);
-    ends.0.set(web(&pair.b).pid);
-    let lines = vm.lines(8);
-    assert!(lines[0] > said, "{lines:?} goes on after {said:?}");
-    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
-    pair.b.ok(&["guest", "stop", WEB]);
-    ends.0.set(None);
 }

@@ -1,10 +1,13 @@
 //! Stock QEMU under KVM, through the adapter: checkpoints, kills, resumed guests that check themselves.
 
 mod daemon;
+mod generations;
 mod kills;
+mod pauses;
 mod readiness;
 mod vm;
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -18,7 +21,7 @@ use serde_json::json;
 use tokio::time::timeout;
 
 use crate::harness::{WITHIN, wait};
-use vm::{BOUND, Standby, TESTED_FROM, Vm, base, disk, have_qemu, workspace};
+use vm::{BOUND, Standby, TESTED_FROM, Vm, base, images, qemus, workspace};
 
 /// What `query-status` says, over the monitor of the test.
 async fn status(vm: &Vm) -> String {
@@ -29,39 +32,38 @@ async fn status(vm: &Vm) -> String {
 
 /// Kill and resume, over and over: each resumed guest is protected in its turn.
 async fn chain(test: &str, mode: Mode, method: Method) {
-    if !have_qemu(test) {
-        return;
-    }
-    let dir = workspace();
-    let mut vm = Vm::boot(dir.path(), "vm0");
-    for number in 1..=3 {
-        let mut guest = vm.attach(mode).await;
-        assert_eq!(guest.choice().method, method, "{:?}", guest.choice());
-        let mut standby = Standby::new(&guest);
-        standby.seed(&mut guest).await.unwrap();
-        let all = guest.info().layout.pages();
-        let mut said = vm.progress(None);
-        for _ in 0..6 {
-            let cut = standby.checkpoint(&mut guest).await.unwrap();
-            assert!(cut.pause > Duration::ZERO);
-            // The tested pages and a few of the kernel's; never all.
-            let dirty = cut.dirty.count();
-            assert!(dirty > 0 && dirty < all / 2, "{dirty} of {all}");
-            println!("{test}: {dirty} pages, pause {:?}", cut.pause);
-            said = vm.progress(Some(said));
-        }
-        standby.checkpoint(&mut guest).await.unwrap();
-        let at_cut = said;
-        vm.progress(Some(said));
-        vm.kill();
-        let error = standby.cut(&mut guest).await.unwrap_err();
-        assert!(matches!(error, GuestError::Gone(_)), "{error}");
-        drop(guest);
+    for qemu in qemus(test) {
+        let place = workspace(&qemu);
+        let mut vm = Vm::boot(&place, "vm0");
+        for number in 1..=3 {
+            let mut guest = vm.attach(mode).await;
+            assert_eq!(guest.choice().method, method, "{:?}", guest.choice());
+            let mut standby = Standby::new(&guest);
+            standby.seed(&mut guest).await.unwrap();
+            let all = guest.info().layout.pages();
+            let mut said = vm.progress(None);
+            for _ in 0..6 {
+                let cut = standby.checkpoint(&mut guest).await.unwrap();
+                assert!(cut.pause > Duration::ZERO);
+                // The tested pages and a few of the kernel's; never all.
+                let dirty = cut.dirty.count();
+                assert!(dirty > 0 && dirty < all / 2, "{dirty} of {all}");
+                println!("{test}: {dirty} pages, pause {:?}", cut.pause);
+                said = vm.progress(Some(said));
+            }
+            standby.checkpoint(&mut guest).await.unwrap();
+            let at_cut = said;
+            vm.progress(Some(said));
+            vm.kill();
+            let error = standby.cut(&mut guest).await.unwrap_err();
+            assert!(matches!(error, GuestError::Gone(_)), "{error}");
+            drop(guest);
 
-        vm = standby.resume(dir.path(), &format!("vm{number}")).await;
-        let lines = vm.lines(8);
-        assert!(lines[0] > at_cut, "{lines:?} goes on after {at_cut:?}");
-        assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+            vm = standby.resume(&place, &format!("vm{number}")).await;
+            let lines = vm.lines(8);
+            assert!(lines[0] > at_cut, "{lines:?} goes on after {at_cut:?}");
+            assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
+        }
     }
 }
 
@@ -80,293 +82,303 @@ async fn a_killed_qemu_is_resumed_from_migrations() {
 /// The guest's own check sees it when pages are missing, so that its silence means something.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_checkpoint_without_some_of_its_pages_is_noticed() {
-    if !have_qemu("a_checkpoint_without_some_of_its_pages_is_noticed") {
-        return;
+    for qemu in qemus("a_checkpoint_without_some_of_its_pages_is_noticed") {
+        let place = workspace(&qemu);
+        let mut vm = Vm::boot(&place, "vm");
+        let mut guest = vm.attach(Mode::Colo).await;
+        let mut standby = Standby::new(&guest);
+        standby.seed(&mut guest).await.unwrap();
+        standby.checkpoint(&mut guest).await.unwrap();
+        vm.progress(vm.said().last().copied());
+        let lost = |addr: lifeboat::page::PageAddr| addr.region.0 == 0 && addr.page >= TESTED_FROM;
+        standby
+            .cut_but(&mut guest, |addr| !lost(addr))
+            .await
+            .unwrap();
+        vm.kill();
+        let vm = standby.resume(&place, "torn").await;
+        let lines = vm.lines(4);
+        assert!(lines.iter().any(|said| said.bad > 0), "{lines:?}");
     }
-    let dir = workspace();
-    let mut vm = Vm::boot(dir.path(), "vm");
-    let mut guest = vm.attach(Mode::Colo).await;
-    let mut standby = Standby::new(&guest);
-    standby.seed(&mut guest).await.unwrap();
-    standby.checkpoint(&mut guest).await.unwrap();
-    vm.progress(vm.said().last().copied());
-    let lost = |addr: lifeboat::page::PageAddr| addr.region.0 == 0 && addr.page >= TESTED_FROM;
-    standby
-        .cut_but(&mut guest, |addr| !lost(addr))
-        .await
-        .unwrap();
-    vm.kill();
-    let vm = standby.resume(dir.path(), "torn").await;
-    let lines = vm.lines(4);
-    assert!(lines.iter().any(|said| said.bad > 0), "{lines:?}");
 }
 
-/// The same for the disk: one that has seen writes after the checkpoint is not the checkpoint's.
+/// The same for the disks: one that is newer or older than the checkpoint is not the checkpoint's.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_is_newer_than_the_checkpoint_is_noticed() {
-    if !have_qemu("a_disk_that_is_newer_than_the_checkpoint_is_noticed") {
-        return;
+async fn a_disk_of_another_instant_than_the_checkpoint_is_noticed() {
+    for qemu in qemus("a_disk_of_another_instant_than_the_checkpoint_is_noticed") {
+        let place = workspace(&qemu);
+        let mut vm = Vm::boot(&place, "vm");
+        let mut guest = vm.attach(Mode::Colo).await;
+        let mut standby = Standby::new(&guest);
+        standby.seed(&mut guest).await.unwrap();
+        let mut said = vm.progress(None);
+        let mut older = Vec::new();
+        for number in 0..6 {
+            standby.checkpoint(&mut guest).await.unwrap();
+            if number == 2 {
+                older = standby.disks();
+            }
+            said = vm.progress(Some(said));
+        }
+        let right = standby.disks();
+        for _ in 0..3 {
+            said = vm.progress(Some(said));
+        }
+        vm.kill();
+        let newer = images(place.path(), "vm").map(|image| fs::read(image).unwrap());
+        let cases = [
+            ("newer0", [&newer[0], &right[1]], true),
+            ("newer1", [&right[0], &newer[1]], true),
+            ("older0", [&older[0], &right[1]], true),
+            ("older1", [&right[0], &older[1]], true),
+            ("right", [&right[0], &right[1]], false),
+        ];
+        for (name, disks, noticed) in cases {
+            for (image, content) in images(place.path(), name).iter().zip(disks) {
+                fs::write(image, content).unwrap();
+            }
+            let resumed = standby.resume_on(&place, name).await;
+            let lines = resumed.lines(8);
+            let bad = lines.iter().any(|said| said.bad > 0);
+            assert_eq!(bad, noticed, "{name}: {lines:?}");
+        }
     }
-    let dir = workspace();
-    let mut vm = Vm::boot(dir.path(), "vm");
-    let mut guest = vm.attach(Mode::Colo).await;
-    let mut standby = Standby::new(&guest);
-    standby.seed(&mut guest).await.unwrap();
-    let mut said = vm.progress(None);
-    for _ in 0..3 {
-        standby.checkpoint(&mut guest).await.unwrap();
-        said = vm.progress(Some(said));
-    }
-    for _ in 0..3 {
-        said = vm.progress(Some(said));
-    }
-    vm.kill();
-    std::fs::rename(disk(dir.path(), "vm"), disk(dir.path(), "newer")).unwrap();
-    let newer = standby.resume_on(dir.path(), "newer").await;
-    let lines = newer.lines(8);
-    assert!(lines.iter().any(|said| said.bad > 0), "{lines:?}");
-    let right = standby.resume(dir.path(), "right").await;
-    let lines = right.lines(8);
-    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
 }
 
 /// A mirror that is lost costs a new copy of the disk, never a wrong checkpoint.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_mirror_starts_over() {
-    if !have_qemu("a_lost_mirror_starts_over") {
-        return;
-    }
-    let dir = workspace();
-    let mut vm = Vm::boot(dir.path(), "vm");
-    let mut guest = vm.attach(Mode::Colo).await;
-    let mut standby = Standby::new(&guest);
-    standby.seed(&mut guest).await.unwrap();
-    let mut said = vm.progress(None);
-    let mut abandoned = 0;
-    for number in 0..12 {
-        match standby.checkpoint(&mut guest).await {
-            Ok(_) => {}
-            Err(GuestError::Abandoned(_)) => abandoned += 1,
-            Err(other) => panic!("{other}"),
-        }
-        if number % 3 == 1 {
-            // Its connection. An end of its job, as an operator could ask for, may cost the guest.
-            let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
-            let mirror = json!({ "type": "block-node", "node-name": "lifeboat-mirror-0" });
-            let mirrors = json!({ "instances": [mirror] });
-            qmp.call("yank", mirrors).await.unwrap();
-            // Its job pauses. One that ended by itself while the guest writes would damage QEMU.
-            let failed = async {
-                loop {
-                    let jobs = qmp.call("query-block-jobs", json!({})).await.unwrap();
-                    assert_eq!(jobs[0]["device"], "lifeboat-mirror-0", "{jobs}");
-                    if jobs[0]["io-status"] == "failed" {
-                        return;
+    for qemu in qemus("a_lost_mirror_starts_over") {
+        let place = workspace(&qemu);
+        let mut vm = Vm::boot(&place, "vm");
+        let mut guest = vm.attach(Mode::Colo).await;
+        let mut standby = Standby::new(&guest);
+        standby.seed(&mut guest).await.unwrap();
+        let mut said = vm.progress(None);
+        let mut abandoned = 0;
+        for number in 0..12 {
+            match standby.checkpoint(&mut guest).await {
+                Ok(_) => {}
+                Err(GuestError::Abandoned(_)) => abandoned += 1,
+                Err(other) => panic!("{other}"),
+            }
+            if number % 3 == 1 {
+                // Its connection. An end of its job, as an operator could ask for, may cost the guest.
+                let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+                let name = format!("lifeboat-mirror-{}", number / 3 % 2);
+                let mirror = json!({ "type": "block-node", "node-name": name });
+                let mirrors = json!({ "instances": [mirror] });
+                qmp.call("yank", mirrors).await.unwrap();
+                // Its job pauses. One that ended by itself while the guest writes would damage QEMU.
+                let failed = async {
+                    loop {
+                        let jobs = qmp.call("query-block-jobs", json!({})).await.unwrap();
+                        let mut each = jobs.as_array().unwrap().iter();
+                        let job = each.find(|job| job["device"] == name.as_str());
+                        if job.expect("its job is there")["io-status"] == "failed" {
+                            return;
+                        }
+                        tokio::time::sleep(Duration::from_millis(5)).await;
                     }
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
-            };
-            timeout(WITHIN, failed).await.expect("the mirror fails");
+                };
+                timeout(WITHIN, failed).await.expect("the mirror fails");
+            }
+            said = vm.progress(Some(said));
         }
-        said = vm.progress(Some(said));
+        println!("{abandoned} cuts were abandoned");
+        standby.checkpoint(&mut guest).await.unwrap();
+        vm.progress(Some(said));
+        vm.kill();
+        let vm = standby.resume(&place, "resumed").await;
+        let lines = vm.lines(8);
+        assert!(lines[0] > said, "{lines:?} goes on after {said:?}");
+        assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
     }
-    println!("{abandoned} cuts were abandoned");
-    standby.checkpoint(&mut guest).await.unwrap();
-    vm.progress(Some(said));
-    vm.kill();
-    let vm = standby.resume(dir.path(), "resumed").await;
-    let lines = vm.lines(8);
-    assert!(lines[0] > said, "{lines:?} goes on after {said:?}");
-    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
 }
 
 /// Pages that were not settled come again, whatever happened to the calls that took them.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_by_dropped_calls_lost_sessions_and_given_back_cuts() {
     let test = "nothing_is_lost_by_dropped_calls_lost_sessions_and_given_back_cuts";
-    if !have_qemu(test) {
-        return;
-    }
-    let dir = workspace();
-    let mut vm = Vm::boot(dir.path(), "vm");
-    let mut guest = vm.attach(Mode::Colo).await;
-    let mut standby = Standby::new(&guest);
-    standby.seed(&mut guest).await.unwrap();
-    standby.checkpoint(&mut guest).await.unwrap();
-    let rss = vm.rss_kib();
-    for number in 0..30u64 {
-        match number % 5 {
-            // A cut that nobody waits for.
-            0 => {
-                let within = Duration::from_micros(400 * (number + 1));
-                drop(tokio::time::timeout(within, guest.cut(CutStrategy::Auto)).await);
-            }
-            // A cut of which a part was handed out.
-            1 => {
-                guest.cut(CutStrategy::Auto).await.unwrap();
-                guest.next_chunk().await.unwrap();
-            }
-            // A fuzzy round that is not finished.
-            2 => {
-                guest.round(Contents::Dirty).await.unwrap();
-                guest.next_chunk().await.unwrap();
-            }
-            // The session is lost: the next cut is abandoned or has entered anew.
-            3 => {
-                let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
-                qmp.call("x-colo-lost-heartbeat", json!({})).await.unwrap();
-                match guest.cut(CutStrategy::Auto).await {
-                    Ok(_) | Err(GuestError::Abandoned(_)) => {}
-                    Err(other) => panic!("{other}"),
+    for qemu in qemus(test) {
+        let place = workspace(&qemu);
+        let mut vm = Vm::boot(&place, "vm");
+        let mut guest = vm.attach(Mode::Colo).await;
+        let mut standby = Standby::new(&guest);
+        standby.seed(&mut guest).await.unwrap();
+        standby.checkpoint(&mut guest).await.unwrap();
+        let rss = vm.rss_kib();
+        for number in 0..30u64 {
+            match number % 5 {
+                // A cut that nobody waits for.
+                0 => {
+                    let within = Duration::from_micros(400 * (number + 1));
+                    drop(tokio::time::timeout(within, guest.cut(CutStrategy::Auto)).await);
+                }
+                // A cut of which a part was handed out.
+                1 => {
+                    guest.cut(CutStrategy::Auto).await.unwrap();
+                    guest.next_chunk().await.unwrap();
+                }
+                // A fuzzy round that is not finished.
+                2 => {
+                    guest.round(Contents::Dirty).await.unwrap();
+                    guest.next_chunk().await.unwrap();
+                }
+                // The session is lost: the next cut is abandoned or has entered anew.
+                3 => {
+                    let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+                    qmp.call("x-colo-lost-heartbeat", json!({})).await.unwrap();
+                    match guest.cut(CutStrategy::Auto).await {
+                        Ok(_) | Err(GuestError::Abandoned(_)) => {}
+                        Err(other) => panic!("{other}"),
+                    }
+                }
+                // Two cuts in flight, of which the first gets durable.
+                _ => {
+                    let first = standby.cut(&mut guest).await.unwrap();
+                    standby.cut_but(&mut guest, |_| false).await.unwrap();
+                    guest.settle(first.id, base(100 + number)).await.unwrap();
                 }
             }
-            // Two cuts in flight, of which the first gets durable.
-            _ => {
-                let first = standby.cut(&mut guest).await.unwrap();
-                standby.cut_but(&mut guest, |_| false).await.unwrap();
-                guest.settle(first.id, base(100 + number)).await.unwrap();
-            }
+            guest.give_back().await.unwrap();
+            assert_eq!(guest.state().await.unwrap(), RunState::Running);
         }
-        guest.give_back().await.unwrap();
-        assert_eq!(guest.state().await.unwrap(), RunState::Running);
+        println!("{test}: QEMU grew from {rss} to {} KiB", vm.rss_kib());
+        let said = vm.progress(vm.said().last().copied());
+        standby.checkpoint(&mut guest).await.unwrap();
+        vm.progress(Some(said));
+        vm.kill();
+        let vm = standby.resume(&place, "resumed").await;
+        let lines = vm.lines(4);
+        assert!(lines[0] > said, "{lines:?} goes on after {said:?}");
+        assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
     }
-    println!("{test}: QEMU grew from {rss} to {} KiB", vm.rss_kib());
-    let said = vm.progress(vm.said().last().copied());
-    standby.checkpoint(&mut guest).await.unwrap();
-    vm.progress(Some(said));
-    vm.kill();
-    let vm = standby.resume(dir.path(), "resumed").await;
-    let lines = vm.lines(4);
-    assert!(lines[0] > said, "{lines:?} goes on after {said:?}");
-    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
 }
 
 /// A planned move: the guest is paused, cut for the last time, and goes on elsewhere or here.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paused_guest_is_cut_and_stays_paused() {
-    if !have_qemu("a_paused_guest_is_cut_and_stays_paused") {
-        return;
-    }
-    for mode in [Mode::Colo, Mode::Migrate] {
-        let dir = workspace();
-        let mut vm = Vm::boot(dir.path(), "vm");
-        let mut guest = vm.attach(mode).await;
-        let mut standby = Standby::new(&guest);
-        standby.seed(&mut guest).await.unwrap();
-        for _ in 0..2 {
-            standby.checkpoint(&mut guest).await.unwrap();
+    for qemu in qemus("a_paused_guest_is_cut_and_stays_paused") {
+        for mode in [Mode::Colo, Mode::Migrate] {
+            let place = workspace(&qemu);
+            let mut vm = Vm::boot(&place, "vm");
+            let mut guest = vm.attach(mode).await;
+            let mut standby = Standby::new(&guest);
+            standby.seed(&mut guest).await.unwrap();
+            for _ in 0..2 {
+                standby.checkpoint(&mut guest).await.unwrap();
+                guest.pause().await.unwrap();
+                assert_eq!(guest.state().await.unwrap(), RunState::Paused);
+                standby.checkpoint(&mut guest).await.unwrap();
+                assert_eq!(guest.state().await.unwrap(), RunState::Paused);
+                // Longer than the watchdog waits: this pause is meant.
+                tokio::time::sleep(BOUND * 2).await;
+                assert_ne!(status(&vm).await, "running");
+                let paused = vm.said();
+                guest.resume().await.unwrap();
+                vm.progress(paused.last().copied());
+                assert_eq!(guest.state().await.unwrap(), RunState::Running);
+            }
             guest.pause().await.unwrap();
-            assert_eq!(guest.state().await.unwrap(), RunState::Paused);
             standby.checkpoint(&mut guest).await.unwrap();
-            assert_eq!(guest.state().await.unwrap(), RunState::Paused);
-            // Longer than the watchdog waits: this pause is meant.
-            tokio::time::sleep(BOUND * 2).await;
-            assert_ne!(status(&vm).await, "running");
-            let paused = vm.said();
-            guest.resume().await.unwrap();
-            vm.progress(paused.last().copied());
-            assert_eq!(guest.state().await.unwrap(), RunState::Running);
+            let last = vm.said();
+            guest.stop().await.unwrap();
+            wait("QEMU ends", || (!vm.monitor("a").exists()).then_some(()));
+            assert_eq!(vm.said(), last);
+            vm.kill();
+            let vm = standby.resume(&place, "moved").await;
+            let lines = vm.lines(4);
+            assert!(Some(&lines[0]) > last.last(), "{lines:?} after {last:?}");
+            assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
         }
-        guest.pause().await.unwrap();
-        standby.checkpoint(&mut guest).await.unwrap();
-        let last = vm.said();
-        guest.stop().await.unwrap();
-        wait("QEMU ends", || (!vm.monitor("a").exists()).then_some(()));
-        assert_eq!(vm.said(), last);
-        vm.kill();
-        let vm = standby.resume(dir.path(), "moved").await;
-        let lines = vm.lines(4);
-        assert!(Some(&lines[0]) > last.last(), "{lines:?} after {last:?}");
-        assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
     }
 }
 
 /// What may not be protected is refused with a reason, and not touched.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_in_the_wrong_state_is_refused() {
-    if !have_qemu("a_guest_in_the_wrong_state_is_refused") {
-        return;
+    for qemu in qemus("a_guest_in_the_wrong_state_is_refused") {
+        let place = workspace(&qemu);
+        let vm = Vm::boot(&place, "vm");
+        let refused = async || {
+            let result = QemuGuest::attach(vm.options(Mode::Auto)).await;
+            result.err().expect("it is refused").to_string()
+        };
+        let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+        qmp.call("stop", json!({})).await.unwrap();
+        let text = refused().await;
+        assert!(text.contains("is paused"), "{text}");
+        qmp.call("cont", json!({})).await.unwrap();
+        let holder = Qmp::connect(&vm.monitor("a")).await.unwrap();
+        let text = refused().await;
+        assert!(text.contains("another client"), "{text}");
+        drop(holder);
+        // An operator's stop under a session is respected.
+        let mut guest = vm.attach(Mode::Auto).await;
+        guest.round(Contents::All).await.unwrap();
+        qmp.call("stop", json!({})).await.unwrap();
+        let error = guest.cut(CutStrategy::Auto).await.unwrap_err();
+        assert!(
+            matches!(error, GuestError::State(RunState::Paused)),
+            "{error}"
+        );
+        qmp.call("cont", json!({})).await.unwrap();
+        guest.cut(CutStrategy::Auto).await.unwrap();
+        guest.detach().await.unwrap();
+        drop(qmp);
+        assert_eq!(status(&vm).await, "running");
     }
-    let dir = workspace();
-    let vm = Vm::boot(dir.path(), "vm");
-    let refused = async || {
-        let result = QemuGuest::attach(vm.options(Mode::Auto)).await;
-        result.err().expect("it is refused").to_string()
-    };
-    let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
-    qmp.call("stop", json!({})).await.unwrap();
-    let text = refused().await;
-    assert!(text.contains("is paused"), "{text}");
-    qmp.call("cont", json!({})).await.unwrap();
-    let holder = Qmp::connect(&vm.monitor("a")).await.unwrap();
-    let text = refused().await;
-    assert!(text.contains("another client"), "{text}");
-    drop(holder);
-    // An operator's stop under a session is respected.
-    let mut guest = vm.attach(Mode::Auto).await;
-    guest.round(Contents::All).await.unwrap();
-    qmp.call("stop", json!({})).await.unwrap();
-    let error = guest.cut(CutStrategy::Auto).await.unwrap_err();
-    assert!(
-        matches!(error, GuestError::State(RunState::Paused)),
-        "{error}"
-    );
-    qmp.call("cont", json!({})).await.unwrap();
-    guest.cut(CutStrategy::Auto).await.unwrap();
-    guest.detach().await.unwrap();
-    drop(qmp);
-    assert_eq!(status(&vm).await, "running");
 }
 
 /// A daemon that dies while it ends a mirror leaves the guest stopped, with a mark of that.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_a_daemon_left_standing_goes_on() {
-    if !have_qemu("a_guest_that_a_daemon_left_standing_goes_on") {
-        return;
-    }
-    let dir = workspace();
-    let vm = Vm::boot(dir.path(), "vm");
-    let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
-    let leave_standing = async || {
-        let mark = json!({ "qom-type": "throttle-group", "id": "lifeboat-standstill" });
-        qmp.call("object-add", mark).await.unwrap();
-        qmp.call("stop", json!({})).await.unwrap();
-        vm.said().last().copied()
-    };
-    // Found by the next daemon.
-    let said = leave_standing().await;
-    let mut guest = vm.attach(Mode::Auto).await;
-    vm.progress(said);
-    // And by its watchdog, when it is gone itself.
-    guest.round(Contents::All).await.unwrap();
-    let said = leave_standing().await;
-    drop(guest);
-    let said = vm.progress(said);
-    vm.progress(Some(said));
-    // The watchdog has more to do when the guest goes on: it takes the mark away and leaves COLO, which
-    // runs a guest, whoever paused it.
-    let mut looks = 0;
-    loop {
-        let objects = qmp.call("qom-list", json!({ "path": "/objects" })).await;
-        let colo = qmp.call("query-colo-status", json!({})).await.unwrap();
-        let marked = objects.unwrap().to_string().contains("lifeboat-standstill");
-        if !marked && colo["mode"] == "none" {
-            break;
+    for qemu in qemus("a_guest_that_a_daemon_left_standing_goes_on") {
+        let place = workspace(&qemu);
+        let vm = Vm::boot(&place, "vm");
+        let qmp = Qmp::connect(&vm.monitor("c")).await.unwrap();
+        let leave_standing = async || {
+            let mark = json!({ "qom-type": "throttle-group", "id": "lifeboat-standstill" });
+            qmp.call("object-add", mark).await.unwrap();
+            qmp.call("stop", json!({})).await.unwrap();
+            vm.said().last().copied()
+        };
+        // Found by the next daemon.
+        let said = leave_standing().await;
+        let mut guest = vm.attach(Mode::Auto).await;
+        vm.progress(said);
+        // And by its watchdog, when it is gone itself.
+        guest.round(Contents::All).await.unwrap();
+        let said = leave_standing().await;
+        drop(guest);
+        let said = vm.progress(said);
+        vm.progress(Some(said));
+        // The watchdog has more to do when the guest goes on: it takes the mark away and leaves COLO, which
+        // runs a guest, whoever paused it.
+        let mut looks = 0;
+        loop {
+            let objects = qmp.call("qom-list", json!({ "path": "/objects" })).await;
+            let colo = qmp.call("query-colo-status", json!({})).await.unwrap();
+            let marked = objects.unwrap().to_string().contains("lifeboat-standstill");
+            if !marked && colo["mode"] == "none" {
+                break;
+            }
+            looks += 1;
+            assert!(looks < 1000, "the watchdog does not finish: {colo}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        looks += 1;
-        assert!(looks < 1000, "the watchdog does not finish: {colo}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        // What its operator pauses stays paused: there is no mark any more.
+        qmp.call("stop", json!({})).await.unwrap();
+        let refused = QemuGuest::attach(vm.options(Mode::Auto)).await.err();
+        let refused = refused.map(|error| error.to_string());
+        assert!(
+            refused
+                .as_ref()
+                .is_some_and(|why| why.contains("is paused")),
+            "{refused:?}"
+        );
     }
-    // What its operator pauses stays paused: there is no mark any more.
-    qmp.call("stop", json!({})).await.unwrap();
-    let refused = QemuGuest::attach(vm.options(Mode::Auto)).await.err();
-    let refused = refused.map(|error| error.to_string());
-    assert!(
-        refused
-            .as_ref()
-            .is_some_and(|why| why.contains("is paused")),
-        "{refused:?}"
-    );
 }
 
 /// Names the directory in which [`daemon_that_ends`] acts.
@@ -401,55 +413,54 @@ async fn daemon_that_ends() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_or_hanging_daemon_does_not_stop_the_guest() {
     let test = "a_dead_or_hanging_daemon_does_not_stop_the_guest";
-    if !have_qemu(test) {
-        return;
-    }
-    let dir = workspace();
-    let mut vm = Vm::boot(dir.path(), "vm");
-    let mut rescued = 0;
-    for number in 0..9u64 {
-        let mut daemon = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "qemu::daemon_that_ends", "--nocapture"])
-            .env(VICTIM, dir.path())
-            .env(
-                "LIFEBOAT_TEST_QEMU_MODE",
-                if number % 2 == 1 { "migrate" } else { "colo" },
-            )
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let output = BufReader::new(daemon.stdout.take().unwrap());
-        let hangs = number % 3 == 1;
-        // The mirror of the disk begins after "attached".
-        let word = if number % 4 < 2 {
-            "attached"
-        } else {
-            "cutting"
-        };
-        let mut lines = output.lines().map(Result::unwrap);
-        assert!(lines.any(|line| line == word), "round {number}");
-        tokio::time::sleep(Duration::from_millis(7 + number * 3)).await;
-        let pid = daemon.id() as i32;
-        if hangs {
-            // SAFETY: a signal to a child that was not waited for.
-            assert_eq!(unsafe { libc::kill(pid, libc::SIGSTOP) }, 0);
-            let state = status(&vm).await;
-            rescued += u32::from(state != "running");
-            println!("{test}: the daemon hangs, the guest is {state}");
+    for qemu in qemus(test) {
+        let place = workspace(&qemu);
+        let mut vm = Vm::boot(&place, "vm");
+        let mut rescued = 0;
+        for number in 0..9u64 {
+            let mut daemon = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "qemu::daemon_that_ends", "--nocapture"])
+                .env(VICTIM, place.path())
+                .env(
+                    "LIFEBOAT_TEST_QEMU_MODE",
+                    if number % 2 == 1 { "migrate" } else { "colo" },
+                )
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let output = BufReader::new(daemon.stdout.take().unwrap());
+            let hangs = number % 3 == 1;
+            // The mirror of the disk begins after "attached".
+            let word = if number % 4 < 2 {
+                "attached"
+            } else {
+                "cutting"
+            };
+            let mut lines = output.lines().map(Result::unwrap);
+            assert!(lines.any(|line| line == word), "round {number}");
+            tokio::time::sleep(Duration::from_millis(7 + number * 3)).await;
+            let pid = daemon.id() as i32;
+            if hangs {
+                // SAFETY: a signal to a child that was not waited for.
+                assert_eq!(unsafe { libc::kill(pid, libc::SIGSTOP) }, 0);
+                let state = status(&vm).await;
+                rescued += u32::from(state != "running");
+                println!("{test}: the daemon hangs, the guest is {state}");
+                vm.lines(2);
+            }
+            daemon.kill().unwrap();
+            daemon.wait().unwrap();
             vm.lines(2);
         }
-        daemon.kill().unwrap();
-        daemon.wait().unwrap();
-        vm.lines(2);
+        println!("{test}: {rescued} times the guest was paused");
+        // And the next daemon finds a guest that can be protected.
+        let mut guest = vm.attach(Mode::Auto).await;
+        let mut standby = Standby::new(&guest);
+        standby.seed(&mut guest).await.unwrap();
+        standby.checkpoint(&mut guest).await.unwrap();
+        vm.kill();
+        let vm = standby.resume(&place, "resumed").await;
+        let lines = vm.lines(4);
+        assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
     }
-    println!("{test}: {rescued} times the guest was paused");
-    // And the next daemon finds a guest that can be protected.
-    let mut guest = vm.attach(Mode::Auto).await;
-    let mut standby = Standby::new(&guest);
-    standby.seed(&mut guest).await.unwrap();
-    standby.checkpoint(&mut guest).await.unwrap();
-    vm.kill();
-    let vm = standby.resume(dir.path(), "resumed").await;
-    let lines = vm.lines(4);
-    assert!(lines.iter().all(|said| said.bad == 0), "{lines:?}");
 }

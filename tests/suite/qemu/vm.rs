@@ -1,4 +1,7 @@
 //! A stock QEMU with a guest that checks itself, and what a standby would keep of it.
+//!
+//! Tests run on every QEMU that is here: the one of this machine, and a newer one below target/ (see
+//! tests/fetch-qemu10).
 
 use std::fs::{self, File};
 use std::io;
@@ -25,27 +28,82 @@ const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/qemu");
 /// The guest's pages under test begin here (see guest.c).
 pub const TESTED_FROM: u32 = (16 << 20) / PAGE_SIZE as u32;
 const DISK_BYTES: u64 = 1 << 20;
-/// QEMU's name of the disk.
-const NODE: &str = "root-node";
+/// The guest's disks: name, QEMU's name, IDE channel.
+const DISKS: [(&str, &str, &str); 2] = [
+    ("root", "root-node", "ide.0"),
+    ("data", "data-node", "ide.1"),
+];
 /// How long a checkpoint may stand still before the watchdog acts.
 pub const BOUND: Duration = Duration::from_millis(300);
+/// Where tests/fetch-qemu10 puts it.
+const NEWER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/qemu10/root/usr");
 
-/// False, and said so, where QEMU or KVM is missing.
-pub fn have_qemu(test: &str) -> bool {
-    if !crate::harness::kvm(test) {
-        return false;
-    }
-    match Command::new(QEMU).arg("--version").output() {
-        Ok(output) if output.status.success() => true,
-        _ => {
-            println!("skipped: {test}: there is no {QEMU}");
-            false
-        }
+/// A QEMU.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    /// Its version.
+    pub name: String,
+    pub program: PathBuf,
+    /// Arguments that it needs anyway.
+    more: Vec<String>,
+}
+
+impl Qemu {
+    /// This one, if it runs.
+    fn new(program: impl Into<PathBuf>, more: Vec<String>) -> Option<Self> {
+        let program = program.into();
+        let output = Command::new(&program).arg("--version").output().ok()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let name = text.split_whitespace().nth(3)?.to_owned();
+        output.status.success().then_some(Self {
+            name,
+            program,
+            more,
+        })
     }
 }
 
-/// A directory with the guest's program.
-pub fn workspace() -> tempfile::TempDir {
+/// The QEMUs that a test runs on; says which are missing.
+pub fn qemus(test: &str) -> Vec<Qemu> {
+    if !crate::harness::kvm(test) {
+        return Vec::new();
+    }
+    let firmware = ["qemu", "seabios"].map(|of| ["-L".into(), format!("{NEWER}/share/{of}")]);
+    let candidates = [
+        Qemu::new(QEMU, Vec::new()).ok_or(format!("there is no {QEMU}")),
+        Qemu::new(format!("{NEWER}/bin/{QEMU}"), firmware.concat())
+            .ok_or("there is no QEMU 10: tests/fetch-qemu10 gets it".into()),
+    ];
+    let mut found = Vec::new();
+    for candidate in candidates {
+        match candidate {
+            Ok(qemu) => found.push(qemu),
+            Err(why) => println!("skipped: {test}: {why}"),
+        }
+    }
+    found
+}
+
+/// A directory with the guest's program, and the QEMU that runs it.
+pub struct Place {
+    pub qemu: Qemu,
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Where a daemon has to look for programs first to start this QEMU.
+    pub fn programs(&self) -> Option<PathBuf> {
+        let dir = self.qemu.program.parent();
+        dir.filter(|dir| dir.is_absolute()).map(Path::to_owned)
+    }
+}
+
+/// A new place.
+pub fn workspace(qemu: &Qemu) -> Place {
     // Short: names of unix sockets have 107 bytes at most.
     let dir = tempfile::Builder::new().prefix("lbq-").tempdir_in("/tmp");
     let dir = dir.expect("a temporary directory");
@@ -64,7 +122,11 @@ pub fn workspace() -> tempfile::TempDir {
         "{}",
         String::from_utf8_lossy(&built.stderr)
     );
-    dir
+    println!("QEMU {}", qemu.name);
+    Place {
+        qemu: qemu.clone(),
+        dir,
+    }
 }
 
 /// A running QEMU; killed when dropped.
@@ -92,24 +154,33 @@ pub struct Said {
 }
 
 impl Vm {
-    /// Boots the guest with an empty disk.
-    pub fn boot(dir: &Path, name: &str) -> Self {
-        let disk = File::create_new(disk(dir, name)).unwrap();
-        disk.set_len(DISK_BYTES).unwrap();
-        let vm = Self::start(dir, name, &[]);
+    /// Boots the guest with empty disks.
+    pub fn boot(place: &Place, name: &str) -> Self {
+        Self::boot_with(place, name, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn boot_with(place: &Place, name: &str, more: &[&str]) -> Self {
+        for image in images(place.path(), name) {
+            let disk = File::create_new(image).unwrap();
+            disk.set_len(DISK_BYTES).unwrap();
+        }
+        let vm = Self::start(place, name, more);
         vm.progress(None);
         vm
     }
 
-    /// A QEMU that waits for a checkpoint; its disk is there.
-    pub fn waiting(dir: &Path, name: &str) -> Self {
-        Self::start(dir, name, &["-incoming", "defer"])
+    /// A QEMU that waits for a checkpoint; its disks are there.
+    pub fn waiting(place: &Place, name: &str, more: &[&str]) -> Self {
+        Self::start(place, name, &[&["-incoming", "defer"], more].concat())
     }
 
-    fn start(dir: &Path, name: &str, more: &[&str]) -> Self {
+    fn start(place: &Place, name: &str, more: &[&str]) -> Self {
+        let dir = place.path();
         let log = File::create(dir.join(format!("{name}.log"))).unwrap();
-        let mut command = Command::new(QEMU);
+        let mut command = Command::new(&place.qemu.program);
         command
+            .args(&place.qemu.more)
             .args(["-accel", "kvm", "-M", "pc", "-m", "64", "-display", "none"])
             .args(["-vga", "none", "-nic", "none", "-no-reboot"])
             .arg("-kernel")
@@ -119,13 +190,16 @@ impl Vm {
                 "file:{}",
                 dir.join(format!("{name}.out")).display()
             ));
-        let file = disk(dir, name);
-        let file = format!("driver=file,node-name=file,filename={}", file.display());
-        command
-            .args(["-blockdev", &file, "-blockdev"])
-            .arg(format!("driver=raw,node-name={NODE},file=file"))
-            .arg("-device")
-            .arg(format!("ide-hd,bus=ide.0,drive={NODE}"));
+        for ((id, node, bus), image) in DISKS.iter().zip(images(dir, name)) {
+            let image = image.display();
+            command
+                .arg("-blockdev")
+                .arg(format!("driver=file,node-name={id}-file,filename={image}"))
+                .arg("-blockdev")
+                .arg(format!("driver=raw,node-name={node},file={id}-file"))
+                .arg("-device")
+                .arg(format!("ide-hd,bus={bus},drive={node}"));
+        }
         for monitor in ["a", "b", "c"] {
             let path = socket(dir, name, monitor);
             command
@@ -215,10 +289,12 @@ pub fn options_at(dir: &Path, name: &str, mode: Mode) -> Options {
     Options {
         qmp: socket(dir, name, "a"),
         mode,
-        disks: vec![DiskOptions {
-            id: "root".parse().unwrap(),
-            node: NODE.into(),
-        }],
+        disks: disks(dir, name)
+            .map(|(id, node)| DiskOptions {
+                id: id.parse().unwrap(),
+                node: node.into(),
+            })
+            .collect(),
         mirrors: Some(MirrorOptions {
             socket: socket(dir, name, "nbd"),
             dir: dir.to_owned(),
@@ -231,9 +307,21 @@ pub fn options_at(dir: &Path, name: &str, mode: Mode) -> Options {
     }
 }
 
-/// The image of its disk.
+/// Names of the disks whose images are there, and QEMU's names of them.
+pub fn disks(dir: &Path, name: &str) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let both = DISKS.into_iter().zip(images(dir, name));
+    let there = both.filter(|(_, image)| image.exists());
+    there.map(|((id, node, _), _)| (id, node))
+}
+
+/// The image of its first disk.
 pub fn disk(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.img"))
+}
+
+/// The images of both disks.
+pub fn images(dir: &Path, name: &str) -> [PathBuf; 2] {
+    [disk(dir, name), dir.join(format!("{name}.data.img"))]
 }
 
 fn socket(dir: &Path, name: &str, monitor: &str) -> PathBuf {
@@ -327,21 +415,37 @@ impl Standby {
         Ok(cut)
     }
 
-    /// A new QEMU that goes on from here, memory and disk.
-    pub async fn resume(&self, dir: &Path, name: &str) -> Vm {
-        let content = self.blocks.lock().unwrap().last().unwrap().clone();
-        fs::write(disk(dir, name), content).unwrap();
-        self.resume_on(dir, name).await
+    /// A new QEMU that goes on from here, memory and disks.
+    pub async fn resume(&self, place: &Place, name: &str) -> Vm {
+        for (image, content) in images(place.path(), name).iter().zip(self.disks()) {
+            fs::write(image, content).unwrap();
+        }
+        self.resume_on(place, name).await
     }
 
-    /// The same with a disk that is there already.
-    pub async fn resume_on(&self, dir: &Path, name: &str) -> Vm {
-        let vm = Vm::waiting(dir, name);
-        let pages = Blocks(self.blocks.clone());
-        let head = self.machine.head.clone();
-        let restored = restore(&vm.monitor("a"), head, pages, self.devices.clone()).await;
+    /// Content of the disks.
+    pub fn disks(&self) -> Vec<Vec<u8>> {
+        self.blocks.lock().unwrap()[self.machine.head.blocks.len()..].to_vec()
+    }
+
+    /// The same with disks that are there already.
+    pub async fn resume_on(&self, place: &Place, name: &str) -> Vm {
+        let vm = Vm::waiting(place, name, &[]);
+        let restored = self.restore(&vm.monitor("a")).await;
         restored.unwrap_or_else(|error| panic!("{error}\n{}", vm.log()));
         vm
+    }
+
+    /// Makes the QEMU that waits at this monitor go on from here.
+    pub async fn restore(&self, monitor: &Path) -> Result<(), GuestError> {
+        let pages = Blocks(self.blocks.clone());
+        restore(
+            monitor,
+            self.machine.head.clone(),
+            pages,
+            self.devices.clone(),
+        )
+        .await
     }
 }
 
