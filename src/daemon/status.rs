@@ -256,6 +256,7 @@ impl Known<'_> {
         let readiness = self.readiness();
         self.metrics.set_role(role);
         self.metrics.set_state(state);
+        self.metrics.set_obstructed(readiness.obstacle.is_some());
         self.metrics.set_peer(peer.as_ref());
         self.metrics.set_generation(self.generation());
         if let Some(target) = self.rpo_target() {

@@ -52,6 +52,7 @@ pub(super) struct Families {
     pub(super) guest_state: IntGaugeVec,
     pub(super) guest_role: IntGaugeVec,
     pub(super) guest_generation: IntGaugeVec,
+    pub(super) obstructed: IntGaugeVec,
     pub(super) rpo_target: GaugeVec,
     pub(super) acked_at: GaugeVec,
     pub(super) durable_at: GaugeVec,
@@ -206,6 +207,11 @@ impl Families {
                 "lifeboat_guest_role",
                 "One series per role of this site, 1 for the current one.",
                 &["guest", "role"],
+            ),
+            obstructed: make.int_gauges(
+                "lifeboat_failover_obstructed",
+                "1 if something is known that a failover of the guest would fail of, else 0.",
+                guest,
             ),
             guest_generation: make.int_gauges(
                 "lifeboat_guest_generation",

@@ -58,6 +58,7 @@ pub struct GuestMetrics {
     states: PerLabel<GuestState, IntGauge>,
     roles: PerLabel<Role, IntGauge>,
     generation: IntGauge,
+    obstructed: IntGauge,
     rpo_target: Gauge,
     backlog: IntGauge,
     inflight: IntGauge,
@@ -86,6 +87,7 @@ impl GuestMetrics {
             states: PerLabel::new(|l| f.guest_state.with_label_values(&[name, l])),
             roles: PerLabel::new(|l| f.guest_role.with_label_values(&[name, l])),
             generation: f.guest_generation.with_label_values(&[name]),
+            obstructed: f.obstructed.with_label_values(&[name]),
             rpo_target: f.rpo_target.with_label_values(&[name]),
             backlog: f.backlog.with_label_values(&[name]),
             inflight: f.inflight.with_label_values(&[name]),
@@ -140,6 +142,11 @@ impl GuestMetrics {
             remove(info, &[&self.name, &old]);
         }
         info.with_label_values(&[&*self.name, peer]).set(1);
+    }
+
+    /// Something is known that a failover would fail of.
+    pub fn set_obstructed(&self, obstructed: bool) {
+        self.obstructed.set(obstructed.into());
     }
 
     /// Number of the guest's owner.
@@ -372,6 +379,7 @@ impl GuestMetrics {
         }
         for family in [
             &f.guest_generation,
+            &f.obstructed,
             &f.backlog,
             &f.inflight,
             &f.journal_size,

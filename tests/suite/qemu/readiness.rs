@@ -6,7 +6,7 @@ use lifeboat::control::types::GuestStatus;
 use lifeboat::metrics::labels::GuestState;
 
 use super::daemon::{Ends, WEB, configuration, web};
-use super::vm::{Vm, have_qemu, workspace};
+use super::vm::{Place, Vm, qemus, workspace};
 use crate::harness::site::Site;
 use crate::harness::{Options, Pair, kill_now, wait};
 
@@ -28,14 +28,17 @@ fn both(pair: &Pair, what: &str, state: GuestState, obstacle: Option<&str>) -> G
 
 #[test]
 fn what_a_failover_would_fail_of_shows_beforehand() {
-    if !have_qemu("what_a_failover_would_fail_of_shows_beforehand") {
-        return;
+    for qemu in qemus("what_a_failover_would_fail_of_shows_beforehand") {
+        obstructed(&workspace(&qemu));
     }
-    let dir = workspace();
+}
+
+fn obstructed(place: &Place) {
     let ends = Ends(Cell::new(None));
-    let mut vm = Vm::boot(dir.path(), "vm");
+    let mut vm = Vm::boot(place, "vm");
     let mut pair = Pair::new(Options {
-        more_a: configuration(dir.path(), "vm"),
+        more_a: configuration(place.path(), "vm"),
+        programs: place.programs(),
         allowed: r#"["db1", "web"]"#,
         ..Options::default()
     });
@@ -93,7 +96,7 @@ fn what_a_failover_would_fail_of_shows_beforehand() {
     pair.b
         .ok(&["failover", WEB, "--fenced-by-operator", "--yes"]);
     ends.0.set(web(&pair.b).pid);
-    let other = dir.path().join("other.out");
+    let other = place.path().join("other.out");
     wait("it speaks in its new place", || {
         let text = std::fs::read_to_string(&other).unwrap_or_default();
         text.contains("MEM n=").then_some(())
