@@ -463,8 +463,16 @@ impl Supervisor {
         {
             self.save(record)?;
         }
-        if let Some(guest) = self.take().await {
-            self.hold(guest);
+        let owned_by_others = self.record.as_ref().is_none_or(|r| r.machine.is_none());
+        match self.take().await {
+            // Its owner may want its monitors, and its disks without our mirrors.
+            Some(guest @ AnyGuest::Qemu(_)) if was && owned_by_others => {
+                let detached = guest.detach().await;
+                self.publish();
+                detached.map_err(failed)?;
+            }
+            Some(guest) => self.hold(guest),
+            None => {}
         }
         self.primary.send_replace(PrimaryStatus::default());
         Ok(was)

@@ -9,6 +9,7 @@
 //!                                       another version                      (started)
 //!   its monitors, pid file, -S .. ─▶    monitors of ours, -incoming defer    (started)
 //!   socket of the guest agent     ─▶    beside our monitors                  (started)
+//!   open files of libvirt's       ─▶    files beside our monitors; its master key goes
 //! ```
 //!
 //! The other site has written it, and it can name any file of this host: only for peers that are
@@ -41,6 +42,8 @@ pub struct Sockets {
     pub watchdog: PathBuf,
     /// The guest agent's, if the machine has one.
     pub agent: PathBuf,
+    /// Where files are made that QEMU was given open by whoever started it.
+    pub files: PathBuf,
 }
 
 impl Sockets {
@@ -50,6 +53,7 @@ impl Sockets {
             qmp: run_dir.join("qmp.sock"),
             watchdog: run_dir.join("watchdog.sock"),
             agent: run_dir.join("agent.sock"),
+            files: run_dir.to_owned(),
         }
     }
 }
@@ -69,7 +73,8 @@ pub enum CommandError {
 }
 
 /// Options with an argument that are their old site's, or ours to say.
-const DROPPED: [&str; 6] = [
+const DROPPED: [&str; 7] = [
+    "-add-fd",
     "-qmp",
     "-monitor",
     "-pidfile",
@@ -79,6 +84,10 @@ const DROPPED: [&str; 6] = [
 ];
 /// The same without an argument.
 const DROPPED_ALONE: [&str; 3] = ["-daemonize", "-S", "-no-shutdown"];
+/// Where QEMU finds files that were opened for it.
+const OPEN_FILES: &str = "/dev/fdset/";
+/// Id of the key with which libvirt hands over other secrets; it is made anew for each start.
+const LIBVIRT_KEY: &str = "masterKey0";
 /// Name of the guest agent's port, as the agent of every distribution opens it.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
@@ -149,6 +158,8 @@ pub fn started(machine: &Machine, sockets: &Sockets) -> Result<Vec<String>, Comm
         .filter_map(|mon| Some(item(mon, "chardev")?.to_owned()))
         .collect();
     let agent = agent_device(&machine.command);
+    let names_key = |argument: &&String| argument.contains(LIBVIRT_KEY);
+    let key_is_used = machine.command.iter().filter(names_key).count() > 1;
     let mut command = vec![program_name.to_owned()];
     let mut typed = false;
     while let Some(argument) = arguments.next() {
@@ -175,6 +186,20 @@ pub fn started(machine: &Machine, sockets: &Sockets) -> Result<Vec<String>, Comm
                     command.pop();
                 } else if agent.as_deref() == Some(id) {
                     command.push(with_path(value, &sockets.agent));
+                } else if item(value, "path").is_some_and(|path| path.starts_with(OPEN_FILES)) {
+                    let file = sockets.files.join(format!("{id}.log"));
+                    command.push(with_path(value, &file));
+                } else {
+                    command.push(unwaited(value));
+                }
+            }
+            "-serial" | "-parallel" => {
+                command.push(unwaited(arguments.next().map_or("", String::as_str)));
+            }
+            "-object" if !key_is_used => {
+                let value = arguments.next().map_or("", String::as_str);
+                if named(value, "id") == LIBVIRT_KEY {
+                    command.pop();
                 } else {
                     command.push(value.to_owned());
                 }
@@ -267,6 +292,15 @@ pub(super) fn item<'a>(value: &'a str, key: &str) -> Option<&'a str> {
     items(value).find_map(|item| item.strip_prefix(key)?.strip_prefix('='))
 }
 
+/// Value of a key of an option that may be written in JSON; empty if there is none.
+pub(super) fn named(value: &str, key: &str) -> String {
+    if let Ok(Value::Object(json)) = serde_json::from_str(value) {
+        let text = json.get(key).and_then(Value::as_str);
+        return text.unwrap_or_default().to_owned();
+    }
+    item(value, key).unwrap_or_default().to_owned()
+}
+
 /// A machine option that names this type; false if it names none.
 fn with_type(value: &str, machine: &str) -> (String, bool) {
     let mut named = false;
@@ -285,13 +319,23 @@ fn with_type(value: &str, machine: &str) -> (String, bool) {
     (replaced.join(","), named)
 }
 
-/// A character device with its socket elsewhere; nobody is waited for.
+/// A socket that waits for nobody: whoever connected at the old site may never come.
+fn unwaited(value: &str) -> String {
+    if !items(value).any(|item| item == "server" || item == "server=on") {
+        return value.to_owned();
+    }
+    let waits = |item: &&str| item.starts_with("wait") || *item == "nowait";
+    let kept = items(value).filter(|item| !waits(item));
+    kept.chain(["wait=off"]).collect::<Vec<_>>().join(",")
+}
+
+/// A character device with its file or socket elsewhere.
 fn with_path(value: &str, path: &Path) -> String {
-    let kept = items(value).filter(|item| !item.starts_with("path=") && !item.starts_with("wait"));
-    let mut items: Vec<String> = kept.map(str::to_owned).collect();
-    items.push(format!("path={}", path.display()));
-    items.push("wait=off".into());
-    items.join(",")
+    let replaced = items(value).map(|item| match item.strip_prefix("path=") {
+        Some(_) => format!("path={}", path.display()),
+        None => item.to_owned(),
+    });
+    unwaited(&replaced.collect::<Vec<_>>().join(","))
 }
 
 #[cfg(test)]
@@ -341,6 +385,12 @@ mod tests {
                 "/opt/qemu-system-x86_64 -M pc -m 64 -daemonize -qmp unix:/a/q,server=on -S --pidfile /a/pid",
                 "qemu-system-x86_64 -M type=pc-i440fx-7.2 -m 64",
             ),
+            (
+                "kvm -M pc -serial unix:/a/s,server -parallel tcp::4,server=on,nowait -chardev \
+                 socket,id=c,path=/a/c,server=on",
+                "kvm -M type=pc-i440fx-7.2 -serial unix:/a/s,server,wait=off -parallel \
+                 tcp::4,server=on,wait=off -chardev socket,id=c,path=/a/c,server=on,wait=off",
+            ),
             // The type is added where the machine was QEMU's default.
             ("kvm -m 64", "kvm -m 64 -machine type=pc-i440fx-7.2"),
             (
@@ -355,8 +405,17 @@ mod tests {
             (
                 "kvm -M pc -chardev socket,path=/a/qga,server=on,wait=on,id=ga -device \
                  virtserialport,chardev=ga,name=org.qemu.guest_agent.0",
-                "kvm -M type=pc-i440fx-7.2 -chardev socket,server=on,id=ga,path=/r/agent.sock,wait=off -device \
+                "kvm -M type=pc-i440fx-7.2 -chardev socket,path=/r/agent.sock,server=on,id=ga,wait=off -device \
                  virtserialport,chardev=ga,name=org.qemu.guest_agent.0",
+            ),
+            // As libvirt starts it.
+            (
+                "kvm -object {\"qom-type\":\"secret\",\"id\":\"masterKey0\",\"file\":\"/l/k\"} \
+                 -object {\"qom-type\":\"memory-backend-ram\",\"id\":\"pc.ram\"} -machine pc-i440fx-7.2,usb=off \
+                 -chardev socket,id=m,fd=26,server=on -mon chardev=m,mode=control -no-shutdown \
+                 -add-fd set=0,fd=25 -chardev file,id=s,path=/dev/fdset/0,append=on -serial chardev:s",
+                "kvm -object {\"qom-type\":\"memory-backend-ram\",\"id\":\"pc.ram\"} -machine \
+                 type=pc-i440fx-7.2,usb=off -chardev file,id=s,path=/r/s.log,append=on -serial chardev:s",
             ),
         ];
         for (old, new) in cases {

@@ -13,9 +13,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
-use super::command::{item, items, option, values};
+use super::command::{item, items, named, option, values};
 
 /// Options that are left out, with their argument.
 const LEFT_OUT: [&str; 5] = ["-vnc", "-spice", "-gdb", "-D", "-display"];
@@ -65,15 +63,6 @@ pub fn isolated(command: &[String]) -> Vec<String> {
     }
     isolated.extend(["-display".into(), "none".into()]);
     isolated
-}
-
-/// Value of a key of an option that may be written in JSON.
-fn named(value: &str, key: &str) -> String {
-    if let Ok(Value::Object(json)) = serde_json::from_str(value) {
-        let text = json.get(key).and_then(Value::as_str);
-        return text.unwrap_or_default().to_owned();
-    }
-    item(value, key).unwrap_or_default().to_owned()
 }
 
 /// What a command line wants of its host.

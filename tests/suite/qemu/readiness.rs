@@ -3,7 +3,10 @@
 use std::cell::Cell;
 
 use lifeboat::control::types::GuestStatus;
+use lifeboat::guest::qemu::qmp::Qmp;
 use lifeboat::metrics::labels::GuestState;
+
+use serde_json::json;
 
 use super::daemon::{Ends, WEB, configuration, web};
 use super::vm::{Place, Vm, qemus, workspace};
@@ -103,4 +106,44 @@ fn obstructed(place: &Place) {
     });
     pair.b.ok(&["guest", "stop", WEB]);
     ends.0.set(None);
+}
+
+/// What QEMU says of itself, over a monitor that nobody else has.
+async fn asked(vm: &Vm, monitor: &str, command: &str) -> serde_json::Value {
+    let qmp = Qmp::connect(&vm.monitor(monitor)).await.unwrap();
+    qmp.call(command, json!({})).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_is_not_to_be_protected_any_more_is_left_alone() {
+    let Some(qemu) = qemus("a_guest_that_is_not_to_be_protected_any_more_is_left_alone").pop()
+    else {
+        return;
+    };
+    let place = workspace(&qemu);
+    let vm = Vm::boot(&place, "vm");
+    let mut pair = Pair::new(Options {
+        more_a: configuration(place.path(), "vm"),
+        allowed: r#"["db1", "web"]"#,
+        programs: place.programs(),
+        ..Options::default()
+    });
+    pair.b.edit("[peer.site-a]", "[peer.site-a]\nqemu = true");
+    pair.b.start();
+    pair.a.start();
+    for _ in 0..2 {
+        pair.a.ok(&["guest", "start", WEB]);
+        pair.a.ok(&["--timeout", "60s", "protect", WEB]);
+        pair.a.ok(&["unprotect", WEB]);
+        assert_eq!(web(&pair.a).pid, None);
+        // Both of our monitors are free, and so is the guest.
+        let colo = asked(&vm, "a", "query-colo-status").await;
+        assert_eq!(colo["mode"], "none", "{colo}");
+        let jobs = asked(&vm, "b", "query-block-jobs").await;
+        assert_eq!(jobs, json!([]));
+        let status = asked(&vm, "c", "query-status").await;
+        assert_eq!(status["status"], "running");
+        let said = vm.said().last().copied();
+        assert_eq!(vm.progress(said).bad, 0);
+    }
 }
