@@ -218,53 +218,54 @@ fn a_composed_stream_reads_as_what_it_was_composed_from() {
 
 #[test]
 fn a_stream_cut_short_is_an_error_and_never_a_checkpoint() {
-    let case = &KNOWN[1];
-    let recording = recording(case);
-    let mut whole = Vec::new();
-    let (head, devices) =
-        read(&recording, case.silence, usize::MAX, &mut Memory::default()).unwrap();
-    // Small memory, so that every length can be tried.
-    let small = Head {
-        blocks: vec![
-            Block {
-                name: "pc.ram".into(),
-                bytes: 3 * PAGE_SIZE as u64,
-            },
-            Block {
-                name: "rom".into(),
-                bytes: 100,
-            },
-        ],
-        ..head
-    };
-    let mut memory = Memory {
-        blocks: vec![vec![7; 3 * PAGE_SIZE], vec![0; PAGE_SIZE]],
-        pages: 0,
-    };
-    compose(&mut whole, &small, &mut memory, &devices[0][..600]).unwrap();
-    for length in 0..whole.len() {
-        for ending in [Ending::Silence, Ending::EndOfFile] {
-            let result = StreamReader::new(&whole[..length]).stream(&mut Nothing, ending);
-            // Without its last byte or two a description is none, but the devices are still read
-            // only if a zero byte closes them.
-            assert!(
-                result.is_err() || (ending == Ending::EndOfFile && whole[length - 1] == 0),
-                "{length} of {} bytes were taken for a stream",
-                whole.len()
-            );
+    for case in &KNOWN {
+        let recording = recording(case);
+        let mut whole = Vec::new();
+        let (head, devices) =
+            read(&recording, case.silence, usize::MAX, &mut Memory::default()).unwrap();
+        // Small memory, so that every length can be tried.
+        let small = Head {
+            blocks: vec![
+                Block {
+                    name: "pc.ram".into(),
+                    bytes: 3 * PAGE_SIZE as u64,
+                },
+                Block {
+                    name: "rom".into(),
+                    bytes: 100,
+                },
+            ],
+            ..head
+        };
+        let mut memory = Memory {
+            blocks: vec![vec![7; 3 * PAGE_SIZE], vec![0; PAGE_SIZE]],
+            pages: 0,
+        };
+        compose(&mut whole, &small, &mut memory, &devices[0][..600]).unwrap();
+        for length in 0..whole.len() {
+            for ending in [Ending::Silence, Ending::EndOfFile] {
+                let result = StreamReader::new(&whole[..length]).stream(&mut Nothing, ending);
+                // Without its last byte or two a description is none, but the devices are still read
+                // only if a zero byte closes them.
+                assert!(
+                    result.is_err() || (ending == Ending::EndOfFile && whole[length - 1] == 0),
+                    "{length} of {} bytes were taken for a stream",
+                    whole.len()
+                );
+            }
         }
-    }
-    // The same in the middle of a recorded session, at fewer places.
-    let end = recording.len();
-    let mut at = case.silence - 40;
-    while at < end {
-        let result = read(&recording[..at], case.silence, usize::MAX, &mut Nothing);
-        match result {
-            Ok((_, found)) => assert_eq!(found[..], devices[..found.len()], "cut at {at}"),
-            Err(StreamError::Ended { .. }) => {}
-            Err(other) => panic!("cut at {at}: {other}"),
+        // The same in the middle of a recorded session, at fewer places.
+        let end = recording.len();
+        let mut at = case.silence - 40;
+        while at < end {
+            let result = read(&recording[..at], case.silence, usize::MAX, &mut Nothing);
+            match result {
+                Ok((_, found)) => assert_eq!(found[..], devices[..found.len()], "cut at {at}"),
+                Err(StreamError::Ended { .. }) => {}
+                Err(other) => panic!("cut at {at}: {other}"),
+            }
+            at += 97;
         }
-        at += 97;
     }
 }
 
@@ -318,6 +319,126 @@ fn damaged_streams_are_errors_or_other_streams_but_never_worse() {
     }
     // Damage inside a page or a device is not seen here.
     assert!(taken > 100, "{taken}");
+}
+
+/// The same bytes over and over, and how many of them were read.
+struct Endless<'a> {
+    bytes: &'a [u8],
+    read: u64,
+}
+
+impl Read for Endless<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let at = (self.read % self.bytes.len() as u64) as usize;
+        let count = into.len().min(self.bytes.len() - at);
+        into[..count].copy_from_slice(&self.bytes[at..at + count]);
+        self.read += count as u64;
+        Ok(count)
+    }
+}
+
+/// Reads `start` and then `more` over and over; the error, and the number of bytes that it took. What
+/// is kept grows with what arrives and never ahead of it, so that this bounds the memory too.
+fn endless(start: &[u8], silence: usize, more: &[u8]) -> (StreamError, u64) {
+    let pieces = Pieces {
+        bytes: start,
+        at: 0,
+        silence,
+        piece: usize::MAX,
+    };
+    let more = Endless {
+        bytes: more,
+        read: 0,
+    };
+    let mut reader = StreamReader::new(pieces.chain(more));
+    let mut session = || {
+        reader.stream(&mut Nothing, Ending::Silence)?;
+        loop {
+            reader.expect(ColoMessage::Request)?;
+            reader.expect(ColoMessage::Send)?;
+            reader.checkpoint(&mut Nothing)?;
+        }
+    };
+    let result: Result<(), StreamError> = session();
+    let (pieces, more) = reader.inner().get_ref();
+    (
+        result.expect_err("it has no end"),
+        pieces.at as u64 + more.read,
+    )
+}
+
+/// Most bytes that a reader may take after the last one that was as it should be: a device state, a
+/// description, and what is read ahead.
+const TAKEN_MAX: u64 = DEVICES_BYTES_MAX as u64 + (16 << 20) + (2 << 20);
+
+#[test]
+fn a_stream_that_does_not_end_takes_bounded_memory() {
+    let head = |rest: &[u8]| [&HEADER[..], b"\x07\0\0\0\x02pc", rest].concat();
+    let ram = head(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
+    let mut blocks = [&ram[..], &[0x0f, 0, 0, 0, 0, 0, 0, 4]].concat();
+    for number in 0..=REGIONS_MAX {
+        let name = format!("{number:05}");
+        blocks.push(5);
+        blocks.extend(name.bytes());
+        blocks.extend(0x1000u64.to_be_bytes());
+    }
+    let capabilities = b"\x05\x1aconfiguration/capabilities\0\0\0\x01";
+    let many = head(&[&capabilities[..], &u32::MAX.to_be_bytes()].concat());
+    let some = head(&[&capabilities[..], &256u32.to_be_bytes()].concat());
+    let uuid = [&b"\x05\x12configuration/uuid\0\0\0\x01"[..], &[7; 16]].concat();
+    let cases: [(&[u8], &[u8], &str); 6] = [
+        (&head(b""), &uuid, "does not end"),
+        (&many, b"\x01x", "capabilities"),
+        (&some, &[&[255], &[b'x'; 255][..]].concat(), "does not end"),
+        (&blocks, b"\0", "memory blocks"),
+        (b"QEVM\0\0\0\x03\x07\xff\xff\xff\xff", b"p", "machine name"),
+        (&ram, &[0xff; 8], "table"),
+    ];
+    for (start, more, text) in cases {
+        let (error, taken) = endless(start, 0, more);
+        assert!(error.to_string().contains(text), "{error}; wanted {text}");
+        assert!(taken < start.len() as u64 + (2 << 20), "{text}: {taken}");
+    }
+    // A device state of the largest size that may be announced, and of any other.
+    for case in &KNOWN {
+        let recording = recording(case);
+        let size = recording.len() - 13_508 - 8;
+        for announced in [
+            0,
+            DEVICES_BYTES_MAX as u64 + 1,
+            u64::MAX,
+            DEVICES_BYTES_MAX as u64,
+        ] {
+            let mut start = recording[..size].to_vec();
+            start.extend(announced.to_be_bytes());
+            let (error, taken) = endless(&start, case.silence, &[section::FULL]);
+            assert!(matches!(error, StreamError::Format { .. }), "{error}");
+            assert!(taken < start.len() as u64 + TAKEN_MAX, "{announced}");
+        }
+    }
+}
+
+#[test]
+fn damaged_streams_that_do_not_end_take_bounded_memory() {
+    for case in &KNOWN {
+        let recording = recording(case);
+        let mut dice = Dice(0x2545_f491_4f6c_dd1d);
+        for round in 0..150 {
+            // Damaged somewhere in the structure, and from some place on a repetition.
+            let mut bytes = recording.clone();
+            let at = match round % 3 {
+                0 => dice.roll(400),
+                _ => case.silence - 100_500 + dice.roll(bytes.len() - case.silence + 100_500),
+            };
+            bytes[at] ^= 1 << dice.roll(8);
+            bytes.truncate(at + 1 + dice.roll(bytes.len() - at));
+            let more = [dice.roll(256) as u8; 64];
+            let more = &more[..1 + dice.roll(64)];
+            let (error, taken) = endless(&bytes, case.silence, more);
+            let most = bytes.len() as u64 + TAKEN_MAX;
+            assert!(taken <= most, "round {round}: {taken} bytes, then {error}");
+        }
+    }
 }
 
 #[test]
