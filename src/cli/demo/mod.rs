@@ -20,6 +20,7 @@
 mod console;
 mod process;
 mod proof;
+pub mod qemu;
 mod report;
 mod simulated;
 mod workspace;

@@ -2,6 +2,7 @@
 
 mod daemon;
 mod kills;
+mod linux;
 mod vm;
 
 use std::io::{BufRead, BufReader, Write};

@@ -329,19 +329,33 @@ impl Standby {
 
     /// A new QEMU that goes on from here, memory and disk.
     pub async fn resume(&self, dir: &Path, name: &str) -> Vm {
-        let content = self.blocks.lock().unwrap().last().unwrap().clone();
-        fs::write(disk(dir, name), content).unwrap();
+        fs::write(disk(dir, name), self.disk()).unwrap();
         self.resume_on(dir, name).await
+    }
+
+    /// Content of the disk.
+    pub fn disk(&self) -> Vec<u8> {
+        self.blocks.lock().unwrap().last().unwrap().clone()
     }
 
     /// The same with a disk that is there already.
     pub async fn resume_on(&self, dir: &Path, name: &str) -> Vm {
         let vm = Vm::waiting(dir, name);
-        let pages = Blocks(self.blocks.clone());
-        let head = self.machine.head.clone();
-        let restored = restore(&vm.monitor("a"), head, pages, self.devices.clone()).await;
+        let restored = self.restore(&vm.monitor("a")).await;
         restored.unwrap_or_else(|error| panic!("{error}\n{}", vm.log()));
         vm
+    }
+
+    /// Makes the QEMU that waits at this monitor go on from here.
+    pub async fn restore(&self, monitor: &Path) -> Result<(), GuestError> {
+        let pages = Blocks(self.blocks.clone());
+        restore(
+            monitor,
+            self.machine.head.clone(),
+            pages,
+            self.devices.clone(),
+        )
+        .await
     }
 }
 
