@@ -1,6 +1,7 @@
 //! Stock QEMU under KVM, through the adapter: checkpoints, kills, resumed guests that check themselves.
 
 mod daemon;
+mod demo;
 mod kills;
 mod linux;
 mod vm;
