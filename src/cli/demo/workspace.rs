@@ -316,7 +316,7 @@ mod tests {
         assert_eq!(a.guests.len(), 1);
         assert!(b.guests.is_empty());
         assert_eq!(a.journal.path, workspace.a.journal);
-        if let MachineConfig::Qemu(qemu) = &a.guests[0].machine {
+        if let MachineConfig::Qemu(qemu) = &a.guests.values().next().unwrap().machine {
             assert_eq!(qemu.qmp, workspace.a.directory().join("qmp.sock"));
         }
         let root = workspace.root().to_owned();

@@ -10,12 +10,14 @@
 //! Promised is each number that was seen before the time of the recovery point. What the resumed guest
 //! finds on its disk it compares with what is in its memory, with its caches dropped.
 //!
+//! Where there is one, QEMU's guest agent runs too, and is asked after the failover.
+//!
 //! TCG runs it, so checkpoints are taken by migration. LIFEBOAT_LINUX_KILLS is the number of rounds,
 //! LIFEBOAT_SEED replays their instants.
 
 use std::cell::Cell;
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -30,10 +32,11 @@ use lifeboat::control::types::FailoverReport;
 use lifeboat::guest::RunState;
 use lifeboat::guest::qemu::QemuGuest;
 use lifeboat::guest::qemu::probe::{Method, Mode};
+use serde_json::{Value, json};
 
 use super::daemon::{Ends, WEB, configuration, web};
 use super::vm::{QEMU, Standby, disk, options_at};
-use crate::harness::{Options, Pair, kill_now, wait};
+use crate::harness::{Options, Pair, WITHIN, kill_now, wait};
 use crate::kills::{Dice, number};
 
 const ROUNDS: u64 = 1;
@@ -48,6 +51,8 @@ const WORKLOAD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/linux/wo
 pub struct Parts {
     pub kernel: PathBuf,
     pub busybox: PathBuf,
+    /// QEMU's guest agent.
+    pub agent: Option<PathBuf>,
     root: PathBuf,
 }
 
@@ -63,12 +68,14 @@ pub fn parts(test: &str) -> Option<Parts> {
     kernels.sort();
     let busybox = ["bin/busybox", "usr/bin/busybox"].map(|place| root.join(place));
     let busybox = busybox.into_iter().find(|path| path.exists());
+    let agent = Some(root.join("usr/sbin/qemu-ga")).filter(|path| path.exists());
     let version = Command::new(QEMU).arg("--version").output();
     let qemu = version.is_ok_and(|output| output.status.success());
     match (kernels.pop(), busybox) {
         (Some(kernel), Some(busybox)) if qemu => Some(Parts {
             kernel,
             busybox,
+            agent,
             root,
         }),
         (kernel, busybox) => {
@@ -84,8 +91,8 @@ pub fn parts(test: &str) -> Option<Parts> {
     }
 }
 
-/// A directory with the initrd of the database's guest, and the kernel.
-fn workspace(test: &str) -> Option<(tempfile::TempDir, PathBuf)> {
+/// A directory with the initrd of the database's guest, and what it was made of.
+fn workspace(test: &str) -> Option<(tempfile::TempDir, Parts)> {
     let parts = parts(test)?;
     let library = parts.root.join("usr/lib/x86_64-linux-gnu/libsqlite3.a");
     if !library.exists() {
@@ -115,8 +122,11 @@ fn workspace(test: &str) -> Option<(tempfile::TempDir, PathBuf)> {
     let main = "exec workload /data/db\n";
     let mut initrd = Initrd::new(&kernel, &parts.busybox, main).unwrap();
     initrd.program("bin/workload", &fs::read(program).unwrap());
+    if let Some(agent) = &parts.agent {
+        initrd.agent(agent).unwrap();
+    }
     initrd.write(&dir.path().join("initrd")).unwrap();
-    Some((dir, parts.kernel))
+    Some((dir, parts))
 }
 
 /// A line of the guest, and when it was seen.
@@ -287,7 +297,14 @@ impl Linux {
         command
             .args(["-blockdev", &file, "-blockdev"])
             .arg("driver=raw,node-name=root-node,file=file")
-            .args(["-device", "virtio-blk-pci,drive=root-node"]);
+            .args(["-device", "virtio-blk-pci,drive=root-node"])
+            .args(["-device", "virtio-serial-pci", "-chardev"])
+            .arg(format!(
+                "socket,id=agent,path={},server=on,wait=off",
+                dir.join("agent").display()
+            ))
+            .arg("-device")
+            .arg("virtserialport,chardev=agent,name=org.qemu.guest_agent.0");
         for monitor in ["a", "b"] {
             let path = dir.join(format!("{name}.{monitor}"));
             command
@@ -321,11 +338,21 @@ impl Drop for Linux {
     }
 }
 
+/// What the guest's agent answers.
+fn ask_agent(dir: &Path, command: Value) -> Value {
+    let mut socket = UnixStream::connect(dir.join("agent")).unwrap();
+    socket.set_read_timeout(Some(WITHIN)).unwrap();
+    socket.write_all(format!("{command}\n").as_bytes()).unwrap();
+    let mut line = String::new();
+    BufReader::new(socket).read_line(&mut line).unwrap();
+    serde_json::from_str(&line).unwrap()
+}
+
 /// Boot, protect, kill, fail over.
-fn round(dir: &Path, kernel: &Path, delay: Duration) {
+fn round(dir: &Path, parts: &Parts, delay: Duration) {
     let serial = Serial::new(dir);
     let ends = Ends(Cell::new(None));
-    let mut vm = Linux::boot(dir, "vm", kernel, &serial);
+    let mut vm = Linux::boot(dir, "vm", &parts.kernel, &serial);
     let mut pair = Pair::new(Options {
         more_a: configuration(dir, "vm"),
         allowed: r#"["db1", "web"]"#,
@@ -389,6 +416,10 @@ fn round(dir: &Path, kernel: &Path, delay: Duration) {
         let rows: u64 = rows.and_then(|rows| rows.parse().ok()).expect(&said);
         assert!(rows >= goes_on, "{said}, but {goes_on} was committed");
     }
+    if parts.agent.is_some() {
+        let sync = json!({ "execute": "guest-sync", "arguments": { "id": 77 } });
+        assert_eq!(ask_agent(dir, sync), json!({ "return": 77 }));
+    }
     let all = serial.lines();
     let after: Vec<u64> = all[before.len()..]
         .iter()
@@ -410,11 +441,11 @@ fn a_database_in_linux_goes_on_with_all_that_it_has_promised() {
     let rounds = number("LIFEBOAT_LINUX_KILLS").unwrap_or(ROUNDS);
     let mut dice = Dice::from_environment();
     for _ in 0..rounds {
-        let Some((dir, kernel)) = workspace(test) else {
+        let Some((dir, parts)) = workspace(test) else {
             return;
         };
         let delay = Duration::from_millis(dice.below(DELAY_MS));
-        round(dir.path(), &kernel, delay);
+        round(dir.path(), &parts, delay);
     }
 }
 
@@ -422,12 +453,12 @@ fn a_database_in_linux_goes_on_with_all_that_it_has_promised() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_on_a_newer_disk_is_noticed() {
     let test = "a_database_on_a_newer_disk_is_noticed";
-    let Some((dir, kernel)) = workspace(test) else {
+    let Some((dir, parts)) = workspace(test) else {
         return;
     };
     let dir = dir.path();
     let serial = Serial::new(dir);
-    let mut vm = Linux::boot(dir, "vm", &kernel, &serial);
+    let mut vm = Linux::boot(dir, "vm", &parts.kernel, &serial);
     let options = options_at(dir, "vm", Mode::Auto);
     let mut guest = QemuGuest::attach(options).await.unwrap();
     assert_eq!(guest.choice().method, Method::Migrate);
@@ -446,7 +477,7 @@ async fn a_database_on_a_newer_disk_is_noticed() {
     fs::rename(disk(dir, "vm"), disk(dir, "newer")).unwrap();
     fs::write(disk(dir, "right"), standby.disk()).unwrap();
     for (name, good) in [("newer", false), ("right", true)] {
-        let mut vm = Linux::start(dir, name, &kernel, &["-incoming", "defer"]);
+        let mut vm = Linux::start(dir, name, &parts.kernel, &["-incoming", "defer"]);
         let monitor = dir.join(format!("{name}.a"));
         standby.restore(&monitor).await.unwrap();
         let said = serial.check();

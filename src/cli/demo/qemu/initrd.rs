@@ -8,11 +8,14 @@
 //!   /bin/busybox      all commands of it
 //!   /modules/*.ko     in the order of /modules/order: each after those that it needs
 //!   /main             what the guest is for: a shell script, run when everything is in place
+//!   /bin/qemu-ga      QEMU's guest agent, if it is added, and the libraries that it needs in /lib;
+//!                     it is started if there is a port of its name
 //! ```
 
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use super::kernel::{Kernel, KernelError};
 
@@ -21,6 +24,10 @@ const INIT: &str = include_str!("init.sh");
 /// Drivers for what the guest of the demo has: PCI, a disk, a port for an agent.
 pub const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "virtio_console"];
 
+/// `lib64` has the program that loads libraries, `sbin` a clock for the agent.
+const DIRECTORIES: [&str; 10] = [
+    "bin", "sbin", "lib", "lib64", "proc", "sys", "dev", "data", "modules", "run",
+];
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 /// Name of the record that ends an archive.
@@ -40,17 +47,11 @@ impl Initrd {
             bytes: Vec::new(),
             entries: 0,
         };
-        for directory in ["bin", "proc", "sys", "dev", "data", "modules"] {
+        for directory in DIRECTORIES {
             initrd.entry(directory, DIRECTORY, &[]);
         }
         initrd.program("init", INIT.as_bytes());
         initrd.program("main", main.as_bytes());
-        let read = |path: &Path| {
-            fs::read(path).map_err(|source| KernelError::Read {
-                path: path.to_owned(),
-                source,
-            })
-        };
         initrd.program("bin/busybox", &read(busybox)?);
         let mut order = String::new();
         for (name, content) in kernel.modules(&MODULES)? {
@@ -64,6 +65,28 @@ impl Initrd {
     /// Adds a program; its directory must be there.
     pub fn program(&mut self, path: &str, content: &[u8]) {
         self.entry(path, PROGRAM, content);
+    }
+
+    /// Adds QEMU's guest agent, and the libraries that it finds on this host.
+    pub fn agent(&mut self, qemu_ga: &Path) -> Result<(), KernelError> {
+        self.program("bin/qemu-ga", &read(qemu_ga)?);
+        let failed = |why: String| KernelError::Libraries {
+            path: qemu_ga.to_owned(),
+            why,
+        };
+        let output = Command::new("ldd")
+            .arg(qemu_ga)
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|error| failed(error.to_string()))?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        if !output.status.success() || said.contains("not found") {
+            return Err(failed(said.trim().replace('\n', "; ")));
+        }
+        for (name, path) in said.lines().filter_map(library) {
+            self.program(&name, &read(Path::new(path))?);
+        }
+        Ok(())
     }
 
     fn entry(&mut self, path: &str, mode: u32, content: &[u8]) {
@@ -111,6 +134,24 @@ impl Initrd {
     }
 }
 
+fn read(path: &Path) -> Result<Vec<u8>, KernelError> {
+    fs::read(path).map_err(|source| KernelError::Read {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// A line of `ldd`: where the library is to be, and where it is. Libraries are looked for in `/lib`; what
+/// loads them has a fixed place.
+fn library(line: &str) -> Option<(String, &str)> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    match words[..] {
+        [name, "=>", path, _] => Some((format!("lib/{name}"), path)),
+        [path, _] if path.starts_with('/') => Some((path[1..].to_owned(), path)),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,6 +178,26 @@ mod tests {
                 return found;
             }
             found.push((name, numbers[1], content.to_vec()));
+        }
+    }
+
+    #[test]
+    fn lines_of_ldd_are_understood() {
+        for (line, wanted) in [
+            ("\tlinux-vdso.so.1 (0x00007ffc)", None),
+            (
+                "\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f13)",
+                Some(("lib/libc.so.6", "/lib/x86_64-linux-gnu/libc.so.6")),
+            ),
+            (
+                "\t/lib64/ld-linux-x86-64.so.2 (0x00007f13)",
+                Some(("lib64/ld-linux-x86-64.so.2", "/lib64/ld-linux-x86-64.so.2")),
+            ),
+            ("\tlibx.so => not found", None),
+            ("", None),
+        ] {
+            let wanted = wanted.map(|(name, path)| (name.to_owned(), path));
+            assert_eq!(library(line), wanted, "{line:?}");
         }
     }
 

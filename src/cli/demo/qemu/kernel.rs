@@ -39,6 +39,14 @@ pub enum KernelError {
     /// It is something else.
     #[error("{} is no bzImage of Linux: name a file such as /boot/vmlinuz-6.1.0-13-amd64", .0.display())]
     NotLinux(PathBuf),
+    /// A program whose libraries are not known.
+    #[error("cannot tell which libraries {} needs: ldd: {why}", path.display())]
+    Libraries {
+        /// The program.
+        path: PathBuf,
+        /// What was said.
+        why: String,
+    },
     /// A module that cannot be unpacked.
     #[error("cannot unpack {} with {program}: {why}", path.display())]
     Unpack {
