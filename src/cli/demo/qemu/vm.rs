@@ -106,21 +106,29 @@ impl Vm {
             child,
             serial: Serial::open(&serial_log),
         };
-        let within = accelerator.boots_within();
+        if let Err(error) = vm.speaks(accelerator.boots_within(), &log_path).await {
+            // It must be gone, with its lock of the disk, before another one is tried.
+            vm.child.kill().await.context("cannot end QEMU")?;
+            return Err(error);
+        }
+        Ok(vm)
+    }
+
+    /// Waits for the guest's first line.
+    async fn speaks(&mut self, within: Duration, log: &Path) -> anyhow::Result<()> {
         let first = async {
             tokio::select! {
-                first = vm.serial.wait(0, line) => first.map(drop),
-                ended = vm.child.wait() => {
+                first = self.serial.wait(0, line) => first.map(drop),
+                ended = self.child.wait() => {
                     let status = ended?;
-                    bail!("QEMU ended ({status}): {}", tail(&log_path))
+                    bail!("QEMU ended ({status}): {}", tail(log))
                 }
             }
         };
         match timeout(within, first).await {
-            Ok(booted) => booted?,
+            Ok(spoke) => spoke,
             Err(_) => bail!("it says nothing for {} s", within.as_secs()),
         }
-        Ok(vm)
     }
 
     /// Process id; `None` when it has ended.
