@@ -95,6 +95,18 @@ pub enum Verb {
         /// Simulate the guest: the same engine, without /dev/kvm.
         #[arg(long)]
         no_kvm: bool,
+        /// Linux in a stock QEMU, with KVM if Linux boots so here. Takes longer.
+        #[arg(long, conflicts_with = "no_kvm")]
+        qemu: bool,
+        /// Kernel for QEMU's guest (otherwise Debian's linux-image-cloud-amd64, by apt-get download).
+        #[arg(long, value_name = "FILE", requires = "qemu")]
+        kernel: Option<PathBuf>,
+        /// Static busybox for QEMU's guest (otherwise Debian's busybox-static, by apt-get download).
+        #[arg(long, value_name = "FILE", requires = "qemu")]
+        busybox: Option<PathBuf>,
+        /// Do not try KVM with QEMU.
+        #[arg(long, requires = "qemu")]
+        tcg: bool,
     },
     /// Measure this machine: limits, encoder, commits, link, pauses; each with its ratio to the limit.
     Bench {

@@ -118,16 +118,29 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
         Verb::Site | Verb::Vmm { .. } | Verb::QemuWatchdog { .. } => {
             unreachable!("they were run above")
         }
-        Verb::Demo { keep, no_kvm } => {
+        Verb::Demo {
+            keep,
+            no_kvm,
+            qemu,
+            kernel,
+            busybox,
+            tcg,
+        } => {
+            let qemu = qemu.then_some(demo::qemu::QemuOptions {
+                kernel,
+                busybox,
+                tcg,
+            });
             let options = demo::DemoOptions {
                 keep,
                 no_kvm,
+                qemu,
                 json: global.json,
             };
             Ok(match workers()?.block_on(demo::run(&options)) {
                 demo::DemoExit::Pass => ExitCode::Ok,
                 demo::DemoExit::Fail => ExitCode::Failed,
-                demo::DemoExit::NoKvm => ExitCode::Usage,
+                demo::DemoExit::Unable => ExitCode::Usage,
                 demo::DemoExit::Interrupted => ExitCode::Interrupted,
             })
         }

@@ -180,6 +180,11 @@ impl<'a> Check<'a> {
         Found { value, place }
     }
 
+    /// Directory that relative paths are relative to.
+    pub(super) fn base(&self) -> &'a Path {
+        self.base
+    }
+
     /// A path, absolute: relative ones are relative to the file. `$CREDENTIALS_DIRECTORY/NAME` is
     /// a credential of systemd.
     pub(super) fn path(&self, text: &str) -> Result<PathBuf, String> {

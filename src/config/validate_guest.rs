@@ -308,11 +308,12 @@ fn qemu_machine(
     raw: schema::Qemu,
     disks: Vec<Spanned<schema::Disk>>,
 ) -> Option<QemuConfig> {
-    let socket = |text: &str| match text {
-        text if text.is_empty() || text.len() > SOCKET_PATH_BYTES_MAX => Err(format!(
+    let base = check.base();
+    let socket = |text: &str| match base.join(text) {
+        path if text.is_empty() || path.as_os_str().len() > SOCKET_PATH_BYTES_MAX => Err(format!(
             "is no path of 1 to {SOCKET_PATH_BYTES_MAX} bytes, which is what a unix socket may have"
         )),
-        text => Ok(PathBuf::from(text)),
+        path => Ok(path),
     };
     let qmp = check.required(
         &format!("{prefix}.qemu.qmp"),

@@ -16,7 +16,8 @@
 //!   nbd           exports of disks and recovery points, read and written by qemu-img and nbdcopy
 //!   flush         one flush per commit, counted by strace
 //!   qemu/         stock QEMU: checkpoints, kills, resumed guests; watchdog; LIFEBOAT_QEMU_KILLS=200 for a
-//!                 long run of kills of its daemon, LIFEBOAT_SEED=N to replay one
+//!                 long run of kills of its daemon, LIFEBOAT_LINUX_KILLS=50 for one of kills of a Linux guest
+//!                 with its daemon; LIFEBOAT_SEED=N to replay one
 //!   readme        README and command line say the same
 //! ```
 //!

@@ -13,13 +13,15 @@
 //! working set without an error. The demo uses nothing that an operator has not: child processes,
 //! the admin API, signals, files.
 //!
-//! `--no-kvm` tells the same story of a fake guest: see `simulated`.
+//! `--no-kvm` tells the same story of a fake guest, `--qemu` of Linux in a stock QEMU: see `simulated` and
+//! `qemu`.
 //!
 //! Nothing is left: processes are ended and files deleted whatever happened, unless `--keep`.
 
 mod console;
 mod process;
 mod proof;
+pub mod qemu;
 mod report;
 mod simulated;
 mod workspace;
@@ -38,8 +40,9 @@ use crate::ids::GuestId;
 
 use console::Console;
 use process::{Leftovers, Site};
+use qemu::QemuOptions;
 use report::{Outcome, Verdict, Voice, mebibytes};
-use workspace::{CHECKPOINT_MAX, GUEST, WORKING_SET_PAGES, Workspace};
+use workspace::{CHECKPOINT_MAX, GUEST, Machine, WORKING_SET_PAGES, Workspace};
 
 /// The demo takes less than a minute or has failed.
 const DEMO_WITHIN: Duration = Duration::from_secs(58);
@@ -61,6 +64,8 @@ pub struct DemoOptions {
     pub json: bool,
     /// Simulate the guest; `/dev/kvm` is not needed then.
     pub no_kvm: bool,
+    /// A stock QEMU runs the guest.
+    pub qemu: Option<QemuOptions>,
 }
 
 /// How the demo ended, as an exit code.
@@ -71,8 +76,8 @@ pub enum DemoExit {
     Pass = 0,
     /// It was not.
     Fail = 1,
-    /// This host has no usable `/dev/kvm`.
-    NoKvm = 2,
+    /// This host lacks something: a usable `/dev/kvm`, or QEMU and what it needs.
+    Unable = 2,
     /// Ended by Ctrl-C.
     Interrupted = 130,
 }
@@ -84,24 +89,32 @@ pub async fn run(options: &DemoOptions) -> DemoExit {
         simulated: options.no_kvm,
     };
     if !options.no_kvm
+        && options.qemu.is_none()
         && let Err(error) = kvm_ioctls::Kvm::new()
     {
         voice.say(format_args!(
             "there is no usable /dev/kvm here ({error}): load the kvm module, or get access to the \
-             device (group kvm); `lifeboat demo --no-kvm` shows the same with a simulated guest"
+             device (group kvm); `lifeboat demo --no-kvm` shows the same with a simulated guest, \
+             `lifeboat demo --qemu` with one that needs no KVM"
         ));
-        return DemoExit::NoKvm;
+        return DemoExit::Unable;
     }
     let mut verdict = Verdict::new(options.no_kvm);
+    let within = match &options.qemu {
+        Some(_) => qemu::WITHIN,
+        None => DEMO_WITHIN,
+    };
     let story = async {
-        if options.no_kvm {
-            simulated::tell(options, SHOW_SIMULATED_FOR, voice, &mut verdict).await
-        } else {
-            tell(options, voice, &mut verdict).await
+        match &options.qemu {
+            Some(qemu) => qemu::tell(options, qemu, voice, &mut verdict).await,
+            None if options.no_kvm => {
+                simulated::tell(options, SHOW_SIMULATED_FOR, voice, &mut verdict).await
+            }
+            None => tell(options, voice, &mut verdict).await,
         }
     };
     let told = tokio::select! {
-        told = timeout(DEMO_WITHIN, story) => told,
+        told = timeout(within, story) => told,
         _ = tokio::signal::ctrl_c() => {
             voice.say("interrupted: everything is ended and removed");
             return DemoExit::Interrupted;
@@ -109,9 +122,13 @@ pub async fn run(options: &DemoOptions) -> DemoExit {
     };
     match told {
         Ok(Ok(())) => {}
+        Ok(Err(error)) if error.is::<qemu::Missing>() => {
+            voice.say(error);
+            return DemoExit::Unable;
+        }
         Ok(Err(error)) => verdict.problems.push(format!("{error:#}")),
         Err(_) => {
-            let seconds = DEMO_WITHIN.as_secs();
+            let seconds = within.as_secs();
             verdict
                 .problems
                 .push(format!("it is not over after {seconds} s"));
@@ -127,7 +144,7 @@ pub async fn run(options: &DemoOptions) -> DemoExit {
 
 /// The whole story. What it finds goes into the verdict as it is found.
 async fn tell(options: &DemoOptions, voice: Voice, verdict: &mut Verdict) -> anyhow::Result<()> {
-    let workspace = Workspace::new(options.keep.as_deref())?;
+    let workspace = Workspace::new(options.keep.as_deref(), Machine::Builtin)?;
     // Dropped before the workspace: processes end before their files go.
     let leftovers = Leftovers::new(workspace.root());
     let guest: GuestId = GUEST.parse().expect("a usable name");
@@ -229,19 +246,26 @@ async fn tell(options: &DemoOptions, voice: Voice, verdict: &mut Verdict) -> any
         "epoch {epoch} checked: step {}, {} pages and {} blocks of one instant",
         report.counter, report.pages, report.blocks
     ));
-    let left = leftovers.find();
+    conclude(&workspace, &leftovers, voice, verdict).await;
+    Ok(())
+}
+
+/// The end of a story: nothing runs any more, and whoever wants to can look at what is kept.
+async fn conclude(
+    workspace: &Workspace,
+    leftovers: &Leftovers,
+    voice: Voice,
+    verdict: &mut Verdict,
+) {
+    let left = leftovers.remain().await;
     if !left.is_empty() {
-        verdict
-            .problems
-            .push(format!("processes were left: {left:?}"));
+        let problem = format!("processes were left: {left:?}");
+        verdict.problems.push(problem);
     }
     if workspace.is_kept() {
-        voice.say(format_args!(
-            "everything is kept in {}",
-            workspace.root().display()
-        ));
+        let root = workspace.root().display();
+        voice.say(format_args!("everything is kept in {root}"));
     }
-    Ok(())
 }
 
 /// Follows a run to its end.
@@ -282,23 +306,28 @@ async fn show(
         if heard.closed {
             bail!("the guest ended: {:?}", now.run_state);
         }
-        let known = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
-        voice.say(format_args!(
-            "{:4.1} s   step {:>7}   epoch {:>4}   lag {:>7}   pause p50 {:>8}   sent {:>10}{}",
-            begin.elapsed().as_secs_f64(),
-            heard.step.unwrap_or(0),
-            known(now.last_point.as_ref().map(|point| point.epoch.to_string())),
-            known(now.rpo_exposure_seconds.map(|s| format!("{s:.2} s"))),
-            known(now.pause_p50_seconds.map(|s| format!("{:.2} ms", s * 1e3))),
-            mebibytes(now.sent_bytes),
-            now.blocked_on
-                .as_ref()
-                .map_or(String::new(), |why| format!("   ({why})")),
-        ));
+        let step = heard.step.unwrap_or(0);
+        voice.say(live(begin.elapsed(), ("step", step), &now));
         if begin.elapsed() >= SHOW_FOR {
             return Ok(now);
         }
     }
+}
+
+/// A line that is shown while the guest runs: the time, what the guest says, what is known of it.
+fn live(elapsed: Duration, (what, number): (&str, u64), now: &GuestStatus) -> String {
+    let known = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    format!(
+        "{:4.1} s   {what} {number:>7}   epoch {:>4}   lag {:>7}   pause p50 {:>8}   sent {:>10}{}",
+        elapsed.as_secs_f64(),
+        known(now.last_point.as_ref().map(|point| point.epoch.to_string())),
+        known(now.rpo_exposure_seconds.map(|s| format!("{s:.2} s"))),
+        known(now.pause_p50_seconds.map(|s| format!("{:.2} ms", s * 1e3))),
+        mebibytes(now.sent_bytes),
+        now.blocked_on
+            .as_ref()
+            .map_or(String::new(), |why| format!("   ({why})")),
+    )
 }
 
 /// Who is to be killed.

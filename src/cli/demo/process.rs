@@ -1,7 +1,7 @@
 //! The demo's child processes: two daemons, and the monitors that these start.
 //!
 //! A monitor outlives its daemon on purpose, so the demo has to find what is left itself: every
-//! process of this program that names the demo's directory in its arguments.
+//! process of this program, or of QEMU, that names the demo's directory in its arguments.
 
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -20,7 +20,7 @@ use crate::control::client::Client;
 const READY_WITHIN: Duration = Duration::from_secs(10);
 /// Time for a daemon to end by itself.
 const END_WITHIN: Duration = Duration::from_secs(10);
-/// Time for a killed process to be gone.
+/// Time for a process to be gone that was killed or has nothing left to do.
 const GONE_WITHIN: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
 /// Lines of its log that are shown when a daemon ended.
@@ -143,20 +143,37 @@ impl Leftovers {
         }
     }
 
-    /// Process ids of this program's processes that name the directory in their arguments.
+    /// Process ids of this program's and of QEMU's processes that name the directory in their arguments.
     pub(super) fn find(&self) -> Vec<u32> {
         let own = std::env::current_exe().ok();
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
         entries
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .filter(|pid| *pid != std::process::id())
-            .filter(|pid| fs::read_link(format!("/proc/{pid}/exe")).ok() == own)
+            .filter(|pid| {
+                let exe = fs::read_link(format!("/proc/{pid}/exe")).ok();
+                let name = exe.as_deref().and_then(Path::file_name);
+                let qemu = name.is_some_and(|name| name.as_bytes().starts_with(b"qemu-system-"));
+                qemu || exe == own
+            })
             .filter(|pid| {
                 let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
                 let root = self.root.as_os_str().as_bytes();
                 arguments.windows(root.len()).any(|window| window == root)
             })
             .collect()
+    }
+
+    /// Those that do not end by themselves, as watchdogs do when there is nothing left to watch.
+    pub(super) async fn remain(&self) -> Vec<u32> {
+        let until = Instant::now() + GONE_WITHIN;
+        loop {
+            let left = self.find();
+            if left.is_empty() || Instant::now() >= until {
+                return left;
+            }
+            sleep(POLL).await;
+        }
     }
 
     /// True if this process belongs to the demo.
@@ -182,7 +199,7 @@ impl Drop for Leftovers {
 }
 
 /// The end of a log.
-fn tail(log: &Path) -> String {
+pub(super) fn tail(log: &Path) -> String {
     let text = fs::read(log).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.lines().collect();

@@ -66,6 +66,12 @@ pub(super) struct Verdict {
     pub disk_mismatches: Option<u64>,
     /// The guest was not a real one.
     pub simulated: bool,
+    /// What ran the instructions of a guest of QEMU: `kvm` or `tcg`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<&'static str>,
+    /// How checkpoints of a guest of QEMU were taken, and why so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoints: Option<String>,
     /// Why it failed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<String>,
@@ -84,6 +90,8 @@ impl Verdict {
             memory_mismatches: None,
             disk_mismatches: None,
             simulated,
+            accelerator: None,
+            checkpoints: None,
             problems: Vec::new(),
         }
     }

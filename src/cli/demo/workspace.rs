@@ -26,7 +26,7 @@ const WORKING_SET_MIB: u32 = 16;
 /// Pages of it.
 pub(super) const WORKING_SET_PAGES: u64 = (WORKING_SET_MIB as u64) << 8;
 /// Its disk.
-const DISK_BYTES: u64 = 16 << 20;
+pub(super) const DISK_BYTES: u64 = 16 << 20;
 /// Longest interval between two checkpoints.
 pub(super) const CHECKPOINT_MAX: Duration = Duration::from_millis(500);
 /// The address of both sites.
@@ -99,6 +99,15 @@ pub(super) fn certificates(root: &Path, a: &SiteId, b: &SiteId) -> anyhow::Resul
     Ok(ca)
 }
 
+/// Who runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Machine {
+    /// A monitor of ours; the guest's disk is in site-a's directory.
+    Builtin,
+    /// A QEMU that somebody has to start, with its monitors in site-a's directory.
+    Qemu,
+}
+
 /// Two sites in a [`Home`].
 pub(super) struct Workspace {
     home: Home,
@@ -110,14 +119,14 @@ pub(super) struct Workspace {
 
 impl Workspace {
     /// Makes certificates, configurations and the disk; in `keep` if given, which must be empty.
-    pub(super) fn new(keep: Option<&Path>) -> anyhow::Result<Workspace> {
+    pub(super) fn new(keep: Option<&Path>, machine: Machine) -> anyhow::Result<Workspace> {
         let home = Home::new(keep)?;
         let workspace = Workspace {
             a: SiteFiles::new(home.path(), "site-a"),
             b: SiteFiles::new(home.path(), "site-b"),
             home,
         };
-        workspace.fill()?;
+        workspace.fill(machine)?;
         Ok(workspace)
     }
 
@@ -131,7 +140,7 @@ impl Workspace {
         self.home.is_kept()
     }
 
-    fn fill(&self) -> anyhow::Result<()> {
+    fn fill(&self, machine: Machine) -> anyhow::Result<()> {
         certificates(self.root(), &self.a.name, &self.b.name)?;
         // Held until both numbers are known, so that they differ.
         let listeners = [
@@ -149,15 +158,19 @@ impl Workspace {
             (&self.a, &self.b, ports[0], ports[1]),
             (&self.b, &self.a, ports[1], ports[0]),
         ] {
-            let dir = me.config.parent().expect("a file in the site's directory");
+            let dir = me.directory();
             fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-            let mut text = configuration(me, other, port, peer_port);
-            if me.name == self.a.name {
-                text.push_str(&guest(&other.name));
-                let disk = dir.join("disk.img");
-                fs::File::create_new(&disk)
-                    .and_then(|file| file.set_len(DISK_BYTES))
-                    .with_context(|| format!("cannot make {}", disk.display()))?;
+            let mut text = configuration(me, other, port, peer_port, machine);
+            match machine {
+                _ if me.name != self.a.name => {}
+                Machine::Qemu => text.push_str(&qemu_guest(&other.name)),
+                Machine::Builtin => {
+                    text.push_str(&guest(&other.name));
+                    let disk = dir.join("disk.img");
+                    fs::File::create_new(&disk)
+                        .and_then(|file| file.set_len(DISK_BYTES))
+                        .with_context(|| format!("cannot make {}", disk.display()))?;
+                }
             }
             fs::write(&me.config, text)
                 .with_context(|| format!("cannot write {}", me.config.display()))?;
@@ -177,6 +190,13 @@ impl SiteFiles {
             journal: dir.join("state/journal"),
         }
     }
+
+    /// Where all of them are.
+    pub(super) fn directory(&self) -> &Path {
+        self.config
+            .parent()
+            .expect("a file in the site's directory")
+    }
 }
 
 fn empty_directory(dir: &Path) -> anyhow::Result<PathBuf> {
@@ -191,8 +211,15 @@ fn empty_directory(dir: &Path) -> anyhow::Result<PathBuf> {
     std::path::absolute(dir).with_context(|| format!("cannot resolve {}", dir.display()))
 }
 
-fn configuration(me: &SiteFiles, other: &SiteFiles, port: u16, peer_port: u16) -> String {
+fn configuration(
+    me: &SiteFiles,
+    other: &SiteFiles,
+    port: u16,
+    peer_port: u16,
+    machine: Machine,
+) -> String {
     let (name, peer) = (&me.name, &other.name);
+    let qemu = machine == Machine::Qemu;
     let checkpoint_ms = CHECKPOINT_MAX.as_millis();
     format!(
         r#"# Made by `lifeboat demo`.
@@ -224,6 +251,7 @@ crl = "../pki/crl.pem"
 address = "{LOOPBACK}:{peer_port}"
 server_name = "{LOOPBACK}"
 guests = ["{GUEST}"]
+qemu = {qemu}
 
 [defaults.replication]
 rpo_target = "2s"
@@ -251,14 +279,35 @@ autostart = true
     )
 }
 
+fn qemu_guest(peer: &SiteId) -> String {
+    format!(
+        r#"
+[[guest]]
+name = "{GUEST}"
+kind = "qemu"
+peer = "{peer}"
+qemu = {{ qmp = "qmp.sock", watchdog = "watchdog.sock" }}
+disks = [{{ id = "data", node = "data" }}]
+autostart = false
+"#
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::resolved::MachineConfig;
     use crate::config::{self, Files};
 
     #[test]
     fn both_configurations_are_valid_and_fit_together() {
-        let workspace = Workspace::new(None).unwrap();
+        for machine in [Machine::Builtin, Machine::Qemu] {
+            both_are_valid(machine);
+        }
+    }
+
+    fn both_are_valid(machine: Machine) {
+        let workspace = Workspace::new(None, machine).unwrap();
         let load = |site: &SiteFiles| {
             let loaded = config::load_with(&site.config, Files::Required, std::iter::empty());
             loaded.unwrap_or_else(|error| panic!("{error}")).config
@@ -267,6 +316,9 @@ mod tests {
         assert_eq!(a.guests.len(), 1);
         assert!(b.guests.is_empty());
         assert_eq!(a.journal.path, workspace.a.journal);
+        if let MachineConfig::Qemu(qemu) = &a.guests.values().next().unwrap().machine {
+            assert_eq!(qemu.qmp, workspace.a.directory().join("qmp.sock"));
+        }
         let root = workspace.root().to_owned();
         assert!(root.exists());
         drop(workspace);
@@ -277,9 +329,9 @@ mod tests {
     fn a_directory_in_use_is_not_taken() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("mine"), "").unwrap();
-        assert!(Workspace::new(Some(dir.path())).is_err());
+        assert!(Workspace::new(Some(dir.path()), Machine::Builtin).is_err());
         let kept = dir.path().join("new/deep");
-        let workspace = Workspace::new(Some(&kept)).unwrap();
+        let workspace = Workspace::new(Some(&kept), Machine::Builtin).unwrap();
         assert!(workspace.is_kept());
         drop(workspace);
         assert!(kept.join("site-b/site.toml").exists());

@@ -1,8 +1,10 @@
 //! Stock QEMU under KVM, through the adapter: checkpoints, kills, resumed guests that check themselves.
 
 mod daemon;
+mod demo;
 mod generations;
 mod kills;
+mod linux;
 mod pauses;
 mod readiness;
 mod vm;

@@ -372,6 +372,7 @@ mod tests {
             keep: Some(dir.path().to_owned()),
             json: true,
             no_kvm: true,
+            qemu: None,
         };
         let voice = Voice {
             json: true,
