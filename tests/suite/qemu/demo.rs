@@ -1,5 +1,6 @@
 //! `lifeboat demo --qemu`.
 
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
@@ -48,12 +49,22 @@ fn what_the_demo_with_qemu_lacks_is_named() {
     let Some(parts) = parts("what_the_demo_with_qemu_lacks_is_named") else {
         return;
     };
-    // A kernel that is none.
-    let output = demo(|command| {
-        let given = command.arg("--kernel").arg(&parts.busybox);
-        given.arg("--busybox").arg(&parts.busybox)
-    });
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{told}");
-    assert!(told.contains("is no bzImage"), "{told}");
+    let dynamic = Path::new(PROGRAM);
+    for (kernel, busybox, why) in [
+        (&*parts.busybox, &*parts.busybox, "is no bzImage"),
+        (&*parts.kernel, dynamic, "busybox-static"),
+        (
+            &*parts.kernel,
+            Path::new("/missing"),
+            "cannot read /missing",
+        ),
+    ] {
+        let output = demo(|command| {
+            let given = command.arg("--kernel").arg(kernel);
+            given.arg("--busybox").arg(busybox)
+        });
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        assert!(told.contains(why), "{told}");
+    }
 }

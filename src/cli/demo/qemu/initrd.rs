@@ -52,7 +52,11 @@ impl Initrd {
         }
         initrd.program("init", INIT.as_bytes());
         initrd.program("main", main.as_bytes());
-        initrd.program("bin/busybox", &read(busybox)?);
+        let program = read(busybox)?;
+        if !is_static(&program) {
+            return Err(KernelError::NotStatic(busybox.to_owned()));
+        }
+        initrd.program("bin/busybox", &program);
         let mut order = String::new();
         for (name, content) in kernel.modules(&MODULES)? {
             initrd.program(&format!("modules/{name}.ko"), &content);
@@ -141,6 +145,27 @@ fn read(path: &Path) -> Result<Vec<u8>, KernelError> {
     })
 }
 
+/// True for a program of x86-64 (ELF, 64 bits, little-endian, machine 62) that names no other one to load
+/// its libraries.
+fn is_static(program: &[u8]) -> bool {
+    const INTERPRETER: &[u8] = &[3, 0, 0, 0];
+    let number = |at: usize, bytes: usize| {
+        let digits = program.get(at..at.checked_add(bytes)?)?.iter().rev();
+        Some(digits.fold(0, |n, digit| n << 8 | usize::from(*digit)))
+    };
+    // Where the table of segments is, how long a row of it is, and how many there are.
+    let (Some(table), Some(row), Some(rows)) = (number(32, 8), number(54, 2), number(56, 2)) else {
+        return false;
+    };
+    let mut kinds = (0..rows).map(|index| {
+        let at = table.checked_add(index * row)?;
+        program.get(at..at.checked_add(4)?)
+    });
+    program.starts_with(b"\x7fELF\x02\x01")
+        && number(18, 2) == Some(62)
+        && kinds.all(|kind| kind.is_some_and(|kind| kind != INTERPRETER))
+}
+
 /// A line of `ldd`: where the library is to be, and where it is. Libraries are looked for in `/lib`; what
 /// loads them has a fixed place.
 fn library(line: &str) -> Option<(String, &str)> {
@@ -181,6 +206,33 @@ mod tests {
         }
     }
 
+    /// A program with segments of these kinds.
+    fn elf(kinds: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; 64 + 56 * kinds.len()];
+        bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        bytes[18] = 62;
+        bytes[32] = 64;
+        bytes[54] = 56;
+        bytes[56] = kinds.len() as u8;
+        for (index, kind) in kinds.iter().enumerate() {
+            bytes[64 + 56 * index] = *kind;
+        }
+        bytes
+    }
+
+    #[test]
+    fn a_program_that_needs_libraries_is_no_busybox() {
+        assert!(is_static(&elf(&[1, 2, 1])));
+        assert!(!is_static(&elf(&[1, 3])));
+        assert!(!is_static(b"#!/bin/sh\n"));
+        for cut in 0..64 + 56 {
+            assert!(!is_static(&elf(&[1, 2])[..cut]), "{cut}");
+        }
+        let mut far = elf(&[1]);
+        far[32..40].fill(0xff);
+        assert!(!is_static(&far));
+    }
+
     #[test]
     fn lines_of_ldd_are_understood() {
         for (line, wanted) in [
@@ -205,7 +257,7 @@ mod tests {
     fn an_archive_reads_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let busybox = dir.path().join("busybox");
-        fs::write(&busybox, b"seven b").unwrap();
+        fs::write(&busybox, elf(&[1, 2])).unwrap();
         let mut initrd = Initrd::new(&Kernel::monolithic(), &busybox, "exit\n").unwrap();
         initrd.program("bin/x", b"content");
         let file = dir.path().join("initrd");
@@ -219,7 +271,7 @@ mod tests {
         assert_eq!(get("data"), (DIRECTORY, &b""[..]));
         assert_eq!(get("init"), (PROGRAM, INIT.as_bytes()));
         assert_eq!(get("main"), (PROGRAM, &b"exit\n"[..]));
-        assert_eq!(get("bin/busybox"), (PROGRAM, &b"seven b"[..]));
+        assert_eq!(get("bin/busybox"), (PROGRAM, &elf(&[1, 2])[..]));
         assert_eq!(get("bin/x"), (PROGRAM, &b"content"[..]));
         assert_eq!(get("modules/order"), (PROGRAM, &b""[..]));
     }

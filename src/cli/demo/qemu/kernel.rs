@@ -39,6 +39,9 @@ pub enum KernelError {
     /// It is something else.
     #[error("{} is no bzImage of Linux: name a file such as /boot/vmlinuz-6.1.0-13-amd64", .0.display())]
     NotLinux(PathBuf),
+    /// A busybox that needs libraries, which its guest has not.
+    #[error("{} is no static program for x86-64: Debian's package busybox-static has one", .0.display())]
+    NotStatic(PathBuf),
     /// A program whose libraries are not known.
     #[error("cannot tell which libraries {} needs: ldd: {why}", path.display())]
     Libraries {

@@ -17,8 +17,11 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::QemuOptions;
-use super::kernel::Kernel;
+use super::initrd::Initrd;
+use super::kernel::{Kernel, KernelError};
 
+/// What the guest does.
+const MAIN: &str = include_str!("main.sh");
 /// The only machine that the demo's guest knows.
 pub(super) const QEMU: &str = "qemu-system-x86_64";
 /// Names the package of Debian's newest kernel for virtual machines.
@@ -34,17 +37,19 @@ pub(in crate::cli::demo) struct Missing(pub String);
 
 /// All that is needed.
 pub(super) struct Parts {
-    /// Such as `7.2.22`.
+    /// QEMU's, such as `7.2.22`.
     pub version: String,
-    /// With its modules.
+    /// The guest's.
     pub kernel: Kernel,
-    /// A static program.
-    pub busybox: PathBuf,
+    /// The guest's programs.
+    pub initrd: PathBuf,
 }
 
 impl Parts {
-    /// Finds or fetches everything; fetched files are below `directory`.
+    /// Finds or fetches everything; what is fetched or made is below `directory`.
     pub(super) async fn find(options: &QemuOptions, directory: &Path) -> Result<Self, Missing> {
+        std::fs::create_dir_all(directory)
+            .map_err(|error| Missing(format!("cannot make {}: {error}", directory.display())))?;
         let version = match output(QEMU, &["--version"], Path::new("/")).await {
             Ok(text) => version(&text),
             Err(why) => {
@@ -70,10 +75,17 @@ impl Parts {
                 .await
                 .map_err(|why| missing("a static busybox", "--busybox", BUSYBOX_PACKAGE, &why))?,
         };
+        let unusable = |error: KernelError| Missing(error.to_string());
+        let kernel = Kernel::open(&image).map_err(unusable)?;
+        let initrd = directory.join("initrd");
+        let archive = Initrd::new(&kernel, &busybox, MAIN).map_err(unusable)?;
+        archive
+            .write(&initrd)
+            .map_err(|error| Missing(format!("cannot write {}: {error}", initrd.display())))?;
         Ok(Self {
             version,
-            kernel: Kernel::open(&image).map_err(|error| Missing(error.to_string()))?,
-            busybox,
+            kernel,
+            initrd,
         })
     }
 }
@@ -107,7 +119,6 @@ async fn fetch_busybox(directory: &Path) -> Result<PathBuf, String> {
 
 /// Downloads a package; its file.
 async fn fetch(package: &str, directory: &Path) -> Result<PathBuf, String> {
-    std::fs::create_dir_all(directory).map_err(|error| error.to_string())?;
     output("apt-get", &["download", package], directory).await?;
     first_in(directory, &format!("{package}_")).ok_or(format!("apt-get left no file of {package}"))
 }

@@ -1,9 +1,9 @@
 //! The demo's QEMU, as an owner of guests might start it: unpatched, with two monitors for Lifeboat.
 //!
 //! ```text
-//!   DIR/disk.img     its disk         DIR/qmp.sock, watchdog.sock    its monitors
-//!   DIR/initrd       its programs     DIR/qemu.log                   what QEMU has to say
-//!   DIR/../serial.log                 what the guest says; the second QEMU appends to it
+//!   DIR/disk.img        its disk         DIR/qmp.sock, watchdog.sock    its monitors
+//!   DIR/qemu.log        what QEMU has to say
+//!   DIR/../serial.log   what the guest says; the second QEMU appends to it
 //! ```
 
 use std::fs::{self, File};
@@ -15,14 +15,12 @@ use anyhow::{Context, bail};
 use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
 
-use super::initrd::Initrd;
 use super::parts::{Parts, QEMU};
 use super::serial::{Serial, line};
 use crate::cli::demo::POLL;
 use crate::cli::demo::process::tail;
 use crate::cli::demo::workspace::DISK_BYTES;
 
-const MAIN: &str = include_str!("main.sh");
 const MEMORY_MIB: u32 = 96;
 /// Where Linux boots with KVM at all, it takes a few seconds at most.
 const KVM_BOOTS_WITHIN: Duration = Duration::from_secs(12);
@@ -69,11 +67,7 @@ impl Vm {
         directory: &Path,
         accelerator: Accelerator,
     ) -> anyhow::Result<Vm> {
-        let initrd = Initrd::new(&parts.kernel, &parts.busybox, MAIN)?;
-        let (initrd_path, disk) = (directory.join("initrd"), directory.join("disk.img"));
-        initrd
-            .write(&initrd_path)
-            .with_context(|| format!("cannot write {}", initrd_path.display()))?;
+        let disk = directory.join("disk.img");
         File::create(&disk)
             .and_then(|file| file.set_len(DISK_BYTES))
             .with_context(|| format!("cannot make {}", disk.display()))?;
@@ -88,12 +82,7 @@ impl Vm {
         let log = File::create(&log_path)
             .with_context(|| format!("cannot write {}", log_path.display()))?;
         let child = Command::new(QEMU)
-            .args(arguments(
-                parts.kernel.image(),
-                directory,
-                &serial_log,
-                accelerator,
-            ))
+            .args(arguments(parts, directory, &serial_log, accelerator))
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot share the log file")?)
             .stderr(log)
@@ -151,7 +140,7 @@ fn serial_log(directory: &Path) -> PathBuf {
 }
 
 fn arguments(
-    kernel: &Path,
+    parts: &Parts,
     directory: &Path,
     serial_log: &Path,
     accelerator: Accelerator,
@@ -180,8 +169,8 @@ fn arguments(
     .into();
     let mut say = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
     say("-m", MEMORY_MIB.to_string());
-    say("-kernel", kernel.display().to_string());
-    say("-initrd", file("initrd"));
+    say("-kernel", parts.kernel.image().display().to_string());
+    say("-initrd", parts.initrd.display().to_string());
     let chardev = format!(
         "file,id=console,append=on,path={}",
         escaped(&serial_log.display().to_string())
