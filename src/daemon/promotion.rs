@@ -314,30 +314,31 @@ impl Takeover {
             .env
             .offload(move || write_disks(&copy, &promotion, directory))
             .await?;
-        let table = self.qemu.as_deref().unwrap_or_default();
-        let (hardware, state) = machine(&manifest, &files, table)?;
-        if self.qemu.is_none() && matches!(hardware, Hardware::Qemu(_)) {
-            let text = "it is a guest of QEMU, and this site is not to start the command lines of its old site";
-            let hint = "if that site is trusted so far: qemu = true in its [peer] here, then lifeboat reload";
-            return Err(failed(text).hint(hint));
-        }
+        let (hardware, state) = machine(&manifest, &files, self.qemu.as_deref())?;
         Ok((hardware, state, ram))
     }
 }
 
-/// The machine of a point with its disks in these files and its command line rewritten, and the state
-/// of its devices.
+/// The machine of a point with its disks in these files and its command line rewritten by this table
+/// (`None`: none may be started), and the state of its devices.
 pub(super) fn machine(
     manifest: &Manifest,
     files: &[(DiskId, PathBuf)],
-    table: &[Rewrite],
+    table: Option<&[Rewrite]>,
 ) -> Result<(Hardware, DeviceState), ApiError> {
     let hardware = Hardware::from_bytes(&manifest.machine).map_err(failed)?;
+    if table.is_none() && matches!(hardware, Hardware::Qemu(_)) {
+        let text = "it is a guest of QEMU, and this site is not to start the command lines of its old site";
+        let hint =
+            "if that site is trusted so far: qemu = true in its [peer] here, then lifeboat reload";
+        return Err(failed(text).hint(hint));
+    }
     if hardware.layout().map_err(failed)? != manifest.layout {
         let text = "the machine of the point has other memory or disks than the point";
         return Err(ApiError::new(Reason::Difference, text));
     }
     let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
+    let table = table.unwrap_or_default();
     Ok((hardware.placed(files, table).map_err(failed)?, state))
 }
 

@@ -1,7 +1,7 @@
 //! The end of clones: their processes are killed, their files removed.
 //!
-//! A clone's monitor is known by its command line, which names a run directory below the directory
-//! that is cleared. So it is found whatever became of the daemon that started it, and however far it
+//! A clone's process, a monitor of ours or a QEMU, is known by its command line, which names a run
+//! directory or a monitor's socket below the directory that is cleared. So it is found whatever became of the daemon that started it, and however far it
 //! had come. Nothing of a clone is worth an orderly end.
 
 use std::fs;
@@ -49,14 +49,22 @@ fn runs_below(pid: libc::pid_t, directory: &Path) -> bool {
     // A process that ended has none.
     let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let arguments: Vec<&[u8]> = arguments.split(|byte| *byte == 0).collect();
-    if arguments.get(1) != Some(&b"vmm".as_slice()) {
-        return false;
+    let below = |path: &[u8]| {
+        let path = Path::new(std::ffi::OsStr::from_bytes(path));
+        path.is_absolute() && real(path).starts_with(real(directory))
+    };
+    let after = |option: &[u8]| {
+        let pair = arguments.windows(2).find(|pair| pair[0] == option);
+        pair.map(|pair| pair[1])
+    };
+    if arguments.get(1) == Some(&b"vmm".as_slice()) {
+        return after(b"--run-dir").is_some_and(below);
     }
-    let run_dir = arguments.windows(2).find(|pair| pair[0] == b"--run-dir");
-    run_dir.is_some_and(|pair| {
-        let path = Path::new(std::ffi::OsStr::from_bytes(pair[1]));
-        real(path).starts_with(real(directory))
-    })
+    // As `guest::qemu::command` writes it.
+    let socket = after(b"-qmp").and_then(|qmp| qmp.strip_prefix(b"unix:"));
+    socket
+        .and_then(|socket| socket.split(|byte| *byte == b',').next())
+        .is_some_and(below)
 }
 
 fn kill(pid: libc::pid_t, directory: &Path) -> io::Result<()> {
@@ -128,12 +136,21 @@ mod tests {
         fs::write(root.path().join("vmm"), "read line\n").unwrap();
         let drills = root.path().join("drills");
         let mut clone = monitor(root.path(), &drills.join("1"));
+        let qemu = |directory: &Path| {
+            let socket = format!("unix:{}/q,server=on", directory.display());
+            let mut command = Command::new("sh");
+            command.args(["-c", "read line", "-qmp", &socket]);
+            command.stdin(Stdio::piped()).spawn().unwrap()
+        };
+        let mut second = qemu(&drills.join("2"));
+        let mut owners = qemu(&root.path().join("run"));
         let mut guest = monitor(root.path(), &root.path().join("run"));
         let mut other = monitor(root.path(), &root.path().join("drills-of-another"));
         clear(&drills).unwrap();
         assert!(!clone.wait().unwrap().success());
+        assert!(!second.wait().unwrap().success());
         assert!(!drills.exists());
-        for child in [&mut guest, &mut other] {
+        for child in [&mut guest, &mut other, &mut owners] {
             assert_eq!(child.try_wait().unwrap(), None);
             drop(child.stdin.take());
             child.wait().unwrap();

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::super::hardware::Hardware;
 use super::clear::clear;
+use super::qemu::QemuClone;
 use super::{Drills, probe};
 use crate::control::codes::Reason;
 use crate::control::runs::RunHandle;
@@ -25,13 +26,13 @@ use crate::device_state::DeviceState;
 use crate::failover::SparseDisks;
 use crate::frame::PageImage;
 use crate::guest::builtin::BuiltinGuest;
+use crate::guest::qemu::command::Rewrite;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, GuestId};
 use crate::journal::{DirStore, Held, JournalError, RecoveryPoint};
 use crate::page::{PAGE_SIZE, PageAddr, RegionId};
 use crate::standby::Image;
 use crate::vmm::process::CONSOLE_SOCKET;
-use crate::vmm::spec::MachineSpec;
 
 /// Everything a drill needs.
 pub(in crate::daemon) struct Drill {
@@ -45,6 +46,8 @@ pub(in crate::daemon) struct Drill {
     pub probe_timeout: Duration,
     /// Space that is not for clones, in bytes.
     pub reserve: u64,
+    /// What becomes of a QEMU's command line here; `None`: none may be started.
+    pub qemu: Option<Vec<Rewrite>>,
     /// When the command arrived.
     pub asked: Instant,
 }
@@ -52,9 +55,15 @@ pub(in crate::daemon) struct Drill {
 /// What the clone's process is started with.
 struct Clone {
     point: RecoveryPoint,
-    spec: MachineSpec,
+    hardware: Hardware,
     state: DeviceState,
     ram: OwnedFd,
+}
+
+/// A clone that was resumed.
+enum Running {
+    Builtin(Box<BuiltinGuest>),
+    Qemu(QemuClone),
 }
 
 /// Memory and disks, to replay a point into.
@@ -155,25 +164,38 @@ impl Drill {
         run.step("resume");
         let Clone {
             point,
-            spec,
+            hardware,
             state,
             ram,
         } = clone;
-        let exe = &self.site.exe;
-        let unbooted = BuiltinGuest::spawn(exe, directory, &self.guest).await;
-        let restored = unbooted.map_err(failed)?.restore(&spec, state, ram).await;
-        let mut guest = restored.map_err(failed)?;
-        guest.resume().await.map_err(failed)?;
+        let (mut running, demo) = match hardware {
+            Hardware::Builtin(spec) => {
+                let exe = &self.site.exe;
+                let unbooted = BuiltinGuest::spawn(exe, directory, &self.guest).await;
+                let restored = unbooted.map_err(failed)?.restore(&spec, state, ram).await;
+                let mut guest = restored.map_err(failed)?;
+                guest.resume().await.map_err(failed)?;
+                (Running::Builtin(Box::new(guest)), Some(spec.boot))
+            }
+            Hardware::Qemu(machine) => {
+                let console = directory.join(CONSOLE_SOCKET);
+                let clone = QemuClone::run(&machine, directory, &console, state, ram).await;
+                (Running::Qemu(clone.map_err(failed)?), None)
+            }
+        };
         run.step("probe");
         let (first, mut probes) = match self.probe {
             Probe::None => (None, Vec::new()),
             Probe::Console => {
                 let socket = directory.join(CONSOLE_SOCKET);
-                let answer = probe::ask(&socket, &spec.boot, self.probe_timeout).await;
+                let answer = probe::ask(&socket, demo.as_ref(), self.probe_timeout).await;
                 (answer.first, answer.probes)
             }
         };
-        let state = guest.state().await;
+        let state = match &mut running {
+            Running::Builtin(guest) => guest.state().await,
+            Running::Qemu(clone) => clone.state().await,
+        };
         let running = matches!(state, Ok(RunState::Running));
         probes.push(ProbeReport {
             name: "running".to_owned(),
@@ -218,12 +240,18 @@ impl Drill {
                 .hint("free memory or disk space at this site, or end another drill or export")
         })?;
         let (progress, directory) = (run.clone(), directory.to_owned());
-        env.offload(move || replay(held, &directory, &progress))
+        let table = self.qemu.clone();
+        env.offload(move || replay(held, &directory, table.as_deref(), &progress))
             .await
     }
 }
 
-fn replay(held: Held<DirStore>, directory: &Path, run: &RunHandle) -> Result<Clone, ApiError> {
+fn replay(
+    held: Held<DirStore>,
+    directory: &Path,
+    table: Option<&[Rewrite]>,
+    run: &RunHandle,
+) -> Result<Clone, ApiError> {
     let point = held.point().clone();
     let mut image = CloneImage {
         ram: Image::new(held.layout()).map_err(failed)?,
@@ -245,15 +273,11 @@ fn replay(held: Held<DirStore>, directory: &Path, run: &RunHandle) -> Result<Clo
         return Err(ApiError::new(Reason::Difference, text).hint(hint));
     }
     let files: Vec<(_, PathBuf)> = image.disks.finish().map_err(failed)?;
-    let (hardware, state) = machine(&manifest, &files, &[])?;
-    let Hardware::Builtin(spec) = hardware else {
-        let text = "a guest of QEMU cannot be tried yet: it would be started beside its own disks and sockets";
-        return Err(ApiError::new(Reason::WrongState, text));
-    };
+    let (hardware, state) = machine(&manifest, &files, table)?;
     let ram = image.ram.fd().try_clone().map_err(failed)?;
     Ok(Clone {
         point,
-        spec,
+        hardware,
         state,
         ram,
     })

@@ -22,6 +22,7 @@ mod clear;
 mod drill;
 mod log;
 mod probe;
+mod qemu;
 mod schedule;
 
 use std::collections::BTreeMap;
@@ -288,6 +289,7 @@ impl Site {
             copy: self.copy(guest).await?,
             point: request.point,
             reserve: config.journal.min_free.of(capacity),
+            qemu: self.qemu_of(guest),
             asked,
         };
         self.drills.check_free(guest)?;

@@ -30,7 +30,7 @@ pub(super) struct Answer {
 }
 
 /// Listens to the console of a clone that was just resumed.
-pub(super) async fn ask(socket: &Path, boot: &Boot, within: Duration) -> Answer {
+pub(super) async fn ask(socket: &Path, boot: Option<&Boot>, within: Duration) -> Answer {
     let mut heard = Heard::new(boot);
     let silence = match timeout(within, listen(socket, &mut heard)).await {
         Ok(Ok(())) => String::new(),
@@ -74,12 +74,12 @@ struct Heard {
 }
 
 impl Heard {
-    fn new(boot: &Boot) -> Self {
+    fn new(boot: Option<&Boot>) -> Self {
         let check = match boot {
-            Boot::Demo { working_set_pages } => {
+            Some(Boot::Demo { working_set_pages }) => {
                 Some(u64::from(*working_set_pages).min(CHECKED_MAX))
             }
-            Boot::Linux { .. } => None,
+            Some(Boot::Linux { .. }) | None => None,
         };
         Self {
             check,
@@ -169,7 +169,7 @@ mod tests {
         let boot = Boot::Demo {
             working_set_pages: 256,
         };
-        let mut heard = Heard::new(&boot);
+        let mut heard = Heard::new(Some(&boot));
         // As it comes, in odd pieces.
         text.as_bytes()
             .chunks(7)
@@ -223,7 +223,7 @@ mod tests {
             cmdline: String::new(),
         };
         let within = Duration::from_secs(60);
-        let answer = ask(&socket, &boot, within).await;
+        let answer = ask(&socket, Some(&boot), within).await;
         assert!(answer.first.is_none() && !answer.probes[0].passed);
 
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
@@ -233,7 +233,7 @@ mod tests {
             stream.read_exact(&mut byte).await.unwrap();
             stream.write_all(b"login:").await.unwrap();
         };
-        let (answer, ()) = tokio::join!(ask(&socket, &boot, within), guest);
+        let (answer, ()) = tokio::join!(ask(&socket, Some(&boot), within), guest);
         assert!(answer.first.is_some() && answer.probes[0].passed);
     }
 }

@@ -8,6 +8,8 @@
 //!   -vnc, -spice, -gdb, -D   ─▶ gone                  no port, no log
 //! ```
 //!
+//! A clone that is to be listened to gets a console of its own in the place of its first serial line.
+//!
 //! What is taken away is looked at instead ([`needs`]): does the bridge exist, and the directory of the
 //! socket? All else (images, ROMs, machine type, CPU model, devices) QEMU checks itself when it starts.
 
@@ -20,8 +22,12 @@ const LEFT_OUT: [&str; 5] = ["-vnc", "-spice", "-gdb", "-D", "-display"];
 /// The same without argument.
 const LEFT_OUT_ALONE: [&str; 2] = ["-s", "-nographic"];
 
-/// The command line without its connections to the world.
-pub fn isolated(command: &[String]) -> Vec<String> {
+/// The command line without its connections to the world. With `console` its first serial line is a
+/// socket there.
+pub fn isolated(command: &[String], console: Option<&Path>) -> Vec<String> {
+    let spoken_to = console.and_then(|_| serial_device(command));
+    let socket = |path: &Path| format!("{},server=on,wait=off", path.display());
+    let mut line = console.filter(|_| spoken_to.is_none());
     let mut isolated = Vec::new();
     let mut arguments = command.iter();
     let mut ports = 0;
@@ -51,11 +57,20 @@ pub fn isolated(command: &[String]) -> Vec<String> {
                     format!("hubport,hubid={}{kept}", port())
                 }
             },
-            "-chardev" => format!("null,id={}", named(value(), "id")),
+            "-chardev" => {
+                let id = named(value(), "id");
+                match console.filter(|_| spoken_to.as_ref() == Some(&id)) {
+                    Some(path) => format!("socket,id={id},path={}", socket(path)),
+                    None => format!("null,id={id}"),
+                }
+            }
             "-audiodev" => format!("none,id={}", named(value(), "id")),
             "-serial" | "-parallel" => match value() {
                 kept if kept == "none" || kept.starts_with("chardev:") => kept.to_owned(),
-                _ => "null".to_owned(),
+                _ => match line.take_if(|_| option == "-serial") {
+                    Some(path) => format!("unix:{}", socket(path)),
+                    None => "null".to_owned(),
+                },
             },
             _ => continue,
         };
@@ -63,6 +78,24 @@ pub fn isolated(command: &[String]) -> Vec<String> {
     }
     isolated.extend(["-display".into(), "none".into()]);
     isolated
+}
+
+/// Id of the character device behind the first serial line, if it is one with a name.
+fn serial_device(command: &[String]) -> Option<String> {
+    let ports = ["isa-serial", "pci-serial", "virtconsole"];
+    let device = values(command, "-device").find_map(|device| {
+        let driver = match named(device, "driver") {
+            named if named.is_empty() => items(device).next()?.to_owned(),
+            named => named,
+        };
+        let is_port = ports.contains(&driver.as_str());
+        is_port.then(|| named(device, "chardev"))
+    });
+    let line = values(command, "-serial").find(|line| *line != "none");
+    match line.map(|line| line.strip_prefix("chardev:")) {
+        Some(id) => id.map(str::to_owned),
+        None => device.filter(|id| !id.is_empty()),
+    }
 }
 
 /// What a command line wants of its host.
@@ -143,13 +176,34 @@ mod tests {
              -vnc :1 -s -nographic -qmp unix:/r/q,server=on",
         );
         assert_eq!(
-            isolated(&command).join(" "),
+            isolated(&command, None).join(" "),
             "kvm -m 64 -netdev hubport,hubid=1,id=n -device virtio-net,netdev=n \
              -netdev hubport,hubid=2,id=o \
              -nic hubport,hubid=3,model=e1000,mac=52:54:00:00:00:01 -nic none \
              -chardev null,id=c -serial null -serial chardev:c \
              -qmp unix:/r/q,server=on -display none"
         );
+        for (command, heard) in [
+            (
+                "kvm -serial file:/a -serial pty",
+                "kvm -serial unix:/c,server=on,wait=off -serial null",
+            ),
+            (
+                "kvm -serial none -chardev file,id=s,path=/a -device isa-serial,chardev=s",
+                "kvm -serial none -chardev socket,id=s,path=/c,server=on,wait=off -device isa-serial,chardev=s",
+            ),
+            (
+                "kvm -chardev pty,id=s -device {\"driver\":\"isa-serial\",\"chardev\":\"s\"}",
+                "kvm -chardev socket,id=s,path=/c,server=on,wait=off -device {\"driver\":\"isa-serial\",\"chardev\":\"s\"}",
+            ),
+            (
+                "kvm -chardev pty,id=x -chardev pty,id=s -serial chardev:s",
+                "kvm -chardev null,id=x -chardev socket,id=s,path=/c,server=on,wait=off -serial chardev:s",
+            ),
+        ] {
+            let listened = isolated(&split(command), Some(Path::new("/c")));
+            assert_eq!(listened.join(" "), format!("{heard} -display none"));
+        }
         let found = needs(&command);
         assert_eq!(found.directories, [Path::new("/r"), Path::new("/r")]);
         assert_eq!(found.bridges, ["br0"]);

@@ -411,6 +411,11 @@ impl Guest for QemuGuest {
     }
 }
 
+/// What the guest of a QEMU does.
+pub async fn run_state_of(qmp: &Qmp) -> Result<RunState, GuestError> {
+    Ok(run_state(&probe::status(qmp).await?))
+}
+
 /// The arguments of a process; empty if they cannot be read.
 fn command_line(pid: u32) -> Vec<String> {
     let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

@@ -2,7 +2,9 @@
 
 mod daemon;
 mod demo;
+mod drill;
 mod generations;
+mod hotplug;
 mod kills;
 mod linux;
 mod pauses;

@@ -1,0 +1,49 @@
+//! A clone of a guest of QEMU: the same machine with its own memory and disks, and without a network.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use super::super::qemu;
+use crate::device_state::DeviceState;
+use crate::guest::qemu::command::{Sockets, started};
+use crate::guest::qemu::isolated::isolated;
+use crate::guest::qemu::machine::{self, Machine};
+use crate::guest::qemu::qmp::Qmp;
+use crate::guest::qemu::restore::{ImageFile, restore};
+use crate::guest::qemu::run_state_of;
+use crate::guest::{GuestError, RunState};
+
+/// Its monitor. The process is ended with everything else below its directory.
+pub(super) struct QemuClone {
+    qmp: Qmp,
+}
+
+impl QemuClone {
+    /// Starts the machine, whose disks are in their place, below `directory` and runs it from there. Its
+    /// first serial line is at `console`.
+    pub async fn run(
+        machine: &Machine,
+        directory: &Path,
+        console: &Path,
+        state: DeviceState,
+        ram: OwnedFd,
+    ) -> Result<Self, GuestError> {
+        let failed = |error: String| GuestError::Failed(error);
+        let devices = machine::devices(state).map_err(|e| failed(e.to_string()))?;
+        let sockets = Sockets::within(directory);
+        let command = started(machine, &sockets).map_err(|e| failed(e.to_string()))?;
+        let log = qemu::log(directory);
+        drop(qemu::start(&isolated(&command, Some(console)), &sockets, &log).await?);
+        let image = ImageFile::new(File::from(ram), &machine.head);
+        let restored = restore(&sockets.qmp, machine.head.clone(), image, devices).await;
+        restored.map_err(|error| failed(format!("{error}: {}", qemu::said(&log))))?;
+        let qmp = Qmp::connect(&sockets.qmp).await?;
+        Ok(Self { qmp })
+    }
+
+    /// What it does now.
+    pub async fn state(&self) -> Result<RunState, GuestError> {
+        run_state_of(&self.qmp).await
+    }
+}
