@@ -171,7 +171,7 @@ fn is_static(program: &[u8]) -> bool {
 fn library(line: &str) -> Option<(String, &str)> {
     let words: Vec<&str> = line.split_whitespace().collect();
     match words[..] {
-        [name, "=>", path, _] => Some((format!("lib/{name}"), path)),
+        [name, "=>", path, _] if path.starts_with('/') => Some((format!("lib/{name}"), path)),
         [path, _] if path.starts_with('/') => Some((path[1..].to_owned(), path)),
         _ => None,
     }

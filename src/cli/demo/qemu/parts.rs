@@ -185,10 +185,6 @@ mod tests {
         assert!(why.ends_with(": why"), "{why}");
         let why = output("/missing/program", &[], dir.path()).await;
         assert!(why.unwrap_err().starts_with("/missing/program : "));
-        fs_is_empty(dir.path());
-    }
-
-    fn fs_is_empty(directory: &Path) {
-        assert!(first_in(directory, "").is_none());
+        assert!(first_in(dir.path(), "").is_none());
     }
 }
