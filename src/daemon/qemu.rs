@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::process::Child;
 use tokio::time::{Instant, sleep};
 
-use super::hardware::{Hardware, failed};
+use super::hardware::{Hardware, Memory, failed};
 use crate::clock::Env;
 use crate::device_state::DeviceState;
 use crate::guest::GuestError;
@@ -19,6 +19,7 @@ use crate::guest::qemu::command::{Sockets, has_agent, started};
 use crate::guest::qemu::machine::{self, Machine};
 use crate::guest::qemu::qmp::Qmp;
 use crate::guest::qemu::restore::{ImageFile, restore};
+use crate::guest::qemu::warm::WarmQemu;
 use crate::ids::GuestId;
 
 /// How long a QEMU may take until its monitor answers.
@@ -33,27 +34,46 @@ pub(super) struct WaitingQemu {
     child: Child,
     machine: Machine,
     /// `None` once it was given away.
-    ram: Option<OwnedFd>,
+    memory: Option<Source>,
     devices: Vec<u8>,
     run_dir: PathBuf,
 }
 
+/// Where the memory comes from.
+enum Source {
+    /// It is still to be written.
+    Image(OwnedFd),
+    /// QEMU has it.
+    Fed(WarmQemu),
+}
+
 impl WaitingQemu {
-    /// Starts it.
+    /// Starts it, unless it waits already.
     pub async fn start(
         machine: &Machine,
         run_dir: &Path,
         state: DeviceState,
-        ram: OwnedFd,
+        memory: Memory,
     ) -> Result<Self, GuestError> {
         let devices = machine::devices(state).map_err(|e| failed("the device state", e))?;
-        let sockets = Sockets::within(run_dir);
-        let command = started(machine, &sockets).map_err(|e| GuestError::Failed(e.to_string()))?;
-        let child = start(&command, &sockets, &log(run_dir)).await?;
+        let (child, memory) = match memory {
+            Memory::Fed(fed) => {
+                let adopted = fed.adopt(run_dir);
+                let (qemu, child) = adopted.map_err(|e| failed(run_dir.display(), e))?;
+                (child, Source::Fed(qemu))
+            }
+            Memory::Image(ram) => {
+                let sockets = Sockets::within(run_dir);
+                let command = started(machine, &sockets);
+                let command = command.map_err(|e| GuestError::Failed(e.to_string()))?;
+                let child = start(&command, &sockets, &log(run_dir)).await?;
+                (child, Source::Image(ram))
+            }
+        };
         Ok(Self {
             child,
             machine: machine.clone(),
-            ram: Some(ram),
+            memory: Some(memory),
             devices,
             run_dir: run_dir.to_owned(),
         })
@@ -66,12 +86,16 @@ impl WaitingQemu {
 
     /// Runs the guest from the checkpoint.
     pub async fn resume(&mut self) -> Result<(), GuestError> {
-        let sockets = Sockets::within(&self.run_dir);
-        let head = self.machine.head.clone();
-        let ram = self.ram.take().expect("a guest is resumed once");
-        let image = ImageFile::new(File::from(ram), &head);
         let devices = std::mem::take(&mut self.devices);
-        let restored = restore(&sockets.qmp, head, image, devices).await;
+        let restored = match self.memory.take().expect("a guest is resumed once") {
+            Source::Fed(qemu) => qemu.finish(devices).await,
+            Source::Image(ram) => {
+                let sockets = Sockets::within(&self.run_dir);
+                let head = self.machine.head.clone();
+                let image = ImageFile::new(File::from(ram), &head);
+                restore(&sockets.qmp, head, image, devices).await
+            }
+        };
         restored.map_err(|error| {
             let log = log(&self.run_dir);
             GuestError::Failed(format!(

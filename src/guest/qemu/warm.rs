@@ -17,6 +17,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::compose::{Composer, PageSource};
 use super::qmp::Qmp;
 use super::restore::{incoming, refused, runs};
@@ -75,6 +77,15 @@ impl WarmQemu {
             }
             Ok(())
         })
+    }
+
+    /// An error if QEMU does not answer in time.
+    pub async fn answers(&self, within: Duration) -> Result<(), GuestError> {
+        let asked = self
+            .qmp
+            .call_with("query-status", json!({}), None, within)
+            .await;
+        asked.map(drop).map_err(GuestError::from)
     }
 
     /// Ends when QEMU does.

@@ -238,16 +238,7 @@ impl Vm {
 
     /// Everything the guest said.
     pub fn said(&self) -> Vec<Said> {
-        let path = self.dir.join(format!("{}.out", self.name));
-        let text = fs::read_to_string(path).unwrap_or_default();
-        let said = text.lines().filter_map(|line| {
-            let (writes, bad) = line.strip_prefix("MEM n=")?.split_once(" bad=")?;
-            Some(Said {
-                writes: writes.parse().ok()?,
-                bad: bad.parse().ok()?,
-            })
-        });
-        said.collect()
+        said(&self.dir, &self.name)
     }
 
     /// Waits until the guest says more than `after`; the newest.
@@ -283,6 +274,20 @@ impl Vm {
         let words = line.and_then(|line| line.split_whitespace().nth(1));
         words.and_then(|kib| kib.parse().ok()).unwrap()
     }
+}
+
+/// Everything that a guest of this name said.
+pub fn said(dir: &Path, name: &str) -> Vec<Said> {
+    let path = dir.join(format!("{name}.out"));
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let said = text.lines().filter_map(|line| {
+        let (writes, bad) = line.strip_prefix("MEM n=")?.split_once(" bad=")?;
+        Some(Said {
+            writes: writes.parse().ok()?,
+            bad: bad.parse().ok()?,
+        })
+    });
+    said.collect()
 }
 
 /// How to attach to the guest of this name.
