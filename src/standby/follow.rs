@@ -299,3 +299,87 @@ impl PageImage for Watched<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As [`Queue`], with a list of epochs and sizes.
+    #[derive(Default)]
+    struct Model {
+        waiting: Vec<(u64, usize)>,
+        lost: bool,
+    }
+
+    impl Model {
+        fn push(&mut self, epoch: u64, pages: usize, limit: usize) {
+            let waiting: usize = self.waiting.iter().map(|(_, pages)| pages).sum();
+            if self.lost || waiting + pages > limit {
+                self.lost = true;
+                self.waiting.clear();
+            } else {
+                self.waiting.push((epoch, pages));
+            }
+        }
+    }
+
+    #[test]
+    fn the_queue_is_whole_and_in_order_until_it_overflows() {
+        let mut state = 1u64;
+        let mut random = |below: u64| {
+            // Knuth's generator; its high bits are good.
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+            (state >> 33) % below
+        };
+        let mut overflows = 0;
+        for round in 0..300 {
+            let limit = 1 + random(12) as usize;
+            let (teller, mut follower) = Teller::new(limit * PAGE_SIZE);
+            let mut model = Model::default();
+            for epoch in 1..=40 {
+                if teller.wanted() {
+                    let pages = random(6) as usize;
+                    teller.push(Told {
+                        epoch: Epoch(epoch),
+                        machine: Vec::new(),
+                        device_state: Vec::new(),
+                        pages: (0..pages as u32)
+                            .map(|page| PageAddr::new(0, page))
+                            .collect(),
+                        content: vec![epoch as u8; pages * PAGE_SIZE],
+                    });
+                    model.push(epoch, pages, limit);
+                }
+                assert_eq!(teller.wanted(), !model.lost);
+                for _ in 0..random(3) {
+                    match follower.try_next() {
+                        Some(Ok(told)) => {
+                            let expected = model.waiting.remove(0);
+                            assert_eq!((told.epoch.0, told.pages().count()), expected);
+                            assert!(told.pages().all(|(_, page)| page[7] == expected.0 as u8));
+                        }
+                        Some(Err(lost)) => {
+                            assert_eq!(lost, Lost::Overflow);
+                            assert!(model.lost, "round {round}");
+                        }
+                        None => assert!(model.waiting.is_empty() && !model.lost),
+                    }
+                }
+            }
+            overflows += u32::from(model.lost);
+            drop(teller);
+            let left = std::iter::from_fn(|| match follower.try_next() {
+                Some(Ok(told)) => Some((told.epoch.0, told.pages().count())),
+                _ => None,
+            });
+            assert_eq!(left.collect::<Vec<_>>(), model.waiting);
+            let end = if model.lost {
+                Lost::Overflow
+            } else {
+                Lost::Closed
+            };
+            assert!(matches!(follower.try_next(), Some(Err(lost)) if lost == end));
+        }
+        assert!((30..270).contains(&overflows), "{overflows} overflows");
+    }
+}
