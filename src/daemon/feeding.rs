@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::process::Child;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::hardware::Hardware;
-use super::qemu;
+use super::qemu::{self, Leashed};
 use super::standbys::{Shared, lock};
 use crate::clock::Env;
+use crate::control::reports::WarmStatus;
 use crate::failover::DiskFiles;
 use crate::frame::{Manifest, PageImage};
 use crate::guest::qemu::command::{self, Rewrite, Sockets, started};
@@ -63,23 +65,12 @@ struct Content {
 
 /// A QEMU that was fed all of a point but its devices. Dropping it kills it and removes its disks.
 pub(super) struct FedQemu {
-    process: Process,
+    process: Leashed,
     /// `None` until it is taken.
     qemu: Option<WarmQemu>,
     machine: Machine,
     place: PathBuf,
     disks: Directory,
-}
-
-struct Process(Option<Child>);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            // One that ended is as good.
-            let _ = child.start_kill();
-        }
-    }
 }
 
 /// Files that go with it, unless they are kept.
@@ -117,15 +108,13 @@ impl FedQemu {
         // From here on they are in the guest's record, or swept.
         self.disks.0 = None;
         let qemu = self.qemu.take().expect("it was taken");
-        let child = self.process.0.take().expect("it is given away once");
+        let child = self.process.release();
         Ok((qemu, child))
     }
 
     async fn end(mut self) {
-        if let Some(mut child) = self.process.0.take() {
-            // One that ended is as good.
-            let _ = child.kill().await;
-        }
+        // One that ended is as good.
+        let _ = self.process.release().kill().await;
     }
 }
 
@@ -146,6 +135,7 @@ impl Feeding {
         directory: PathBuf,
         place: PathBuf,
         table: &[Rewrite],
+        told: &watch::Sender<WarmStatus>,
     ) -> Result<Self, String> {
         let followed = env.offload(move || lock(&copy).follow(QUEUE_BYTES_MAX));
         let (held, follower) = followed.await.map_err(|e| e.to_string())?;
@@ -164,7 +154,8 @@ impl Feeding {
         let command = started(&placed, &sockets).map_err(|e| e.to_string())?;
         let log = qemu::log(&place);
         let child = qemu::start(&command, &sockets, &log).await;
-        let process = Process(Some(child.map_err(|e| e.to_string())?));
+        let process = Leashed::new(child.map_err(|e| e.to_string())?);
+        told.send_modify(|status| status.pid = process.pid());
         let warm = WarmQemu::connect(&sockets.qmp, placed.head.clone()).await;
         let mut warm = warm.map_err(|e| e.to_string())?;
         let head = placed.head.clone();
@@ -198,7 +189,7 @@ impl Feeding {
 
     /// Its process.
     pub fn pid(&self) -> Option<u32> {
-        self.fed.process.0.as_ref()?.id()
+        self.fed.process.pid()
     }
 
     /// Waits until there is something to do. Errors say why no more can be fed.

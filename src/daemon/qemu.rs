@@ -137,6 +137,34 @@ pub(super) fn log(run_dir: &Path) -> PathBuf {
     run_dir.join("qemu.log")
 }
 
+/// A process that is killed when this is dropped, unless it was released.
+pub(super) struct Leashed(Option<Child>);
+
+impl Leashed {
+    pub fn new(child: Child) -> Self {
+        Self(Some(child))
+    }
+
+    /// Its number, while it is there.
+    pub fn pid(&self) -> Option<u32> {
+        self.0.as_ref()?.id()
+    }
+
+    /// From now on it is the caller's.
+    pub fn release(&mut self) -> Child {
+        self.0.take().expect("it is released once")
+    }
+}
+
+impl Drop for Leashed {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // One that ended is as good.
+            let _ = child.start_kill();
+        }
+    }
+}
+
 /// Starts a QEMU and waits until its monitor answers.
 pub(super) async fn start(
     command: &[String],
@@ -149,15 +177,18 @@ pub(super) async fn start(
         // Of an earlier QEMU; one that still listens would keep the disks locked.
         let _ = std::fs::remove_file(socket);
     }
-    let mut child = process.args(&command[1..]).spawn().map_err(|e| {
+    let child = process.args(&command[1..]).spawn().map_err(|e| {
         failed(
             &command[0],
             format!("{e}; is QEMU installed here, and on the daemon's PATH?"),
         )
     })?;
+    // Whoever started it may not wait for it.
+    let mut leashed = Leashed::new(child);
     let deadline = Instant::now() + LISTENS_WITHIN;
     // Its sockets are there before its machine is, which may fail yet: what greets is complete.
     while Qmp::connect(&sockets.watchdog).await.is_err() {
+        let child = leashed.0.as_mut().expect("it is not released yet");
         let ended = child.try_wait().map_err(|e| failed(&command[0], e))?;
         if ended.is_some() || Instant::now() > deadline {
             // It may have ended by itself.
@@ -171,7 +202,7 @@ pub(super) async fn start(
         }
         sleep(LOOK_EVERY).await;
     }
-    Ok(child)
+    Ok(leashed.release())
 }
 
 /// The end of what a QEMU said, in one line.

@@ -144,13 +144,16 @@ pub(super) async fn tend(site: Arc<Site>) {
     loop {
         let known: Vec<GuestId> = site.context.warms.guests().keys().cloned().collect();
         for guest in known {
-            let ended = {
-                let guests = site.context.warms.guests();
-                let keeper = guests.get(&guest);
-                keeper.is_some_and(|k| {
-                    wanted(&site, &guest) != Some(&k.table).cloned() || k.task.is_finished()
-                })
-            };
+            // Not under the lock, which the guest's status takes.
+            let wanted = wanted(&site, &guest);
+            let ended = site
+                .context
+                .warms
+                .guests()
+                .get(&guest)
+                .is_some_and(|keeper| {
+                    wanted.as_ref() != Some(&keeper.table) || keeper.task.is_finished()
+                });
             if ended {
                 site.context.warms.end(&guest).await;
             }
@@ -295,6 +298,7 @@ impl Keep {
             disks(&own).join(format!("warm-{number}")),
             place(&self.state_dir, &self.guest),
             &self.table,
+            &self.told,
         )
         .await
     }
