@@ -187,13 +187,12 @@ fn a_failover_to_a_warm_qemu_takes_milliseconds() {
         kill_now(&[first]);
         let (second, _) = fed(&pair.b, Some(first), epoch);
         ends.0.set(Some(second));
-        // A daemon that is killed leaves it behind, and the next one clears up.
+        // A daemon that is killed may leave it behind: it ends by itself, or the next one ends it.
         pair.b.kill();
-        assert!(there(second));
         pair.b.start();
         let (third, _) = fed(&pair.b, Some(second), epoch);
-        ends.0.set(Some(third));
         assert!(!there(second));
+        ends.0.set(Some(third));
         // One that ends in good order does not.
         pair.b.terminate();
         assert!(!there(third));
