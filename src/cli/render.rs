@@ -3,6 +3,7 @@
 use super::text::{Paint, Toned, facts, table};
 use super::units;
 use crate::clock::Timestamp;
+use crate::control::reports::WarmStatus;
 use crate::control::types::{
     Done, Exports, GuestStatus, JournalStat, Outcome, PeerStatus, PointStatus, Points, Reloaded,
     Run, RunResult, RunStatus, Runs, SiteStatus,
@@ -180,6 +181,7 @@ fn reasons(guest: &GuestStatus) -> Vec<String> {
         reasons.push(format!("copy at {share:.0} %"));
     }
     reasons.extend(guest.blocked_on.clone());
+    reasons.extend(guest.warm.as_ref().map(warm));
     let obstacle = guest.obstacle.as_ref();
     reasons.extend(obstacle.map(|why| format!("a failover would fail: {why}")));
     let news = guest.disk_news.as_ref();
@@ -187,6 +189,14 @@ fn reasons(guest: &GuestStatus) -> Vec<String> {
     let failed = guest.drill_failure.as_ref();
     reasons.extend(failed.map(|f| format!("drill failed {}: {}", units::time(f.at), f.why)));
     reasons
+}
+
+fn warm(warm: &WarmStatus) -> String {
+    match (warm.fed, &warm.problem) {
+        (Some(epoch), _) => format!("warm: fed to #{epoch}"),
+        (None, Some(why)) => format!("not warm: {why}"),
+        (None, None) => "not warm: it is being filled".into(),
+    }
 }
 
 /// What of a guest is worth a line of its own when it changes, for `--watch` without a terminal.

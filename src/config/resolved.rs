@@ -93,6 +93,8 @@ pub struct PeerConfig {
     pub qemu: bool,
     /// What is written into those command lines in the place of what, in order.
     pub rewrites: Vec<Rewrite>,
+    /// For these of them a QEMU waits here, and is fed what becomes durable.
+    pub warm: Vec<GuestId>,
     /// Longest silence before a ping.
     pub keepalive: Duration,
     /// Silence after which the link is taken for dead.

@@ -84,6 +84,7 @@ table!(
         guests: Vec<Spanned<String>>,
         qemu: Maybe<bool>,
         rewrite: Vec<Spanned<Rewrite>>,
+        warm: Vec<Spanned<String>>,
         keepalive: Maybe<String>,
         dead_after: Maybe<String>,
     }

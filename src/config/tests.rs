@@ -277,6 +277,29 @@ fn one_image_under_two_names_is_found() {
 }
 
 #[test]
+fn a_qemu_waits_warm_only_for_guests_whose_qemu_may_be_started() {
+    let peer = |lines: &str| {
+        let text = format!(
+            "[site]\nname = \"site-b\"\n[listen]\naddress = \"127.0.0.1:7443\"\n\
+             [tls]\nca = \"/ca\"\ncert = \"/cert\"\nkey = \"/key\"\n\
+             [peer.site-a]\nguests = [\"web\", \"db\"]\n{lines}\n"
+        );
+        load_text(&text, &[]).map(|loaded| loaded.config.peers.into_values().next().unwrap().warm)
+    };
+    assert_eq!(peer("").unwrap(), []);
+    let warm = peer("qemu = true\nwarm = [\"web\"]").unwrap();
+    assert_eq!(warm, ["web".parse().unwrap()]);
+    for (bad, word) in [
+        ("warm = [\"web\"]", "qemu = true"),
+        ("qemu = true\nwarm = [\"mail\"]", "not in `guests`"),
+        ("qemu = true\nwarm = [\"\"]", "warm"),
+    ] {
+        let error = peer(bad).unwrap_err().to_string();
+        assert!(error.contains(word), "{bad}: {error}");
+    }
+}
+
+#[test]
 fn what_becomes_of_a_peers_command_lines_is_understood() {
     let peer = |rewrite: &str| {
         let text = format!(

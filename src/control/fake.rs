@@ -173,6 +173,7 @@ fn guests() -> Vec<GuestStatus> {
         obstacle: None,
         differences: None,
         command: None,
+        warm: None,
         machine: Some(MachineSummary {
             checkpoints: None,
             kind: "demo".to_owned(),

@@ -46,6 +46,17 @@ pub struct ProtectReport {
     pub sent_bytes: u64,
 }
 
+/// A QEMU that waits at the standby and is fed what becomes durable.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmStatus {
+    /// It has everything up to this epoch. `null`: a failover starts a QEMU of its own.
+    pub fed: Option<Epoch>,
+    /// Its process.
+    pub pid: Option<u32>,
+    /// Why there is none, in words; `null` also while the first one is being filled.
+    pub problem: Option<String>,
+}
+
 /// What a dry run says of the fence when there is none.
 pub const UNFENCED: &str = "none: the failover would be refused";
 

@@ -170,6 +170,7 @@ impl Site {
         };
         let mut status = known.status();
         self.drills.show(&mut status);
+        status.warm = self.context.warms.of(guest);
         status
     }
 
@@ -397,6 +398,7 @@ impl Backend for Site {
             self.exports.stop(guest);
             self.drills.forget(guest).await?;
             self.rehearsals.end(guest);
+            self.context.warms.end(guest).await;
             self.standbys.close(guest).await;
             self.context.metrics.guest(guest).forget_durable();
             let directory = self.standbys.directory(guest);

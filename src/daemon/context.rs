@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
+use super::warm::Warms;
 use crate::clock::Env;
 use crate::config::resolved::{
     BootConfig, Compression, GuestConfig, MachineConfig, ReplicationConfig, RetentionConfig,
@@ -41,6 +42,8 @@ pub(super) struct SiteContext {
     pub exe: PathBuf,
     /// For guests that are not configured here.
     pub replication: ReplicationConfig,
+    /// QEMUs that wait for guests of other sites.
+    pub warms: Warms,
     /// Replaced at a reload.
     pub dialers: RwLock<BTreeMap<SiteId, Arc<TlsDialer>>>,
 }

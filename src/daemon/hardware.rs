@@ -14,6 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::context::SiteContext;
+use super::feeding::FedQemu;
 use super::qemu::WaitingQemu;
 use crate::config::resolved::QemuConfig;
 use crate::device_state::DeviceState;
@@ -63,6 +64,15 @@ impl Hardware {
             Self::Builtin(spec) => {
                 serde_json::to_vec(spec).expect("a machine description has only plain fields")
             }
+        }
+    }
+
+    /// True if one of its disks is a file in this directory.
+    pub fn has_disk_in(&self, directory: &Path) -> bool {
+        let within = |path: &Path| path.parent() == Some(directory);
+        match self {
+            Self::Qemu(machine) => machine.disks.iter().any(|d| within(Path::new(&d.file))),
+            Self::Builtin(spec) => spec.disks.iter().any(|d| within(&d.path)),
         }
     }
 
@@ -158,6 +168,14 @@ fn options(
     }
 }
 
+/// Where a guest's memory is.
+pub(super) enum Memory {
+    /// In an image.
+    Image(OwnedFd),
+    /// In a QEMU that was fed it.
+    Fed(Box<FedQemu>),
+}
+
 /// A guest that is ready to run from a checkpoint.
 pub(super) enum Ready {
     /// In our monitor; it stands still.
@@ -172,17 +190,21 @@ pub(super) async fn ready(
     guest: &GuestId,
     hardware: &Hardware,
     state: DeviceState,
-    ram: OwnedFd,
+    memory: Memory,
 ) -> Result<Ready, GuestError> {
     let run_dir = site.run_dir(guest);
     match hardware {
         Hardware::Builtin(spec) => {
+            let Memory::Image(ram) = memory else {
+                let why = "only guests of QEMU wait warm";
+                return Err(GuestError::Failed(why.into()));
+            };
             let unbooted = BuiltinGuest::spawn(&site.exe, &run_dir, guest).await?;
             let guest = unbooted.restore(spec, state, ram).await?;
             Ok(Ready::Builtin(Box::new(guest)))
         }
         Hardware::Qemu(machine) => {
-            let waiting = WaitingQemu::start(machine, &run_dir, state, ram).await?;
+            let waiting = WaitingQemu::start(machine, &run_dir, state, memory).await?;
             Ok(Ready::Qemu(Box::new(waiting)))
         }
     }

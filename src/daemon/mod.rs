@@ -14,6 +14,7 @@ mod backend;
 mod context;
 mod drills;
 mod exports;
+mod feeding;
 mod hardware;
 mod listener;
 mod lookup;
@@ -27,6 +28,7 @@ mod standbys;
 mod status;
 mod supervisor;
 mod verbs;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -174,6 +176,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         journal_dir: config.journal.path.clone(),
         exe,
         replication: config.replication,
+        warms: warm::Warms::default(),
         dialers: RwLock::new(transport.dialers),
     });
     let runs = RunBook::new(env, metrics.clone());
@@ -216,6 +219,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
     site.start_guests();
     tasks.spawn(refresh(site.clone()));
     tasks.spawn(drills::schedule(site.clone()));
+    tasks.spawn(warm::tend(site.clone()));
     site.set_ready();
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -235,6 +239,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         );
     }
     tasks.shutdown().await;
+    site.context.warms.end_all().await;
     Ok(())
 }
 

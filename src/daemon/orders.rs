@@ -1,11 +1,10 @@
 //! What a supervisor is asked, and what it shows.
 
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::hardware::Hardware;
+use super::hardware::{Hardware, Memory};
 use super::record::GuestRecord;
 use crate::config::resolved::GuestConfig;
 use crate::control::codes::Reason;
@@ -62,7 +61,7 @@ pub(super) struct Resume {
     pub generation: Generation,
     pub hardware: Hardware,
     pub state: DeviceState,
-    pub ram: OwnedFd,
+    pub memory: Memory,
     pub reply: Reply<()>,
 }
 

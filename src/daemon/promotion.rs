@@ -7,7 +7,8 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::context::SiteContext;
-use super::hardware::Hardware;
+use super::feeding::FedQemu;
+use super::hardware::{Hardware, Memory};
 use super::orders::{Handle, Order, Resume};
 use super::record::guest_dir;
 use super::standbys::{Shared, lock};
@@ -282,18 +283,68 @@ impl Takeover {
             .offload(move || lock(&copy).promote(generation, Some(point)));
         let promotion = promoting.await?;
         run.step("materialise");
+        if let Some(fed) = self.fed(run, promotion.point.epoch).await {
+            let (hardware, memory) = (fed.hardware(), Memory::Fed(Box::new(fed)));
+            let state = DeviceState::from_bytes(&promotion.manifest.device_state);
+            let state = state.map_err(failed)?;
+            run.step("resume");
+            match self.run_from(generation, hardware, state, memory).await {
+                Ok(()) => {
+                    run.detail("in the QEMU that waited warm");
+                    return Ok(());
+                }
+                Err(error) => {
+                    // It is gone, the point is as it was, and so is the record.
+                    tracing::warn!(guest = %self.guest, %error, "the QEMU that waited warm could not resume the guest");
+                    run.detail(format!("not in the QEMU that waited warm: {error}"));
+                }
+            }
+            run.step("materialise");
+        }
         let (hardware, state, ram) = self.materialise(promotion, generation).await?;
         run.step("resume");
+        self.run_from(generation, hardware, state, Memory::Image(ram))
+            .await
+    }
+
+    async fn run_from(
+        &self,
+        generation: Generation,
+        hardware: Hardware,
+        state: DeviceState,
+        memory: Memory,
+    ) -> Result<(), ApiError> {
         let order = |reply| {
             Order::Resume(Box::new(Resume {
                 generation,
                 hardware,
                 state,
-                ram,
+                memory,
                 reply,
             }))
         };
         self.handle.ask(order).await
+    }
+
+    /// The QEMU that waits warm for the guest, if it has this point. If not, none is left.
+    async fn fed(&self, run: &RunHandle, epoch: Epoch) -> Option<FedQemu> {
+        let taken = self.site.warms.take(&self.guest, epoch).await?;
+        // It was started when that was allowed, which may have changed.
+        let allowed = self.qemu.is_some();
+        match taken.and_then(|fed| {
+            allowed
+                .then_some(fed)
+                .ok_or("it is not allowed here".into())
+        }) {
+            Ok(fed) => {
+                run.detail("memory and disks are in the QEMU that waits warm");
+                Some(fed)
+            }
+            Err(why) => {
+                run.detail(format!("not from the QEMU that waits warm: {why}"));
+                None
+            }
+        }
     }
 
     /// What the guest's process is started with: machine, device state, memory; its disks are

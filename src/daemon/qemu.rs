@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::process::Child;
 use tokio::time::{Instant, sleep};
 
-use super::hardware::{Hardware, failed};
+use super::hardware::{Hardware, Memory, failed};
 use crate::clock::Env;
 use crate::device_state::DeviceState;
 use crate::guest::GuestError;
@@ -19,6 +19,7 @@ use crate::guest::qemu::command::{Sockets, has_agent, started};
 use crate::guest::qemu::machine::{self, Machine};
 use crate::guest::qemu::qmp::Qmp;
 use crate::guest::qemu::restore::{ImageFile, restore};
+use crate::guest::qemu::warm::WarmQemu;
 use crate::ids::GuestId;
 
 /// How long a QEMU may take until its monitor answers.
@@ -33,27 +34,46 @@ pub(super) struct WaitingQemu {
     child: Child,
     machine: Machine,
     /// `None` once it was given away.
-    ram: Option<OwnedFd>,
+    memory: Option<Source>,
     devices: Vec<u8>,
     run_dir: PathBuf,
 }
 
+/// Where the memory comes from.
+enum Source {
+    /// It is still to be written.
+    Image(OwnedFd),
+    /// QEMU has it.
+    Fed(WarmQemu),
+}
+
 impl WaitingQemu {
-    /// Starts it.
+    /// Starts it, unless it waits already.
     pub async fn start(
         machine: &Machine,
         run_dir: &Path,
         state: DeviceState,
-        ram: OwnedFd,
+        memory: Memory,
     ) -> Result<Self, GuestError> {
         let devices = machine::devices(state).map_err(|e| failed("the device state", e))?;
-        let sockets = Sockets::within(run_dir);
-        let command = started(machine, &sockets).map_err(|e| GuestError::Failed(e.to_string()))?;
-        let child = start(&command, &sockets, &log(run_dir)).await?;
+        let (child, memory) = match memory {
+            Memory::Fed(fed) => {
+                let adopted = fed.adopt(run_dir);
+                let (qemu, child) = adopted.map_err(|e| failed(run_dir.display(), e))?;
+                (child, Source::Fed(qemu))
+            }
+            Memory::Image(ram) => {
+                let sockets = Sockets::within(run_dir);
+                let command = started(machine, &sockets);
+                let command = command.map_err(|e| GuestError::Failed(e.to_string()))?;
+                let child = start(&command, &sockets, &log(run_dir)).await?;
+                (child, Source::Image(ram))
+            }
+        };
         Ok(Self {
             child,
             machine: machine.clone(),
-            ram: Some(ram),
+            memory: Some(memory),
             devices,
             run_dir: run_dir.to_owned(),
         })
@@ -66,12 +86,16 @@ impl WaitingQemu {
 
     /// Runs the guest from the checkpoint.
     pub async fn resume(&mut self) -> Result<(), GuestError> {
-        let sockets = Sockets::within(&self.run_dir);
-        let head = self.machine.head.clone();
-        let ram = self.ram.take().expect("a guest is resumed once");
-        let image = ImageFile::new(File::from(ram), &head);
         let devices = std::mem::take(&mut self.devices);
-        let restored = restore(&sockets.qmp, head, image, devices).await;
+        let restored = match self.memory.take().expect("a guest is resumed once") {
+            Source::Fed(qemu) => qemu.finish(devices).await,
+            Source::Image(ram) => {
+                let sockets = Sockets::within(&self.run_dir);
+                let head = self.machine.head.clone();
+                let image = ImageFile::new(File::from(ram), &head);
+                restore(&sockets.qmp, head, image, devices).await
+            }
+        };
         restored.map_err(|error| {
             let log = log(&self.run_dir);
             GuestError::Failed(format!(
@@ -113,6 +137,34 @@ pub(super) fn log(run_dir: &Path) -> PathBuf {
     run_dir.join("qemu.log")
 }
 
+/// A process that is killed when this is dropped, unless it was released.
+pub(super) struct Leashed(Option<Child>);
+
+impl Leashed {
+    pub fn new(child: Child) -> Self {
+        Self(Some(child))
+    }
+
+    /// Its number, while it is there.
+    pub fn pid(&self) -> Option<u32> {
+        self.0.as_ref()?.id()
+    }
+
+    /// From now on it is the caller's.
+    pub fn release(&mut self) -> Child {
+        self.0.take().expect("it is released once")
+    }
+}
+
+impl Drop for Leashed {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // One that ended is as good.
+            let _ = child.start_kill();
+        }
+    }
+}
+
 /// Starts a QEMU and waits until its monitor answers.
 pub(super) async fn start(
     command: &[String],
@@ -125,15 +177,18 @@ pub(super) async fn start(
         // Of an earlier QEMU; one that still listens would keep the disks locked.
         let _ = std::fs::remove_file(socket);
     }
-    let mut child = process.args(&command[1..]).spawn().map_err(|e| {
+    let child = process.args(&command[1..]).spawn().map_err(|e| {
         failed(
             &command[0],
             format!("{e}; is QEMU installed here, and on the daemon's PATH?"),
         )
     })?;
+    // Whoever started it may not wait for it.
+    let mut leashed = Leashed::new(child);
     let deadline = Instant::now() + LISTENS_WITHIN;
     // Its sockets are there before its machine is, which may fail yet: what greets is complete.
     while Qmp::connect(&sockets.watchdog).await.is_err() {
+        let child = leashed.0.as_mut().expect("it is not released yet");
         let ended = child.try_wait().map_err(|e| failed(&command[0], e))?;
         if ended.is_some() || Instant::now() > deadline {
             // It may have ended by itself.
@@ -147,7 +202,7 @@ pub(super) async fn start(
         }
         sleep(LOOK_EVERY).await;
     }
-    Ok(child)
+    Ok(leashed.release())
 }
 
 /// The end of what a QEMU said, in one line.

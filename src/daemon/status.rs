@@ -312,6 +312,7 @@ impl Known<'_> {
             obstacle: readiness.obstacle,
             differences: readiness.differences,
             command: self.command(),
+            warm: None,
             machine: view
                 .machine
                 .as_ref()

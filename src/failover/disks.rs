@@ -126,7 +126,18 @@ impl DiskFiles {
 
     /// Makes what was written durable and returns the files.
     pub fn finish(self) -> Result<Vec<(DiskId, PathBuf)>, DisksError> {
-        let mut files = Vec::new();
+        self.sync()?;
+        Ok(self.files())
+    }
+
+    /// The files.
+    pub fn files(&self) -> Vec<(DiskId, PathBuf)> {
+        let disks = self.disks.iter().flatten();
+        disks.map(|d| (d.id.clone(), d.path.clone())).collect()
+    }
+
+    /// Makes what was written durable.
+    pub fn sync(&self) -> Result<(), DisksError> {
         for disk in self.disks.iter().flatten() {
             let fail = |source: io::Error| DisksError::Io {
                 path: disk.path.clone(),
@@ -137,9 +148,8 @@ impl DiskFiles {
                 return Err(fail(io::Error::last_os_error()));
             }
             disk.file.sync_all().map_err(fail)?;
-            files.push((disk.id.clone(), disk.path.clone()));
         }
-        Ok(files)
+        Ok(())
     }
 }
 

@@ -141,6 +141,12 @@ impl Image {
         self.map.fd.clone()
     }
 
+    /// A page of RAM, which `addr` is.
+    pub(super) fn page_at(&self, addr: PageAddr) -> &[u8; PAGE_SIZE] {
+        let index = self.layout.ram_index(addr);
+        self.map.page(index.expect("the address is of RAM"))
+    }
+
     /// blake3 of the whole image. Costs one hash per page written since the last call.
     pub fn root(&mut self) -> ImageRoot {
         for index in self.touched.iter() {

@@ -22,6 +22,7 @@
 //! Not here: who may write which guest (the daemon's `lookup` decides), retention's schedule.
 
 mod compare;
+mod follow;
 mod image;
 mod promote;
 mod replica;
@@ -29,6 +30,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 
+pub use follow::{Follower, Lost, Told};
 pub use image::{Image, ImageError};
 pub use promote::Promotion;
 pub use replica::{Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId};

@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::follow::{Teller, Watched};
 use super::image::{Image, ImageError};
 use crate::clock::Timestamp;
-use crate::frame::{FrameCheck, FrameError, PartView};
+use crate::frame::{FrameCheck, FrameError, PageImage, PartView};
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot};
 use crate::journal::{
     Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention,
@@ -174,6 +175,8 @@ pub struct Replica<S: Store> {
     /// The guest is being resumed from here, or was: no session may be opened.
     pub(super) promoted: bool,
     incoming: Option<Incoming>,
+    /// Somebody follows what becomes durable.
+    pub(super) teller: Option<Teller>,
     session: u64,
     status: watch::Sender<ReplicaStatus>,
     metrics: Option<GuestMetrics>,
@@ -209,6 +212,7 @@ impl<S: Store> Replica<S> {
             shows: None,
             promoted: false,
             incoming: None,
+            teller: None,
             session: 0,
             status: watch::Sender::new(status),
             metrics: None,
@@ -476,7 +480,15 @@ impl<S: Store> Replica<S> {
         let mut image = self.image.take().expect("an open session has an image");
         // From here on the image is not the newest point's any more; it is put back only when the
         // frame is durable.
-        let applied = self.apply(&incoming, view, &mut image);
+        let teller = self.teller.as_ref().filter(|teller| teller.wanted());
+        let (applied, seen) = match teller.map(Teller::limit) {
+            None => (self.apply(&incoming, view, &mut image), None),
+            Some(limit) => {
+                let mut watched = Watched::new(&mut image, limit);
+                let applied = self.apply(&incoming, view, &mut watched);
+                (applied, Some(watched.seen()))
+            }
+        };
         let found = image.root();
         let receipt = match applied {
             Ok(()) if found == expected => {
@@ -488,6 +500,9 @@ impl<S: Store> Replica<S> {
                 (self.image, self.shows) = (Some(image), Some(epoch));
                 self.status.send_modify(|s| s.problem = None);
                 self.publish();
+                if let Some(seen) = seen {
+                    self.tell(&point, seen, view.header().full, manifest);
+                }
                 return Ok(Receipt::Durable(point));
             }
             Ok(()) => Receipt::Mismatch {
@@ -517,7 +532,7 @@ impl<S: Store> Replica<S> {
         &self,
         incoming: &Incoming,
         last: &PartView<'_>,
-        image: &mut Image,
+        image: &mut dyn PageImage,
     ) -> Result<(), ReplicaError> {
         match &incoming.kept {
             Some(kept) => {

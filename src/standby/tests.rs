@@ -8,7 +8,7 @@ use crate::clock::Timestamp;
 use crate::frame::{EncodeOptions, Encoder, FrameStart, Manifest};
 use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, ImageRoot};
-use crate::journal::{JournalOptions, MemCatalogue, MemStore, Retention};
+use crate::journal::{JournalOptions, MemCatalogue, MemStore, RecoveryPoint, Retention};
 use crate::page::{Layout, PAGE_SIZE, PageAddr, Region, RegionKind};
 use crate::wire::message::{Open, Opened};
 
@@ -22,17 +22,18 @@ fn layout() -> Layout {
     .unwrap()
 }
 
-/// A full frame whose root is that of pages of ones. It carries them if it is honest.
-fn full_frame(opened: &Opened, epoch: u64, honest: bool) -> Vec<Vec<u8>> {
+/// A frame whose root is that of pages of ones. It carries them if it is honest. Full if it follows
+/// no other.
+fn frame(opened: &Opened, epoch: u64, after: Option<&RecoveryPoint>, honest: bool) -> Vec<Vec<u8>> {
     let mut encoder = Encoder::new(layout(), EncodeOptions::default()).unwrap();
     encoder.begin(FrameStart {
         guest: "db1".parse().unwrap(),
         journal: opened.journal,
         generation: Generation(1),
         epoch: Epoch(epoch),
-        prev_epoch: Epoch(0),
-        parent_root: ImageRoot([0; 32]),
-        full: true,
+        prev_epoch: after.map_or(Epoch(0), |point| point.epoch),
+        parent_root: after.map_or(ImageRoot([0; 32]), |point| point.root),
+        full: after.is_none(),
     });
     let chunk = Chunk {
         pages: (0..PAGES).map(|page| PageAddr::new(0, page)).collect(),
@@ -50,9 +51,8 @@ fn full_frame(opened: &Opened, epoch: u64, honest: bool) -> Vec<Vec<u8>> {
     parts
 }
 
-/// The first frame of all is not what its root says: nothing is kept of it, and the session goes on.
-#[test]
-fn a_first_frame_that_does_not_fit_leaves_the_session_usable() {
+/// A copy with a session.
+fn copy() -> (Replica<MemStore>, SessionId, Opened) {
     let guest = "db1".parse().unwrap();
     let options = ReplicaOptions {
         journal: JournalOptions::default(),
@@ -77,13 +77,76 @@ fn a_first_frame_that_does_not_fit_leaves_the_session_usable() {
         running: true,
     };
     let (session, opened) = replica.open_session(&open).unwrap();
-    let mut last = |epoch, honest| {
-        let parts = full_frame(&opened, epoch, honest);
-        let taken = parts
-            .into_iter()
-            .map(|part| replica.part(session, part, Timestamp(2)));
-        taken.last().expect("a frame has parts").unwrap()
+    (replica, session, opened)
+}
+
+fn take(replica: &mut Replica<MemStore>, session: SessionId, parts: Vec<Vec<u8>>) -> Receipt {
+    let taken = parts
+        .into_iter()
+        .map(|part| replica.part(session, part, Timestamp(2)));
+    taken.last().expect("a frame has parts").unwrap()
+}
+
+/// The first frame of all is not what its root says: nothing is kept of it, and the session goes on.
+#[test]
+fn a_first_frame_that_does_not_fit_leaves_the_session_usable() {
+    let (mut replica, session, opened) = copy();
+    let bad = take(&mut replica, session, frame(&opened, 1, None, false));
+    assert!(matches!(bad, Receipt::Mismatch { .. }));
+    let good = take(&mut replica, session, frame(&opened, 2, None, true));
+    assert!(matches!(good, Receipt::Durable(point) if point.epoch == Epoch(2)));
+}
+
+/// A follower gets what became durable and nothing else, and learns when it has to begin anew.
+#[test]
+fn a_follower_is_told_of_durable_epochs_alone() {
+    let (mut replica, session, opened) = copy();
+    assert!(replica.follow(1 << 20).is_err(), "there is no point yet");
+    let durable = |receipt| match receipt {
+        Receipt::Durable(point) => point,
+        other => panic!("{other:?}"),
     };
-    assert!(matches!(last(1, false), Receipt::Mismatch { .. }));
-    assert!(matches!(last(2, true), Receipt::Durable(point) if point.epoch == Epoch(2)));
+    let first = durable(take(&mut replica, session, frame(&opened, 1, None, true)));
+    let (held, mut follower) = replica.follow(1 << 20).unwrap();
+    assert_eq!(held.point(), &first);
+    // Parts that are not the last, a frame that is given up.
+    let mut parts = frame(&opened, 2, Some(&first), true);
+    let last = parts.pop().unwrap();
+    parts
+        .into_iter()
+        .for_each(|part| drop(replica.part(session, part, Timestamp(2)).unwrap()));
+    replica.abandon(session).unwrap();
+    drop(last);
+    assert!(follower.try_next().is_none());
+    let second = durable(take(
+        &mut replica,
+        session,
+        frame(&opened, 3, Some(&first), true),
+    ));
+    let told = follower.try_next().unwrap().unwrap();
+    assert_eq!(told.epoch, second.epoch);
+    let pages: Vec<_> = told.pages().map(|(addr, page)| (addr, *page)).collect();
+    let ones = |page| (PageAddr::new(0, page), [1; PAGE_SIZE]);
+    assert!(pages == (0..PAGES).map(ones).collect::<Vec<_>>());
+    // What does not fit ends it; so does a full copy, another follower, the end of the copy.
+    let (_, mut small) = replica.follow(PAGE_SIZE).unwrap();
+    assert!(matches!(follower.try_next(), Some(Err(Lost::Closed))));
+    let third = durable(take(
+        &mut replica,
+        session,
+        frame(&opened, 4, Some(&second), true),
+    ));
+    assert!(matches!(small.try_next(), Some(Err(Lost::Overflow))));
+    let (held, mut full) = replica.follow(1 << 20).unwrap();
+    assert_eq!(held.point(), &third);
+    // A full frame that does not fit is not durable, and not told.
+    let bad = take(&mut replica, session, frame(&opened, 5, None, false));
+    match bad {
+        Receipt::Mismatch { .. } => assert!(full.try_next().is_none()),
+        // Without pages the image is as it was, which fits.
+        Receipt::Durable(_) => assert!(matches!(full.try_next(), Some(Err(Lost::Full)))),
+        Receipt::More => panic!("it was the last part"),
+    }
+    drop(replica);
+    assert!(matches!(full.try_next(), Some(Err(_))));
 }

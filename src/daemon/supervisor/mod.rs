@@ -287,10 +287,10 @@ impl Supervisor {
                     generation,
                     hardware,
                     state,
-                    ram,
+                    memory,
                     reply,
                 } = *resume;
-                drop(reply.send(self.resume(generation, hardware, state, ram).await));
+                drop(reply.send(self.resume(generation, hardware, state, memory).await));
             }
             Order::Fence {
                 generation,

@@ -1,9 +1,7 @@
 //! Beginning to own a guest: starting it at home, resuming it after a failover; and being fenced.
 
-use std::os::fd::OwnedFd;
-
 use super::super::context::machine_spec;
-use super::super::hardware::{self, Hardware};
+use super::super::hardware::{self, Hardware, Memory};
 use super::super::record::{self, GuestRecord, Standing};
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
@@ -268,7 +266,7 @@ impl Supervisor {
         generation: Generation,
         hardware: Hardware,
         state: DeviceState,
-        ram: OwnedFd,
+        memory: Memory,
     ) -> Result<(), ApiError> {
         let before = self.record.clone();
         let mut record = before.clone().unwrap_or_else(GuestRecord::first);
@@ -276,7 +274,7 @@ impl Supervisor {
         record.generation = generation;
         record.machine = Some(hardware.clone());
         let site = self.site.clone();
-        let ready = hardware::ready(&site, &self.guest, &hardware, state, ram).await;
+        let ready = hardware::ready(&site, &self.guest, &hardware, state, memory).await;
         let ready = ready.map_err(failed)?;
         // It stands still until the record says that it may run here.
         let resumed = match self.save(record) {

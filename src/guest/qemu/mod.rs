@@ -43,6 +43,7 @@ mod session;
 mod standstill;
 mod store;
 pub mod stream;
+pub mod warm;
 pub mod watchdog;
 
 use std::path::PathBuf;

@@ -120,7 +120,7 @@ struct Capability {
 }
 
 /// What the guest does: the word of `query-status`.
-pub(super) async fn status(qmp: &Qmp) -> Result<String, QmpError> {
+pub(crate) async fn status(qmp: &Qmp) -> Result<String, QmpError> {
     Ok(qmp.ask::<Status>("query-status").await?.status)
 }
 

@@ -30,7 +30,7 @@ const DESCRIPTOR: &str = "lifeboat-incoming";
 /// How long QEMU may take after the last byte.
 const RESUME_WITHIN: Duration = Duration::from_secs(60);
 /// Time between two looks.
-const LOOK_EVERY: Duration = Duration::from_millis(2);
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// A RAM image as the journal materialises it: all regions one after the other.
 pub struct ImageFile {
@@ -79,6 +79,22 @@ pub async fn restore(
     mut pages: impl PageSource + Send + 'static,
     devices: Vec<u8>,
 ) -> Result<(), GuestError> {
+    let (qmp, mut socket) = incoming(monitor).await?;
+    let writing = tokio::task::spawn_blocking(move || {
+        let written = compose(&mut socket, &head, &mut pages, &devices);
+        // Kept open until the guest runs: QEMU may look for more.
+        written.map(|_| socket)
+    });
+    let _socket = match writing.await {
+        Ok(Ok(socket)) => socket,
+        Ok(Err(error)) => return Err(refused(Some(&error))),
+        Err(error) => return Err(GuestError::Failed(error.to_string())),
+    };
+    runs(&qmp).await
+}
+
+/// Makes the QEMU at this monitor read a guest from a socket.
+pub(super) async fn incoming(monitor: &Path) -> Result<(Qmp, UnixStream), GuestError> {
     let qmp = Qmp::connect(monitor).await?;
     let status = probe::status(&qmp).await?;
     if status != "inmigrate" {
@@ -88,31 +104,31 @@ pub async fn restore(
         )));
     }
     let failed = |error: io::Error| GuestError::Failed(format!("writing to QEMU: {error}"));
-    let (mut ours, theirs) = UnixStream::pair().map_err(failed)?;
+    let (ours, theirs) = UnixStream::pair().map_err(failed)?;
     let name = json!({ "fdname": DESCRIPTOR });
     qmp.call_with("getfd", name, Some(theirs.as_fd()), Duration::from_secs(20))
         .await?;
     let uri = json!({ "uri": format!("fd:{DESCRIPTOR}") });
     qmp.call("migrate-incoming", uri).await?;
-    drop(theirs);
-    let writing = tokio::task::spawn_blocking(move || {
-        let written = compose(&mut ours, &head, &mut pages, &devices);
-        // Kept open until the guest runs: QEMU may look for more.
-        written.map(|_| ours)
-    });
-    let refused =
-        "QEMU refused the checkpoint (its log says why): is it started as the one that was lost?";
-    let _socket = match writing.await {
-        Ok(Ok(socket)) => socket,
-        Ok(Err(error)) => return Err(GuestError::Failed(format!("{refused} ({error})"))),
-        Err(error) => return Err(GuestError::Failed(error.to_string())),
-    };
+    Ok((qmp, ours))
+}
+
+/// QEMU did not take what was written.
+pub(super) fn refused(why: Option<&dyn std::fmt::Display>) -> GuestError {
+    let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
+    GuestError::Failed(format!(
+        "QEMU refused the checkpoint (its log says why): is it started as the one that was lost?{why}"
+    ))
+}
+
+/// Waits until the guest runs, all of which was written.
+pub(super) async fn runs(qmp: &Qmp) -> Result<(), GuestError> {
     let deadline = Instant::now() + RESUME_WITHIN;
     loop {
-        match probe::status(&qmp).await {
+        match probe::status(qmp).await {
             Ok(status) => match status.as_str() {
                 "running" => {
-                    announce(&qmp).await;
+                    announce(qmp).await;
                     return Ok(());
                 }
                 "paused" => {
@@ -120,10 +136,10 @@ pub async fn restore(
                 }
                 _ => {}
             },
-            Err(error) => return Err(GuestError::Failed(format!("{refused} ({error})"))),
+            Err(error) => return Err(refused(Some(&error))),
         }
         if Instant::now() > deadline {
-            return Err(GuestError::Failed(refused.into()));
+            return Err(refused(None));
         }
         sleep(LOOK_EVERY).await;
     }

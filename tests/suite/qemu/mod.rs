@@ -10,6 +10,7 @@ mod linux;
 mod pauses;
 mod readiness;
 mod vm;
+mod warm;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

@@ -15,6 +15,7 @@ use lifeboat::guest::qemu::compose::PageSource;
 use lifeboat::guest::qemu::machine::{self, Machine};
 use lifeboat::guest::qemu::probe::Mode;
 use lifeboat::guest::qemu::restore::restore;
+use lifeboat::guest::qemu::warm::WarmQemu;
 use lifeboat::guest::qemu::{DiskOptions, MirrorOptions, Options, QemuGuest, WatchdogOptions};
 use lifeboat::guest::{Base, Contents, Cut, CutStrategy, Guest, GuestError};
 use lifeboat::ids::{Epoch, Generation, JournalId};
@@ -237,16 +238,7 @@ impl Vm {
 
     /// Everything the guest said.
     pub fn said(&self) -> Vec<Said> {
-        let path = self.dir.join(format!("{}.out", self.name));
-        let text = fs::read_to_string(path).unwrap_or_default();
-        let said = text.lines().filter_map(|line| {
-            let (writes, bad) = line.strip_prefix("MEM n=")?.split_once(" bad=")?;
-            Some(Said {
-                writes: writes.parse().ok()?,
-                bad: bad.parse().ok()?,
-            })
-        });
-        said.collect()
+        said(&self.dir, &self.name)
     }
 
     /// Waits until the guest says more than `after`; the newest.
@@ -282,6 +274,20 @@ impl Vm {
         let words = line.and_then(|line| line.split_whitespace().nth(1));
         words.and_then(|kib| kib.parse().ok()).unwrap()
     }
+}
+
+/// Everything that a guest of this name said.
+pub fn said(dir: &Path, name: &str) -> Vec<Said> {
+    let path = dir.join(format!("{name}.out"));
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let said = text.lines().filter_map(|line| {
+        let (writes, bad) = line.strip_prefix("MEM n=")?.split_once(" bad=")?;
+        Some(Said {
+            writes: writes.parse().ok()?,
+            bad: bad.parse().ok()?,
+        })
+    });
+    said.collect()
 }
 
 /// How to attach to the guest of this name.
@@ -417,10 +423,15 @@ impl Standby {
 
     /// A new QEMU that goes on from here, memory and disks.
     pub async fn resume(&self, place: &Place, name: &str) -> Vm {
+        self.write_disks(place, name);
+        self.resume_on(place, name).await
+    }
+
+    /// Puts the disks where a QEMU of this name has them.
+    pub fn write_disks(&self, place: &Place, name: &str) {
         for (image, content) in images(place.path(), name).iter().zip(self.disks()) {
             fs::write(image, content).unwrap();
         }
-        self.resume_on(place, name).await
     }
 
     /// Content of the disks.
@@ -434,6 +445,31 @@ impl Standby {
         let restored = self.restore(&vm.monitor("a")).await;
         restored.unwrap_or_else(|error| panic!("{error}\n{}", vm.log()));
         vm
+    }
+
+    /// The QEMU at this monitor waits warm from now on, with everything that is here.
+    pub async fn warm(&self, monitor: &Path) -> WarmQemu {
+        let head = self.machine.head.clone();
+        let mut warm = WarmQemu::connect(monitor, head).await.unwrap();
+        warm.seed(&mut Blocks(self.blocks.clone())).unwrap();
+        warm
+    }
+
+    /// Feeds it those pages of the newest cut that are to be kept.
+    pub fn feed(&self, warm: &mut WarmQemu, cut: &Cut, keep: impl Fn(&PageAddr) -> bool) {
+        let blocks = self.blocks.lock().unwrap();
+        let content = |addr: PageAddr| {
+            let at = addr.offset() as usize;
+            let page = &blocks[usize::from(addr.region.0)][at..at + PAGE_SIZE];
+            (addr, page.try_into().unwrap())
+        };
+        warm.feed(cut.dirty.iter().filter(keep).map(content))
+            .unwrap();
+    }
+
+    /// Runs it from here. The disks are written first.
+    pub async fn finish(&self, warm: WarmQemu) -> Result<(), GuestError> {
+        warm.finish(self.devices.clone()).await
     }
 
     /// Makes the QEMU that waits at this monitor go on from here.

@@ -1,0 +1,366 @@
+//! QEMUs that wait warm for guests of other sites (`warm` of a peer): each is fed what becomes durable.
+//!
+//! ```text
+//!   tend ─▶ keeper of a guest:
+//!             sweep ─▶ newest point: RAM, disk files ─▶ start QEMU ─▶ feed all ─▶ follow ─▶ taken, ended
+//!               ▲                                                                   │
+//!               └── a while later ◀── QEMU ended, fell behind, machine changed ◀────┘  and the status
+//!                                                                                      says why
+//!   guests/NAME/run/warm/       its sockets and log, until it is taken: then they are moved up
+//!   guests/NAME/disks/warm-N/   its disks; the guest's own from then on
+//! ```
+//!
+//! * A QEMU is taken only when it and its disks are at the point that is to be resumed; else it is
+//!   ended, and whoever asked starts a cold one.
+//! * None is left behind: a keeper that ends kills its QEMU, and a daemon that was killed leaves
+//!   sockets in `run/warm` by which the next one finds it. Only a QEMU that waits there is ended.
+//! * Memory: the guest's RAM once more in QEMU, and once more again while it is being filled.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use super::backend::Site;
+use super::context::run_dir;
+use super::feeding::{self, FedQemu, Feeding};
+use super::record::{self, Standing, guest_dir};
+use super::standbys::Standbys;
+use crate::clock::Env;
+use crate::control::reports::WarmStatus;
+use crate::guest::qemu::command::{Rewrite, Sockets};
+use crate::guest::qemu::probe;
+use crate::guest::qemu::qmp::Qmp;
+use crate::ids::{Epoch, GuestId};
+use crate::metrics::labels::Role;
+
+/// Time between two looks at who is to have one.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Shortest and longest time until it is tried again.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
+/// How long a failover waits for one that has more to be fed.
+const TAKE_WITHIN: Duration = Duration::from_secs(5);
+/// How long a left-over may take to end.
+const QUIT_WITHIN: Duration = Duration::from_secs(10);
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Warms {
+    guests: Mutex<BTreeMap<GuestId, Keeper>>,
+}
+
+struct Keeper {
+    table: Vec<Rewrite>,
+    asks: mpsc::Sender<Ask>,
+    status: watch::Receiver<WarmStatus>,
+    task: JoinHandle<()>,
+}
+
+/// What a keeper is asked for; it ends with it.
+enum Ask {
+    /// Its QEMU, at this point.
+    Take {
+        point: Epoch,
+        reply: oneshot::Sender<Result<FedQemu, String>>,
+    },
+    /// Nothing more.
+    End,
+}
+
+impl Warms {
+    fn guests(&self) -> MutexGuard<'_, BTreeMap<GuestId, Keeper>> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How the guest's QEMU is.
+    pub fn of(&self, guest: &GuestId) -> Option<WarmStatus> {
+        let guests = self.guests();
+        Some(guests.get(guest)?.status.borrow().clone())
+    }
+
+    /// Takes the guest's QEMU, if there is one that gets to this point in time. Otherwise none is left,
+    /// and the answer says why.
+    pub async fn take(&self, guest: &GuestId, point: Epoch) -> Option<Result<FedQemu, String>> {
+        let keeper = self.guests().remove(guest)?;
+        let (reply, taken) = oneshot::channel();
+        let asking = async {
+            let gone = || "it just ended".to_owned();
+            let ask = Ask::Take { point, reply };
+            keeper.asks.send(ask).await.map_err(|_| gone())?;
+            taken.await.map_err(|_| gone())?
+        };
+        let slow = || Err("it was not fed in time".to_owned());
+        let answer = timeout(TAKE_WITHIN, asking).await;
+        keeper.end().await;
+        Some(answer.unwrap_or_else(|_| slow()))
+    }
+
+    /// Ends the guest's QEMU.
+    pub async fn end(&self, guest: &GuestId) {
+        let keeper = self.guests().remove(guest);
+        if let Some(keeper) = keeper {
+            keeper.end().await;
+        }
+    }
+
+    /// Ends all.
+    pub async fn end_all(&self) {
+        let keepers = std::mem::take(&mut *self.guests());
+        for keeper in keepers.into_values() {
+            keeper.end().await;
+        }
+    }
+}
+
+impl Keeper {
+    /// Returns when its QEMU is gone or taken.
+    async fn end(mut self) {
+        let _ = self.asks.try_send(Ask::End);
+        if timeout(TAKE_WITHIN, &mut self.task).await.is_err() {
+            // It kills its QEMU when it is dropped.
+            self.task.abort();
+            let _ = self.task.await;
+        }
+        let pid = self.status.borrow().pid;
+        if let Some(pid) = pid {
+            feeding::wait_gone(pid).await;
+        }
+    }
+}
+
+/// Starts and ends keepers as configuration and guests want it, for ever.
+pub(super) async fn tend(site: Arc<Site>) {
+    let (env, state_dir) = (site.context.env.clone(), site.context.state_dir.clone());
+    for guest in left_over(&state_dir) {
+        if let Err(why) = sweep(&env, &state_dir, &guest).await {
+            tracing::warn!(%guest, why, "what waited for the guest could not be ended");
+        }
+    }
+    loop {
+        let known: Vec<GuestId> = site.context.warms.guests().keys().cloned().collect();
+        for guest in known {
+            // Not under the lock, which the guest's status takes.
+            let wanted = wanted(&site, &guest);
+            let ended = site
+                .context
+                .warms
+                .guests()
+                .get(&guest)
+                .is_some_and(|keeper| {
+                    wanted.as_ref() != Some(&keeper.table) || keeper.task.is_finished()
+                });
+            if ended {
+                site.context.warms.end(&guest).await;
+            }
+        }
+        let config = site.config();
+        for guest in config.peers.values().flat_map(|peer| &peer.warm) {
+            if site.context.warms.of(guest).is_none()
+                && !promoting(&state_dir, guest)
+                && let Some(table) = wanted(&site, guest)
+            {
+                let keeper = keeper(&site, guest, table);
+                site.context.warms.guests().insert(guest.clone(), keeper);
+            }
+        }
+        sleep(LOOK_EVERY).await;
+    }
+}
+
+/// The table of its command line, if the guest is to have a QEMU here now.
+fn wanted(site: &Site, guest: &GuestId) -> Option<Vec<Rewrite>> {
+    let config = site.config();
+    let asked = config.peers.values().any(|peer| peer.warm.contains(guest));
+    let copy = site.standbys.status(guest)?.ok()?;
+    let standby = site.guest_status(guest).role == Role::Standby;
+    (asked && standby && copy.newest.is_some()).then(|| site.qemu_of(guest))?
+}
+
+/// A failover is on its way: it does not want another QEMU beside its own.
+fn promoting(state_dir: &Path, guest: &GuestId) -> bool {
+    let record = record::load(state_dir, guest).ok().flatten();
+    record.is_some_and(|r| matches!(r.standing, Standing::Promoting { .. }))
+}
+
+fn keeper(site: &Site, guest: &GuestId, table: Vec<Rewrite>) -> Keeper {
+    let (asks, inbox) = mpsc::channel(2);
+    let (told, status) = watch::channel(WarmStatus::default());
+    let keep = Keep {
+        env: site.context.env.clone(),
+        standbys: site.standbys.clone(),
+        state_dir: site.context.state_dir.clone(),
+        guest: guest.clone(),
+        table: table.clone(),
+        told,
+    };
+    Keeper {
+        table,
+        asks,
+        status,
+        task: tokio::spawn(keep.run(inbox)),
+    }
+}
+
+struct Keep {
+    env: Env,
+    standbys: Standbys,
+    state_dir: PathBuf,
+    guest: GuestId,
+    table: Vec<Rewrite>,
+    told: watch::Sender<WarmStatus>,
+}
+
+impl Keep {
+    async fn run(self, mut asks: mpsc::Receiver<Ask>) {
+        let mut again = AGAIN.0;
+        loop {
+            let why = match self.once(&mut asks, &mut again).await {
+                Ok(()) => return,
+                Err(why) => why,
+            };
+            if self.told.borrow().problem.as_ref() != Some(&why) {
+                tracing::warn!(guest = %self.guest, why, "no QEMU waits warm for the guest");
+            }
+            self.told.send_replace(WarmStatus {
+                problem: Some(why.clone()),
+                ..WarmStatus::default()
+            });
+            tokio::select! {
+                () = sleep(again) => again = (again * 2).min(AGAIN.1),
+                ask = asks.recv() => return refuse(ask, why),
+            }
+        }
+    }
+
+    /// One QEMU, to its end. `Ok` if it was asked for.
+    async fn once(
+        &self,
+        asks: &mut mpsc::Receiver<Ask>,
+        again: &mut Duration,
+    ) -> Result<(), String> {
+        let mut feeding = tokio::select! {
+            begun = self.begin() => begun?,
+            ask = asks.recv() => {
+                refuse(ask, "it was being filled".into());
+                return Ok(());
+            }
+        };
+        loop {
+            self.told.send_replace(WarmStatus {
+                fed: Some(feeding.fed()),
+                pid: feeding.pid(),
+                problem: None,
+            });
+            *again = AGAIN.0;
+            tokio::select! {
+                news = feeding.news() => {
+                    let fed = match news {
+                        Ok(news) => feeding.apply(&self.env, news).await,
+                        Err(why) => Err(why),
+                    };
+                    if let Err(why) = fed {
+                        feeding.end().await;
+                        return Err(why);
+                    }
+                }
+                ask = asks.recv() => {
+                    match ask {
+                        Some(Ask::Take { point, reply }) => {
+                            let taken = feeding.take(&self.env, point).await;
+                            if taken.is_ok() {
+                                self.told.send_replace(WarmStatus::default());
+                            }
+                            // Whoever asked may have given up: it is ended then.
+                            let _ = reply.send(taken);
+                        }
+                        Some(Ask::End) | None => feeding.end().await,
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    async fn begin(&self) -> Result<Feeding, String> {
+        sweep(&self.env, &self.state_dir, &self.guest).await?;
+        let own = guest_dir(&self.state_dir, &self.guest);
+        let number = (1..).find(|n: &u32| !disks(&own).join(format!("warm-{n}")).exists());
+        let number = number.expect("there are free numbers");
+        let copy = self.standbys.copy(&self.guest).await?;
+        Feeding::begin(
+            &self.env,
+            copy,
+            disks(&own).join(format!("warm-{number}")),
+            place(&self.state_dir, &self.guest),
+            &self.table,
+            &self.told,
+        )
+        .await
+    }
+}
+
+fn refuse(ask: Option<Ask>, why: String) {
+    if let Some(Ask::Take { reply, .. }) = ask {
+        // Whoever asked may have given up.
+        let _ = reply.send(Err(why));
+    }
+}
+
+fn disks(guest_dir: &Path) -> PathBuf {
+    guest_dir.join("disks")
+}
+
+/// Where a QEMU that waits has its sockets.
+fn place(state_dir: &Path, guest: &GuestId) -> PathBuf {
+    run_dir(state_dir, guest).join("warm")
+}
+
+/// Guests for which something waited.
+fn left_over(state_dir: &Path) -> Vec<GuestId> {
+    let entries = std::fs::read_dir(state_dir.join("guests"));
+    let names = entries.into_iter().flatten();
+    names
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok())
+        .filter(|guest| place(state_dir, guest).exists())
+        .collect()
+}
+
+/// Ends a QEMU that waits and that nobody keeps, and removes what nobody uses. A QEMU that was taken
+/// has its sockets elsewhere, and its disks are in the guest's record.
+async fn sweep(env: &Env, state_dir: &Path, guest: &GuestId) -> Result<(), String> {
+    let place = place(state_dir, guest);
+    let monitor = Sockets::within(&place).qmp;
+    if tokio::net::UnixStream::connect(&monitor).await.is_ok() {
+        let qmp = Qmp::connect(&monitor).await.map_err(|e| e.to_string())?;
+        let status = probe::status(&qmp).await.map_err(|e| e.to_string())?;
+        if status != "inmigrate" {
+            let at = monitor.display();
+            return Err(format!("the QEMU at {at} is {status}: it is left alone"));
+        }
+        // Its answer may not come through any more.
+        let _ = qmp.call("quit", json!({})).await;
+        let gone = timeout(QUIT_WITHIN, qmp.closed()).await;
+        gone.map_err(|_| format!("the QEMU at {} does not end", monitor.display()))?;
+    }
+    let (state_dir, guest) = (state_dir.to_owned(), guest.clone());
+    let sweeping = env.offload(move || {
+        let record = record::load(&state_dir, &guest).map_err(|e| e.to_string())?;
+        let machine = record.and_then(|record| record.machine);
+        let used = |path: &Path| machine.as_ref().is_some_and(|m| m.has_disk_in(path));
+        let entries = std::fs::read_dir(disks(&guest_dir(&state_dir, &guest)));
+        for entry in entries.into_iter().flatten().flatten() {
+            let warm = entry.file_name().to_string_lossy().starts_with("warm-");
+            if warm && !used(&entry.path()) {
+                let path = entry.path();
+                std::fs::remove_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+            }
+        }
+        Ok(())
+    });
+    sweeping.await
+}
