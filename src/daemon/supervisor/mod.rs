@@ -478,6 +478,16 @@ impl Supervisor {
         Ok(was)
     }
 
+    /// Finds the guest, which runs, and replicates it if it is to be.
+    async fn begin_again(&mut self) {
+        if let Some(guest) = self.adopt_again().await {
+            self.hold(guest);
+            if let Err(error) = self.protect_if_wanted() {
+                self.problem(error.to_string());
+            }
+        }
+    }
+
     async fn role_ended(&mut self, ended: Result<(Outcome, AnyGuest), tokio::task::JoinError>) {
         self.process = Process::Absent;
         let (outcome, mut guest) = match ended {
@@ -487,13 +497,7 @@ impl Supervisor {
                 if !self.in_doubt() {
                     self.stays("the primary role crashed");
                 }
-                if let Some(guest) = self.adopt_again().await {
-                    self.hold(guest);
-                    if let Err(error) = self.protect_if_wanted() {
-                        self.problem(error.to_string());
-                    }
-                }
-                return;
+                return self.begin_again().await;
             }
         };
         match outcome {
@@ -524,9 +528,17 @@ impl Supervisor {
             }
             Outcome::GuestEnded(state) => {
                 tracing::error!(guest = %self.guest, ?state, "the guest ended");
-                let gone = matches!(guest.state().await, Err(GuestError::Gone(_)));
-                if !gone {
-                    self.hold(guest);
+                let now = guest.state().await;
+                match (guest, now) {
+                    (_, Err(GuestError::Gone(_))) => {}
+                    // It is another machine now: memory was plugged in.
+                    (guest @ AnyGuest::Qemu(_), Ok(RunState::Running)) => {
+                        if let Err(error) = guest.detach().await {
+                            tracing::warn!(guest = %self.guest, %error, "the guest was not let go in good order");
+                        }
+                        return self.begin_again().await;
+                    }
+                    (guest, _) => self.hold(guest),
                 }
                 self.view.send_modify(|v| v.run_state = Some(state));
             }

@@ -307,6 +307,10 @@ impl Guest for QemuGuest {
             Source::Colo(colo) => colo.cut(&self.context, hold).await,
             Source::Plain(plain) => plain.cut(&self.context, hold).await,
         };
+        if shared.changed() {
+            let text = "the guest's memory is not what it was (hotplug): it is attached to anew";
+            return Err(GuestError::Gone(text.into()));
+        }
         let Taken {
             devices,
             disks,

@@ -17,7 +17,7 @@
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -48,6 +48,8 @@ pub(super) struct Shared {
     pub disks: Disks,
     /// `None` until the first stream has told which memory there is.
     content: Mutex<Option<Content>>,
+    /// A later stream told of other memory.
+    changed: AtomicBool,
 }
 
 impl Shared {
@@ -55,7 +57,13 @@ impl Shared {
         Self {
             disks,
             content: Mutex::new(None),
+            changed: AtomicBool::new(false),
         }
+    }
+
+    /// True if the guest's memory is not what it was.
+    pub fn changed(&self) -> bool {
+        self.changed.load(Ordering::Acquire)
     }
 
     /// The content. A page is put or not before anything can panic.
@@ -211,9 +219,8 @@ impl Pages for Taker {
         match content.as_ref() {
             Some(known) if known.head == *head => {}
             Some(_) => {
-                return Err(
-                    "the guest's memory is not what it was (hotplug?): protect it anew".into(),
-                );
+                self.shared.changed.store(true, Ordering::Release);
+                return Err("the guest's memory is not what it was (hotplug)".into());
             }
             None => {
                 let disks = self.shared.disks.regions();

@@ -261,6 +261,23 @@ async fn nothing_is_lost_by_dropped_calls_lost_sessions_and_given_back_cuts() {
     }
 }
 
+/// A checkpoint of a guest that we paused. It may be abandoned, and nothing is lost: on a busy host a
+/// mirror may be out of sync then.
+async fn checkpoint_paused(standby: &mut Standby, guest: &mut QemuGuest) {
+    let mut tries = 5;
+    loop {
+        match standby.checkpoint(guest).await {
+            Err(GuestError::Abandoned(why)) if tries > 0 => {
+                println!("abandoned: {why}");
+                tries -= 1;
+                guest.resume().await.unwrap();
+                guest.pause().await.unwrap();
+            }
+            cut => return drop(cut.unwrap()),
+        }
+    }
+}
+
 /// A planned move: the guest is paused, cut for the last time, and goes on elsewhere or here.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paused_guest_is_cut_and_stays_paused() {
@@ -275,7 +292,7 @@ async fn a_paused_guest_is_cut_and_stays_paused() {
                 standby.checkpoint(&mut guest).await.unwrap();
                 guest.pause().await.unwrap();
                 assert_eq!(guest.state().await.unwrap(), RunState::Paused);
-                standby.checkpoint(&mut guest).await.unwrap();
+                checkpoint_paused(&mut standby, &mut guest).await;
                 assert_eq!(guest.state().await.unwrap(), RunState::Paused);
                 // Longer than the watchdog waits: this pause is meant.
                 tokio::time::sleep(BOUND * 2).await;
@@ -286,7 +303,7 @@ async fn a_paused_guest_is_cut_and_stays_paused() {
                 assert_eq!(guest.state().await.unwrap(), RunState::Running);
             }
             guest.pause().await.unwrap();
-            standby.checkpoint(&mut guest).await.unwrap();
+            checkpoint_paused(&mut standby, &mut guest).await;
             let last = vm.said();
             guest.stop().await.unwrap();
             wait("QEMU ends", || (!vm.monitor("a").exists()).then_some(()));
