@@ -398,8 +398,9 @@ impl Backend for Site {
             self.exports.stop(guest);
             self.drills.forget(guest).await?;
             self.rehearsals.end(guest);
-            self.context.warms.end(guest).await;
+            // In this order: without a copy no other one is begun.
             self.standbys.close(guest).await;
+            self.context.warms.end(guest).await;
             self.context.metrics.guest(guest).forget_durable();
             let directory = self.standbys.directory(guest);
             if directory.exists() {

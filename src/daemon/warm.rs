@@ -291,6 +291,10 @@ impl Keep {
         let own = guest_dir(&self.state_dir, &self.guest);
         let number = (1..).find(|n: &u32| !disks(&own).join(format!("warm-{n}")).exists());
         let number = number.expect("there are free numbers");
+        // Asking for the copy would make one that is being deleted anew.
+        if !matches!(self.standbys.status(&self.guest), Some(Ok(_))) {
+            return Err("there is no copy of the guest now".into());
+        }
         let copy = self.standbys.copy(&self.guest).await?;
         Feeding::begin(
             &self.env,
