@@ -53,7 +53,7 @@ async fn memory_that_is_plugged_in_is_copied_too() {
     let said = vm.said().last().copied();
     assert_eq!(vm.progress(said).bad, 0);
 
-    pair.b.ok(&["unprotect", WEB, "--purge"]);
+    pair.b.ok(&["unprotect", WEB, "--purge", "--yes"]);
     wait("protected again", || {
         let status = web(&pair.a);
         (status.state == GuestState::Protected).then_some(())

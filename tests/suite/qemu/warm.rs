@@ -154,7 +154,7 @@ fn failover(pair: &mut Pair, vm: &mut Vm, more: &[&str]) -> Ran {
 
 /// What the run said of its steps, with their times.
 fn steps(ran: &Ran) -> String {
-    let run: Run = serde_json::from_str(&ran.out).unwrap();
+    let run: Run = ran.json();
     let steps = run.steps.iter().map(|step| {
         let detail = step.detail.clone().unwrap_or_default();
         format!("{} {:.1} ms: {detail}", step.name, step.seconds * 1e3)
