@@ -44,7 +44,7 @@ enum Source {
     /// It is still to be written.
     Image(OwnedFd),
     /// QEMU has it.
-    Fed(WarmQemu),
+    Fed(Box<WarmQemu>),
 }
 
 impl WaitingQemu {
@@ -60,7 +60,7 @@ impl WaitingQemu {
             Memory::Fed(fed) => {
                 let adopted = fed.adopt(run_dir);
                 let (qemu, child) = adopted.map_err(|e| failed(run_dir.display(), e))?;
-                (child, Source::Fed(qemu))
+                (child, Source::Fed(Box::new(qemu)))
             }
             Memory::Image(ram) => {
                 let sockets = Sockets::within(run_dir);
