@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::context::{SiteContext, run_dir, writer_of};
 use super::drills::Drills;
 use super::exports;
+use super::leftover;
 use super::moving;
 use super::orders::{Handle, Order};
 use super::promotion::Failover;
@@ -402,6 +403,7 @@ impl Backend for Site {
             self.standbys.close(guest).await;
             self.context.warms.end(guest).await;
             self.context.metrics.guest(guest).forget_durable();
+            leftover::forget_memory(&self.context.state_dir, guest);
             let directory = self.standbys.directory(guest);
             if directory.exists() {
                 let path = directory.clone();

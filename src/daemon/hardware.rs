@@ -76,6 +76,20 @@ impl Hardware {
         }
     }
 
+    /// The file of a disk; `None` if it has no such disk.
+    pub fn disk(&self, id: &DiskId) -> Option<PathBuf> {
+        match self {
+            Self::Qemu(machine) => {
+                let disk = machine.disks.iter().find(|d| d.id == *id);
+                disk.map(|d| PathBuf::from(&d.file))
+            }
+            Self::Builtin(spec) => {
+                let disk = spec.disks.iter().find(|d| d.id == *id);
+                disk.map(|d| d.path.clone())
+            }
+        }
+    }
+
     /// Its content.
     pub fn layout(&self) -> Result<Layout, String> {
         match self {

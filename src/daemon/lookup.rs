@@ -6,6 +6,7 @@ use tokio::sync::watch;
 
 use super::backend::Site;
 use super::context::writer_of;
+use super::leftover::Left;
 use super::orders::Order;
 use super::promotion::Takeover;
 use super::record::{self, GuestRecord, Standing};
@@ -17,7 +18,7 @@ use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::DirStore;
 use crate::metrics::labels::Operation;
 use crate::page::{Layout, Region};
-use crate::standby::{Lookup, Refusal};
+use crate::standby::{Leftover, Lookup, Refusal};
 use crate::wire::message::{Open, Readiness, RefuseReason};
 
 impl Lookup<DirStore> for Site {
@@ -77,6 +78,25 @@ impl Lookup<DirStore> for Site {
         }
         self.rehearse(guest, &open.machine);
         Ok(copy)
+    }
+
+    async fn leftover(&self, guest: &GuestId, layout: &Layout) -> Option<Box<dyn Leftover>> {
+        let standing = self.standing(guest).await.ok()??.standing;
+        let gone = matches!(
+            standing,
+            Standing::Fenced { .. } | Standing::Moved { .. } | Standing::Promoting { .. }
+        );
+        if !gone || self.supervisor(guest).view.borrow().pid.is_some() {
+            return None;
+        }
+        let state_dir = self.context.state_dir.clone();
+        let (guest, layout) = (guest.clone(), layout.clone());
+        let finding = self
+            .context
+            .env
+            .offload(move || Left::find(&state_dir, &guest, &layout));
+        let left = finding.await?;
+        Some(Box::new(left))
     }
 
     fn readiness(&self, guest: &GuestId) -> Option<watch::Receiver<Readiness>> {

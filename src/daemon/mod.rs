@@ -16,6 +16,7 @@ mod drills;
 mod exports;
 mod feeding;
 mod hardware;
+mod leftover;
 mod listener;
 mod lookup;
 mod moving;

@@ -251,7 +251,9 @@ impl<S: Store> Journal<S> {
         let newest = self.points.last().map_or(none, |p| (p.epoch, p.root));
         // Epochs at or below the floor would be taken for folded ones.
         let lowest = newest.0.max(self.super_.floor);
-        if (header.prev_epoch, header.parent_root) != newest || header.epoch <= lowest {
+        let parent = (header.prev_epoch, header.parent_root);
+        let follows = parent == newest || self.ground() == Some(parent);
+        if !follows || header.epoch <= lowest {
             return Err(JournalError::WrongParent {
                 epoch: header.epoch,
                 prev_epoch: header.prev_epoch,

@@ -67,6 +67,12 @@ pub enum JournalError {
         /// Bytes that the journal leaves free.
         reserve: u64,
     },
+    /// Ground was to be laid under points, or under other ground.
+    #[error("the journal is not empty: ground is laid before the first recovery point")]
+    NotEmpty,
+    /// There is no ground.
+    #[error("the journal has nothing but recovery points to build on")]
+    NoGround,
     /// Both superblocks are unusable.
     #[error(
         "both superblocks of the journal are unusable ({first}; {second}): copy super.0 and \

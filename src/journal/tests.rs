@@ -3,6 +3,7 @@
 mod crash;
 mod dir;
 mod features;
+mod ground;
 mod rot;
 mod segments;
 mod views;

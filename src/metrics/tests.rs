@@ -103,6 +103,7 @@ fn names_follow_the_rules() {
     // What is counted one by one, or is a state, has no unit.
     let unitless = [
         "lifeboat_config_last_reload_successful",
+        "lifeboat_failover_obstructed",
         "lifeboat_guest_generation",
         "lifeboat_guest_role",
         "lifeboat_guest_state",

@@ -154,6 +154,12 @@ impl<G: Guest> Engine<G> {
         )
     }
 
+    /// The number of the next checkpoint, which is taken by that.
+    pub fn next_epoch(&mut self) -> Epoch {
+        self.last_epoch = self.last_epoch.next();
+        self.last_epoch
+    }
+
     /// All checkpoints up to `epoch` are durable in `journal`.
     pub async fn durable(&mut self, journal: JournalId, epoch: Epoch) -> Result<(), GuestError> {
         while self.inflight.front().is_some_and(|f| f.epoch <= epoch) {

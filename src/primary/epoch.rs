@@ -163,7 +163,7 @@ impl<G: Guest> Builder<'_, G> {
         let Some(plan) = self.first.as_mut().filter(|p| p.path == SyncPath::Compare) else {
             return Ok(None);
         };
-        let (epoch, reason) = (self.head.epoch, plan.reason.clone());
+        let reason = plan.reason.clone();
         let pages = self.engine.guest.info().layout.pages();
         if pages > FINGERPRINT_PAGES_MAX {
             self.copy_instead(
@@ -173,7 +173,12 @@ impl<G: Guest> Builder<'_, G> {
             return Ok(None);
         }
         let mut known = Fingerprints::new(&self.engine.guest.info().layout);
-        self.queue.push(ToStandby::Compare { epoch });
+        // Without a point there is ground, which gets a number of its own.
+        let asked = match self.head.epoch {
+            Epoch(0) => self.engine.next_epoch(),
+            newest => newest,
+        };
+        self.queue.push(ToStandby::Compare { epoch: asked });
         while !known.complete() {
             match self.events.recv().await {
                 Some(Event::Fingerprints { first, pages }) => {
@@ -184,6 +189,16 @@ impl<G: Guest> Builder<'_, G> {
                         ));
                     }
                 }
+                Some(Event::Ground { epoch, root }) => {
+                    if self.head.epoch != Epoch(0) || epoch == Epoch(0) || epoch > asked {
+                        return Err(SessionEnd::lost("the standby's ground has no place"));
+                    }
+                    self.head = Head {
+                        epoch,
+                        root,
+                        ..self.head
+                    };
+                }
                 Some(Event::Incomparable(why)) => {
                     self.copy_instead(&reason, &why);
                     return Ok(None);
@@ -191,6 +206,9 @@ impl<G: Guest> Builder<'_, G> {
                 Some(event) => self.apply(event).await?,
                 None => return Err(SessionEnd::lost("the link's reader ended")),
             }
+        }
+        if self.head.epoch == Epoch(0) {
+            return Err(SessionEnd::lost("the standby compared with nothing"));
         }
         Ok(Some(Arc::new(known)))
     }
@@ -210,8 +228,7 @@ impl<G: Guest> Builder<'_, G> {
 
     /// Opens a frame in the encoder.
     async fn begin(&mut self, full: bool, afresh: bool) -> Epoch {
-        let epoch = self.engine.last_epoch.next();
-        self.engine.last_epoch = epoch;
+        let epoch = self.engine.next_epoch();
         let start = FrameStart {
             guest: self.engine.options.guest.clone(),
             journal: self.head.journal,
@@ -419,7 +436,7 @@ impl<G: Guest> Builder<'_, G> {
                 Ok(())
             }
             // Asked for and taken in `compare`.
-            Event::Fingerprints { .. } | Event::Incomparable(_) => {
+            Event::Fingerprints { .. } | Event::Incomparable(_) | Event::Ground { .. } => {
                 Err(SessionEnd::lost("the standby spoke out of turn"))
             }
             Event::End(end) => Err(end),

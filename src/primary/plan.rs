@@ -1,6 +1,7 @@
 //! How a new session goes on: what the standby has, what the guest tracked, what we remember.
 //!
 //! ```text
+//!   standby has no point, but ground ............................ compare
 //!   standby has no point, or its newest is damaged .............. full
 //!   a repair was ordered (roots differed) ....................... full
 //!   guest tracks no base (it was started anew, or never settled)  compare
@@ -13,8 +14,9 @@
 //!
 //! An *audit* reads all RAM and disks, ships only what is dirty, and so proves by the image root that
 //! the standby has everything else. To *compare* is to ask the standby for the fingerprints of all pages
-//! of its newest point, to read everything, and to ship what differs. It may say that it cannot tell;
-//! everything is sent then.
+//! of its newest point, to read everything, and to ship what differs. *Ground* is what a site still has
+//! of a guest that ran there: no recovery point, but something to compare with. The standby may say that
+//! it cannot tell; everything is sent then.
 
 use serde::{Deserialize, Serialize};
 
@@ -84,11 +86,16 @@ pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
     if let Some(reason) = memory.repair {
         return full(Why::Mismatch, reason.to_owned());
     }
+    let compare = |why: Why, reason: String| Plan {
+        path: SyncPath::Compare,
+        ..full(why, reason)
+    };
     let Some(newest) = &opened.newest else {
-        return full(
-            Why::Initial,
-            "the standby has no recovery point of this guest".into(),
-        );
+        let none = "the standby has no recovery point of this guest";
+        return match opened.ground {
+            true => compare(Why::Initial, format!("{none}, but what ran there last")),
+            false => full(Why::Initial, none.into()),
+        };
     };
     if !newest.intact {
         let reason = format!(
@@ -97,10 +104,6 @@ pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
         );
         return full(Why::Mismatch, reason);
     }
-    let compare = |why: Why, reason: String| Plan {
-        path: SyncPath::Compare,
-        ..full(why, reason)
-    };
     let Some(base) = memory.base else {
         let reason = "this run of the guest has no durable checkpoint yet";
         return compare(Why::GuestRestarted, reason.into());
@@ -162,6 +165,7 @@ mod tests {
         use SyncPath::{Compare, Delta, Full, Resume};
         // standby's newest, base, newest sent, image known, repair -> path, audit
         let cases = [
+            (None, base(5), Some(5), true, None, Compare, true),
             (None, base(5), Some(5), true, None, Full, true),
             (Some(5), None, None, false, None, Compare, true),
             (Some(5), other, Some(5), true, None, Compare, true),
@@ -184,6 +188,8 @@ mod tests {
         ];
         // The last one's newest checkpoint is damaged.
         let damaged = cases.len() - 1;
+        // These standbys have ground, which counts only where there is no point.
+        const GROUND: [usize; 3] = [0, 2, 4];
         for (i, (newest, base, newest_sent, image_known, repair, path, audit)) in
             cases.into_iter().enumerate()
         {
@@ -197,6 +203,7 @@ mod tests {
                     intact: i != damaged,
                 }),
                 highest_epoch: Epoch(9),
+                ground: GROUND.contains(&i),
             };
             let found = plan(
                 &opened,

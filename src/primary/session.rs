@@ -93,6 +93,7 @@ pub(super) enum Event {
     Taken { refused: Option<String> },
     Fingerprints { first: u64, pages: Vec<u8> },
     Incomparable(String),
+    Ground { epoch: Epoch, root: ImageRoot },
     Readiness(Readiness),
     End(SessionEnd),
 }
@@ -211,6 +212,7 @@ fn event(message: ToPrimary) -> Option<Event> {
         ToPrimary::Taken { refused } => Event::Taken { refused },
         ToPrimary::Fingerprints { first, pages } => Event::Fingerprints { first, pages },
         ToPrimary::Incomparable { text } => Event::Incomparable(text),
+        ToPrimary::Ground { epoch, root } => Event::Ground { epoch, root },
         ToPrimary::Readiness(readiness) => Event::Readiness(readiness),
         ToPrimary::Fenced { generation, site } => {
             Event::End(SessionEnd::Fenced { generation, site })

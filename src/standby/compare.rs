@@ -1,10 +1,10 @@
 //! What this site has, for a primary that does not know: the fingerprints of all pages of the newest
-//! point.
+//! point, or of the ground if there is none.
 //!
 //! ```text
-//!   Compare ──▶ hold the point ──▶ disks: replay it, without the lock ──▶ ┐
-//!                              └─▶ memory: from the image, some pages at   ├─▶ Fingerprints ...
-//!                                  a time                                  ┘   or Incomparable
+//!   Compare ──▶ hold the point ─▶ disks: replay it, without the lock ──▶ ┐
+//!           └─▶ or the ground  ─▶ memory: from the image, some pages at   ├─▶ Fingerprints ...
+//!               (made first)      a time                                  ┘   or Incomparable
 //! ```
 //!
 //! Nothing changes here. The point stays the newest one while the session lives, because only its own
@@ -13,13 +13,14 @@
 
 use std::sync::{Arc, Mutex};
 
+use super::ground::{self, Leftover};
 use super::replica::{Replica, ReplicaError, SessionId};
 use super::session::{SessionEnd, lock};
 use crate::clock::Env;
 use crate::frame::{DiskFingerprints, FINGERPRINT_PAGES_MAX, Fingerprint, fingerprint};
 use crate::ids::Epoch;
-use crate::journal::{Held, Store};
-use crate::page::PAGE_SIZE;
+use crate::journal::{Held, JournalError, Store};
+use crate::page::{Layout, PAGE_SIZE};
 use crate::wire::link::LinkTx;
 use crate::wire::message::ToPrimary;
 
@@ -36,12 +37,43 @@ pub(super) async fn answer<S: Store>(
     session: SessionId,
     tx: &mut impl LinkTx<ToPrimary>,
     epoch: Epoch,
+    leftover: Option<Box<dyn Leftover>>,
 ) -> Result<(), SessionEnd> {
     let owner = replica.clone();
-    let held = env.offload(move || lock(&owner).hold_newest(session, epoch));
-    let disks = match held.await {
-        Ok(held) => env.offload(move || disks(held)).await,
+    let pointless = env.offload(move || lock(&owner).journal().newest().is_none());
+    let compared = match pointless.await {
+        true => match ground::ground(env, replica, session, epoch, leftover).await {
+            Ok((epoch, root, ground)) => {
+                tx.send(ToPrimary::Ground { epoch, root }).await?;
+                let owner = replica.clone();
+                Ok(env
+                    .offload(move || {
+                        let layout = lock(&owner).session_layout().clone();
+                        let replay = |image: &mut DiskFingerprints| ground.replay(image);
+                        disks(&layout, replay)
+                    })
+                    .await)
+            }
+            Err(error) => Err(error),
+        },
+        false => {
+            let owner = replica.clone();
+            let held = env.offload(move || lock(&owner).hold_newest(session, epoch));
+            match held.await {
+                Ok(held) => Ok(env
+                    .offload(move || {
+                        let layout = held.layout().clone();
+                        disks(&layout, |image| held.replay(image, &mut |_| {}).map(drop))
+                    })
+                    .await),
+                Err(error) => Err(error),
+            }
+        }
+    };
+    let disks = match compared {
+        Ok(disks) => disks.map_err(|error| error.to_string()),
         Err(ReplicaError::Stale { .. }) => return Err(SessionEnd::Stale),
+        Err(error) if error.needs_reopen() => return Err(SessionEnd::Broken(error)),
         Err(error) => Err(error.to_string()),
     };
     let disks = match disks {
@@ -88,14 +120,15 @@ async fn send(
     Ok(first + pages.len() as u64)
 }
 
-fn disks<S: Store>(held: Held<S>) -> Result<Vec<Fingerprint>, String> {
-    let layout = held.layout();
+fn disks(
+    layout: &Layout,
+    replay: impl FnOnce(&mut DiskFingerprints) -> Result<(), JournalError>,
+) -> Result<Vec<Fingerprint>, JournalError> {
     if layout.regions().len() == layout.ram_regions() {
         return Ok(Vec::new());
     }
     let mut image = DiskFingerprints::new(layout);
-    let replayed = held.replay(&mut image, &mut |_| {});
-    replayed.map_err(|error| error.to_string())?;
+    replay(&mut image)?;
     Ok(image.finish())
 }
 

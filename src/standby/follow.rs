@@ -333,12 +333,12 @@ mod tests {
         };
         let mut overflows = 0;
         for round in 0..300 {
-            let limit = 1 + random(12) as usize;
+            let limit = 1 + random(24) as usize;
             let (teller, mut follower) = Teller::new(limit * PAGE_SIZE);
             let mut model = Model::default();
-            for epoch in 1..=40 {
+            for epoch in 1..=20 {
                 if teller.wanted() {
-                    let pages = random(6) as usize;
+                    let pages = random(4) as usize;
                     teller.push(Told {
                         epoch: Epoch(epoch),
                         machine: Vec::new(),

@@ -23,6 +23,7 @@
 
 mod compare;
 mod follow;
+mod ground;
 mod image;
 mod promote;
 mod replica;
@@ -31,6 +32,7 @@ mod session;
 mod tests;
 
 pub use follow::{Follower, Lost, Told};
+pub use ground::Leftover;
 pub use image::{Image, ImageError};
 pub use promote::Promotion;
 pub use replica::{Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId};

@@ -60,6 +60,9 @@ pub enum ReplicaError {
     /// There is nothing to resume.
     #[error("guest {0} has no recovery point{1} here")]
     NoPoint(GuestId, String),
+    /// What ran here last.
+    #[error("what is left of the guest at this site cannot be read: {0}")]
+    Leftover(std::io::Error),
     /// More pages than are compared.
     #[error(
         "a guest of {pages} pages is more than can be compared ({})",
@@ -265,8 +268,9 @@ impl<S: Store> Replica<S> {
         }
     }
 
-    /// The image of the newest point, if there is a point. After an error there is none.
-    fn rebuild_image(&mut self) -> Result<(), ReplicaError> {
+    /// The image of the newest point, or of the ground if there is no point. After an error there is
+    /// none.
+    pub(super) fn rebuild_image(&mut self) -> Result<(), ReplicaError> {
         (self.image, self.shows) = (None, None);
         let Some(layout) = self.journal.layout().cloned() else {
             return Ok(());
@@ -284,6 +288,13 @@ impl<S: Store> Replica<S> {
                 });
             }
             self.shows = Some(newest.epoch);
+        } else if let Some((epoch, root)) = self.journal.ground() {
+            self.journal.ground_image()?.replay(&mut image)?;
+            // Ground that is damaged is of no use, and no loss.
+            match image.root() == root {
+                true => self.shows = Some(epoch),
+                false => image = Image::new(&layout)?,
+            }
         }
         self.image = Some(image);
         Ok(())
@@ -350,6 +361,7 @@ impl<S: Store> Replica<S> {
             generation: self.journal.generation(),
             newest,
             highest_epoch: self.journal.highest_epoch(),
+            ground: self.ground().is_some(),
         };
         Ok((SessionId(self.session), opened))
     }
@@ -457,7 +469,7 @@ impl<S: Store> Replica<S> {
     }
 
     /// The layout that the session was opened with, and that the journal has if it has one.
-    fn session_layout(&self) -> &Layout {
+    pub(super) fn session_layout(&self) -> &Layout {
         let image = self.image.as_ref();
         image.expect("an open session has an image").layout()
     }

@@ -7,10 +7,12 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::compare;
+use super::ground::Leftover;
 use super::replica::{Receipt, Replica, ReplicaError, SessionId};
 use crate::clock::Env;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::Store;
+use crate::page::Layout;
 use crate::wire::handshake::{self, Introduction};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
 use crate::wire::message::{Open, Readiness, RefuseReason, ToPrimary, ToStandby};
@@ -58,6 +60,15 @@ pub trait Lookup<S: Store>: Send + Sync + 'static {
     /// A session over this guest's copy is up.
     fn opened(&self, guest: &GuestId);
 
+    /// What is left here of a guest that ran here, has no point here, and is of this layout.
+    fn leftover(
+        &self,
+        _guest: &GuestId,
+        _layout: &Layout,
+    ) -> impl Future<Output = Option<Box<dyn Leftover>>> + Send {
+        async { None }
+    }
+
     /// Follows what is known of a failover of the guest to this site; `None` if nothing ever is.
     fn readiness(&self, _guest: &GuestId) -> Option<watch::Receiver<Readiness>> {
         None
@@ -87,6 +98,7 @@ struct OpenSession<S: Store> {
     guest: GuestId,
     /// The primary's.
     generation: Generation,
+    leftover: Option<Box<dyn Leftover>>,
 }
 
 /// Serves one connection to its end. `peer` is what the certificate says. Returns also which guest's
@@ -101,7 +113,7 @@ pub async fn serve<S: Store>(
     lookup: &impl Lookup<S>,
 ) -> (SessionEnd, Option<GuestId>) {
     let opening = open(&env, &site, &peer, &mut tx, &mut rx, lookup);
-    let opened = match timeout(handshake_max, opening).await {
+    let mut opened = match timeout(handshake_max, opening).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(end)) => {
             answer(&site, &mut tx, &end, handshake_max).await;
@@ -112,7 +124,7 @@ pub async fn serve<S: Store>(
             return (SessionEnd::Link(why.into()), None);
         }
     };
-    let end = match receive(&env, &opened, &site, &mut tx, &mut rx, lookup).await {
+    let end = match receive(&env, &mut opened, &site, &mut tx, &mut rx, lookup).await {
         Ok(never) => match never {},
         Err(end) => end,
     };
@@ -175,10 +187,16 @@ async fn open<S: Store>(
         .await
         .map_err(SessionEnd::Refused)?;
     let (owner, guest, generation) = (replica.clone(), open.guest.clone(), open.generation);
-    let (session, opened) = env
+    let layout = open.layout.clone();
+    let (session, mut opened) = env
         .offload(move || lock(&owner).open_session(&open))
         .await
         .map_err(SessionEnd::Refused)?;
+    let mut leftover = None;
+    if opened.newest.is_none() && !opened.ground {
+        leftover = lookup.leftover(&guest, &layout).await;
+        opened.ground = leftover.is_some();
+    }
     tx.send(ToPrimary::Opened(opened)).await?;
     lookup.opened(&guest);
     Ok(OpenSession {
@@ -186,12 +204,13 @@ async fn open<S: Store>(
         session,
         guest,
         generation,
+        leftover,
     })
 }
 
 async fn receive<S: Store>(
     env: &Env,
-    opened: &OpenSession<S>,
+    opened: &mut OpenSession<S>,
     site: &SiteId,
     tx: &mut impl LinkTx<ToPrimary>,
     rx: &mut impl LinkRx<ToStandby>,
@@ -215,10 +234,8 @@ async fn receive<S: Store>(
                     .map_err(|_| SessionEnd::Stale)?;
             }
             ToStandby::Compare { epoch } => {
-                let OpenSession {
-                    replica, session, ..
-                } = opened;
-                compare::answer(env, replica, *session, tx, epoch).await?;
+                let leftover = opened.leftover.take();
+                compare::answer(env, &opened.replica, opened.session, tx, epoch, leftover).await?;
             }
             ToStandby::Prepare => {
                 let refused = lookup.prepare(&opened.guest).await.err();

@@ -25,6 +25,16 @@ fn layout() -> Layout {
 /// A frame whose root is that of pages of ones. It carries them if it is honest. Full if it follows
 /// no other.
 fn frame(opened: &Opened, epoch: u64, after: Option<&RecoveryPoint>, honest: bool) -> Vec<Vec<u8>> {
+    frame_of(opened, epoch, after, after.is_none(), honest)
+}
+
+fn frame_of(
+    opened: &Opened,
+    epoch: u64,
+    after: Option<&RecoveryPoint>,
+    full: bool,
+    honest: bool,
+) -> Vec<Vec<u8>> {
     let mut encoder = Encoder::new(layout(), EncodeOptions::default()).unwrap();
     encoder.begin(FrameStart {
         guest: "db1".parse().unwrap(),
@@ -33,7 +43,7 @@ fn frame(opened: &Opened, epoch: u64, after: Option<&RecoveryPoint>, honest: boo
         epoch: Epoch(epoch),
         prev_epoch: after.map_or(Epoch(0), |point| point.epoch),
         parent_root: after.map_or(ImageRoot([0; 32]), |point| point.root),
-        full: after.is_none(),
+        full,
     });
     let chunk = Chunk {
         pages: (0..PAGES).map(|page| PageAddr::new(0, page)).collect(),
@@ -140,13 +150,13 @@ fn a_follower_is_told_of_durable_epochs_alone() {
     let (held, mut full) = replica.follow(1 << 20).unwrap();
     assert_eq!(held.point(), &third);
     // A full frame that does not fit is not durable, and not told.
-    let bad = take(&mut replica, session, frame(&opened, 5, None, false));
-    match bad {
-        Receipt::Mismatch { .. } => assert!(full.try_next().is_none()),
-        // Without pages the image is as it was, which fits.
-        Receipt::Durable(_) => assert!(matches!(full.try_next(), Some(Err(Lost::Full)))),
-        Receipt::More => panic!("it was the last part"),
-    }
+    let full_frame = |epoch, honest| frame_of(&opened, epoch, Some(&third), true, honest);
+    let bad = take(&mut replica, session, full_frame(5, false));
+    assert!(matches!(bad, Receipt::Mismatch { .. }));
+    assert!(full.try_next().is_none());
+    durable(take(&mut replica, session, full_frame(6, true)));
+    assert!(matches!(full.try_next(), Some(Err(Lost::Full))));
+    let (_, mut last) = replica.follow(1 << 20).unwrap();
     drop(replica);
-    assert!(matches!(full.try_next(), Some(Err(_))));
+    assert!(matches!(last.try_next(), Some(Err(Lost::Closed))));
 }

@@ -196,6 +196,7 @@ mod kind {
     pub const FINGERPRINTS: u8 = 0x8b;
     pub const INCOMPARABLE: u8 = 0x8c;
     pub const READINESS: u8 = 0x8d;
+    pub const GROUND: u8 = 0x8e;
 }
 
 impl Message for ToStandby {
@@ -277,7 +278,7 @@ impl Message for ToPrimary {
     fn bounds(kind: u8) -> Option<Bounds> {
         Some(match kind {
             kind::HELLO_REPLY => Bounds::control(5, limits::HELLO_BYTES_MAX),
-            kind::OPENED => Bounds::control(19, limits::SMALL_BYTES_MAX),
+            kind::OPENED => Bounds::control(20, limits::SMALL_BYTES_MAX),
             kind::ACK => Bounds::control(34, limits::SMALL_BYTES_MAX),
             kind::MISMATCH => Bounds::control(65, limits::SMALL_BYTES_MAX),
             kind::FENCED => Bounds::control(3, limits::SMALL_BYTES_MAX),
@@ -286,6 +287,7 @@ impl Message for ToPrimary {
             kind::FINGERPRINTS => Bounds::control(2, limits::CONTROL_BYTES_MAX),
             kind::INCOMPARABLE => Bounds::control(1, limits::TEXT_MESSAGE_BYTES_MAX),
             kind::PONG => Bounds::control(2, limits::SMALL_BYTES_MAX),
+            kind::GROUND => Bounds::control(33, limits::SMALL_BYTES_MAX),
             kind::READINESS => Bounds::control(2, 2 * limits::TEXT_MESSAGE_BYTES_MAX),
             kind::PREPARED | kind::TAKEN => Bounds::control(1, limits::TEXT_MESSAGE_BYTES_MAX),
             _ => return None,
@@ -328,6 +330,7 @@ impl Message for ToPrimary {
                 };
                 (kind::READINESS, to_body(&cut))
             }
+            Self::Ground { epoch, root } => (kind::GROUND, to_body(&(epoch, root))),
             Self::Pong { nonce, at } => (kind::PONG, to_body(&(nonce, at))),
         };
         encoded::<Self>(kind, body)
@@ -379,6 +382,10 @@ impl Message for ToPrimary {
                 refused: exact(header, &body)?,
             },
             kind::READINESS => Self::Readiness(exact(header, &body)?),
+            kind::GROUND => {
+                let (epoch, root) = exact(header, &body)?;
+                Self::Ground { epoch, root }
+            }
             kind::PONG => {
                 let (nonce, at) = exact(header, &body)?;
                 Self::Pong { nonce, at }

@@ -79,6 +79,8 @@ pub struct Opened {
     pub newest: Option<Newest>,
     /// The highest epoch it has ever seen, complete or not. New checkpoints are numbered above it.
     pub highest_epoch: Epoch,
+    /// There is no point, but something of the guest to compare with: see [`ToPrimary::Ground`].
+    pub ground: bool,
 }
 
 /// What a standby found out about resuming a guest there.
@@ -274,6 +276,14 @@ pub enum ToPrimary {
     },
     /// What is known of a failover there; comes unasked, whenever it changes.
     Readiness(Readiness),
+    /// Before the answer to a `Compare` that names no point: what is compared is no recovery point, and
+    /// the next frame may follow it.
+    Ground {
+        /// Its number: the one that was asked for, or a lower one that it has already.
+        epoch: Epoch,
+        /// The root of its RAM.
+        root: ImageRoot,
+    },
     /// Answer to a `Ping`; with nonce 0 a sign of life on its own. Sent by the transport.
     Pong {
         /// The ping's nonce, or 0.

@@ -96,6 +96,7 @@ fn to_primary() -> Vec<(&'static str, ToPrimary)> {
                     intact: true,
                 }),
                 highest_epoch: Epoch(301),
+                ground: false,
             }),
         ),
         (
@@ -105,7 +106,15 @@ fn to_primary() -> Vec<(&'static str, ToPrimary)> {
                 generation: Generation(1),
                 newest: None,
                 highest_epoch: Epoch(0),
+                ground: true,
             }),
+        ),
+        (
+            "ground",
+            ToPrimary::Ground {
+                epoch: Epoch(302),
+                root,
+            },
         ),
         (
             "ack",

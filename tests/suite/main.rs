@@ -38,6 +38,7 @@ mod observability;
 mod plans;
 mod qemu;
 mod readme;
+mod reprotect;
 mod restart;
 mod rot;
 mod runbooks;

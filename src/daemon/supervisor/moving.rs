@@ -154,9 +154,7 @@ impl Supervisor {
             // The record still says that the guest was offered: it is asked again.
             return self.problem(error.to_string());
         }
-        if let Some(mut guest) = self.take().await
-            && let Err(error) = guest.stop().await
-        {
+        if let Err(error) = self.end_here().await {
             tracing::error!(guest = %self.guest, %error, "the process of the moved guest could not be ended");
         }
         self.site.metrics.guest(&self.guest).forget_durable();
@@ -197,9 +195,7 @@ impl Supervisor {
             Ownership::Ours => self.keep(offer.record, ours).await,
             Ownership::Fenced { generation, site } => {
                 self.fence(offer.record, generation, site)?;
-                if let Some(mut guest) = self.take().await {
-                    guest.stop().await.map_err(failed)?;
-                }
+                self.end_here().await?;
                 self.stays("a third site owns it");
                 Ok(())
             }

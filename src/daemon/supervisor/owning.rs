@@ -2,6 +2,7 @@
 
 use super::super::context::machine_spec;
 use super::super::hardware::{self, Hardware, Memory};
+use super::super::leftover;
 use super::super::record::{self, GuestRecord, Standing};
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
@@ -89,6 +90,7 @@ impl Supervisor {
             return self.attach(record).await;
         };
         self.save(record)?;
+        leftover::forget_memory(&self.site.state_dir, &self.guest);
         let unbooted =
             BuiltinGuest::spawn(&self.site.exe, &self.site.run_dir(&self.guest), &self.guest)
                 .await
@@ -174,12 +176,18 @@ impl Supervisor {
             "site {by} owns the guest with generation {generation}; what ran here was stopped, its disks are kept as they are"
         ));
         self.start_later = None;
-        let stopped = match self.take().await {
-            Some(mut guest) => guest.stop().await.map_err(failed),
-            None => Ok(()),
-        };
+        let stopped = self.end_here().await;
         self.publish();
         recorded.and(stopped)
+    }
+
+    /// Stops what runs here of a guest that another site owns, and keeps its memory for the way back.
+    pub(super) async fn end_here(&mut self) -> Result<(), ApiError> {
+        let Some(mut guest) = self.take().await else {
+            return Ok(());
+        };
+        leftover::keep_memory(&self.site.state_dir, &self.guest, &mut guest).await;
+        guest.stop().await.map_err(failed)
     }
 
     pub(super) fn fence(

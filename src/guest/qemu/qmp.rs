@@ -38,8 +38,8 @@ const LINE_BYTES_MAX: usize = 1 << 20;
 const READ_BYTES: usize = 16 << 10;
 /// Events kept for a slow reader.
 const EVENTS_KEPT: usize = 256;
-/// How long a monitor may take to greet.
-const GREETING_WITHIN: Duration = Duration::from_secs(3);
+/// How long a monitor may take to greet: a QEMU that has just started on a busy host needs seconds.
+const GREETING_WITHIN: Duration = Duration::from_secs(10);
 /// How long a call may take, if its caller says nothing else.
 const CALL_WITHIN: Duration = Duration::from_secs(20);
 

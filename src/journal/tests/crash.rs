@@ -1,12 +1,17 @@
 //! Crashes, failed syncs and full disks at any place.
 
-use super::world::{World, retention};
+use super::world::{Image, World, mutate, retention};
 use crate::ids::{Epoch, Generation};
 use crate::journal::{Faults, JournalError, Work};
 
 /// One random history; faults and crashes in between.
 fn history(seed: u64, steps: usize) {
     let mut world = World::new(seed);
+    if seed.is_multiple_of(3) {
+        let mut image = Image::new();
+        mutate(&mut image, &mut world.random, 100);
+        world.lay(&image).unwrap();
+    }
     for step in 0..steps {
         let planned = world.random.chance(4);
         if planned {

@@ -317,6 +317,22 @@ impl World {
         Ok(report)
     }
 
+    /// Lays ground that has `image`'s content, if the journal has none yet.
+    pub fn lay(&mut self, image: &Image) -> Result<(), JournalError> {
+        let mut laying = self.journal().begin_ground(&layout())?;
+        while let Some((at, left)) = laying.next() {
+            let pages = 1 + self.random.below(u64::from(left)) as usize;
+            let bytes = &image.0[index(at) * PAGE_SIZE..][..pages * PAGE_SIZE];
+            self.journal().lay(&mut laying, bytes)?;
+        }
+        let epoch = self.journal().highest_epoch().max(self.epoch).next();
+        self.images.insert(epoch, Rc::new(image.clone()));
+        let root = self.journal().finish_ground(laying, epoch)?;
+        assert_eq!(root, image.root());
+        self.resync();
+        Ok(())
+    }
+
     /// Makes the next frame; does not give it to the journal.
     pub fn next_frame(&mut self, pages: usize, full: bool) -> Vec<Vec<u8>> {
         let old = self.image.clone();
@@ -365,7 +381,8 @@ impl World {
     pub fn resync(&mut self) {
         self.primary.forget();
         let Some(journal) = &self.journal else { return };
-        self.newest = journal.newest().map(|p| (p.epoch, p.root));
+        let newest = journal.newest().map(|p| (p.epoch, p.root));
+        self.newest = newest.or(journal.ground());
         self.epoch = self.epoch.max(journal.highest_epoch());
         self.image = match self.newest {
             Some((epoch, _)) => Image::clone(&self.images[&epoch]),

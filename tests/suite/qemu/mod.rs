@@ -425,10 +425,17 @@ async fn daemon_that_ends() {
         .await
         .unwrap();
     say("attached");
-    guest.cut(CutStrategy::Auto).await.unwrap();
-    say("cutting");
+    let mut said = false;
     loop {
-        guest.cut(CutStrategy::Auto).await.unwrap();
+        match guest.cut(CutStrategy::Auto).await {
+            // On a busy host the watchdog may end one: a daemon takes the next.
+            Err(GuestError::Abandoned(why)) => eprintln!("abandoned: {why}"),
+            cut => drop(cut.unwrap()),
+        }
+        if !said {
+            say("cutting");
+            said = true;
+        }
     }
 }
 
