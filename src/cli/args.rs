@@ -212,6 +212,20 @@ pub enum Verb {
         #[arg(long)]
         yes: bool,
     },
+    /// Make a failover to this site final: it cannot be rolled back any more.
+    Commit {
+        /// The guest.
+        name: GuestId,
+    },
+    /// Undo a failover to this site: discard what ran here since, and give the guest back to its owner
+    /// before, as it is there.
+    Rollback {
+        /// The guest.
+        name: GuestId,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+    },
     /// Move a running guest to another site, live and without loss. Asked where it runs now.
     Move {
         /// The guest.
@@ -219,6 +233,10 @@ pub enum Verb {
         /// Where to (otherwise where it is replicated to).
         #[arg(long, value_name = "SITE")]
         to: Option<SiteId>,
+        /// The guest is switched off: move its disks and its configuration, and start it there on
+        /// demand.
+        #[arg(long)]
+        offline: bool,
         /// Print the run and do not wait for it.
         #[arg(long)]
         no_wait: bool,

@@ -390,6 +390,8 @@ pub fn done(done: &Done) -> String {
         Outcome::AlreadyUnexported => "was not exported",
         Outcome::DrillEnded => "the clone is gone",
         Outcome::NoDrillKept => "no clone was kept",
+        Outcome::Committed => "the failover is final",
+        Outcome::RolledBack => "the failover was rolled back",
     };
     match &done.detail {
         Some(detail) => format!("{}  {what}: {detail}\n", done.guest),
@@ -518,6 +520,16 @@ pub fn result(run: &Run, paint: Paint) -> String {
             }
             text
         }
+        Some(RunResult::Move(r)) if r.offline => format!(
+            "{} {guest} {} -> {}  switched off  in {}  sent {}  generation {}\nat {}: lifeboat guest start {guest}\n",
+            paint.good("MOVED"),
+            r.from,
+            r.to,
+            units::seconds(r.total_seconds),
+            units::bytes(r.sent_bytes),
+            r.generation,
+            r.to
+        ),
         Some(RunResult::Move(r)) => format!(
             "{} {guest} {} -> {}  after #{}  downtime {}  in {}  sent {}  generation {}\n",
             paint.good("MOVED"),
@@ -531,7 +543,7 @@ pub fn result(run: &Run, paint: Paint) -> String {
         ),
         Some(RunResult::Take(r)) => format!(
             "{} {guest} here after #{}  generation {}\n",
-            paint.good("LIVE"),
+            paint.good(if r.offline { "SWITCHED OFF" } else { "LIVE" }),
             r.epoch,
             r.generation
         ),

@@ -89,6 +89,16 @@ pub async fn run(
             let done = client.unprotect(&name, purge).await?;
             out.result(done, render::done);
         }
+        Verb::Commit { name } => {
+            let done = client.commit(&name).await?;
+            out.result(done, render::done);
+        }
+        Verb::Rollback { name, yes } => {
+            let what = format!("discard what {name} did at this site since its failover");
+            confirm::typed(yes, &name, &what, out)?;
+            let done = client.roll_back(&name).await?;
+            out.result(done, render::done);
+        }
         Verb::Points { name, last } => {
             let mut points = client.points(&name).await?;
             points.points.truncate(last.unwrap_or(usize::MAX));
@@ -108,8 +118,14 @@ pub async fn run(
             };
             failover(client, &name, request, yes, timeout, out).await?;
         }
-        Verb::Move { name, to, no_wait } => {
-            let run = client.move_guest(&name, &MoveRequest { to }).await?;
+        Verb::Move {
+            name,
+            to,
+            offline,
+            no_wait,
+        } => {
+            let request = MoveRequest { to, offline };
+            let run = client.move_guest(&name, &request).await?;
             if no_wait {
                 out.result(run, |run| format!("run {}\n", run.id));
             } else {

@@ -43,6 +43,8 @@ pub struct SiteConfig {
     pub fencing: Option<FencingConfig>,
     /// When this site tries failovers of the guests whose copies it keeps.
     pub drill: DrillConfig,
+    /// How long a failover to this site can be rolled back.
+    pub rollback_window: Duration,
     /// The guests whose home is here, by name.
     pub guests: BTreeMap<GuestId, GuestConfig>,
 }

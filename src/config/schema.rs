@@ -31,6 +31,7 @@ table!(
         defaults: Defaults,
         journal: Journal,
         fencing: Option<Spanned<Fencing>>,
+        failover: Failover,
         drill: Drill,
         guest: Vec<Spanned<Guest>>,
     }
@@ -145,6 +146,12 @@ table!(
     Fencing {
         command: Option<Spanned<Vec<String>>>,
         timeout: Maybe<String>,
+    }
+);
+table!(
+    /// `[failover]`
+    Failover {
+        rollback_window: Maybe<String>,
     }
 );
 table!(

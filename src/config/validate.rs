@@ -124,6 +124,12 @@ pub(super) fn site(raw: schema::File, file: PathBuf, check: &mut Check<'_>) -> O
     let replication = guests::replication(check, "defaults.replication", defaults.clone());
     let fencing = raw.fencing.and_then(|raw| fencing(check, raw));
     let guests = guests::all(check, raw.guest, &peers, &defaults);
+    let rollback_window = check.parsed(
+        "failover.rollback_window",
+        raw.failover.rollback_window,
+        "24h",
+        units::duration,
+    );
     let drill = super::validate_drill::drill(check, raw.drill, &peers, &guests);
     Some(SiteConfig {
         file,
@@ -140,6 +146,7 @@ pub(super) fn site(raw: schema::File, file: PathBuf, check: &mut Check<'_>) -> O
         replication,
         fencing,
         drill,
+        rollback_window: rollback_window.value,
         guests,
     })
 }

@@ -60,6 +60,12 @@ pub trait Backend: Send + Sync + 'static {
         request: FailoverRequest,
     ) -> impl Future<Output = Result<Run, ApiError>> + Send;
 
+    /// Ends the time in which a failover to here can be rolled back.
+    fn commit(&self, guest: &GuestId) -> impl Future<Output = Result<Done, ApiError>> + Send;
+
+    /// Undoes a failover to here: what ran here is discarded, the owner before has the guest again.
+    fn roll_back(&self, guest: &GuestId) -> impl Future<Output = Result<Done, ApiError>> + Send;
+
     /// Gives a running guest to another site, without loss.
     fn move_guest(
         &self,

@@ -98,6 +98,16 @@ impl Client {
         self.post(&verb(guest, "failover"), request).await
     }
 
+    /// Ends the time in which a failover can be rolled back.
+    pub async fn commit(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.post(&verb(guest, "commit"), &Nothing {}).await
+    }
+
+    /// Undoes a failover.
+    pub async fn roll_back(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.post(&verb(guest, "rollback"), &Nothing {}).await
+    }
+
     /// Moves a guest to another site.
     pub async fn move_guest(
         &self,

@@ -173,6 +173,7 @@ fn guests() -> Vec<GuestStatus> {
         obstacle: None,
         differences: None,
         command: None,
+        rollback_until: None,
         warm: None,
         machine: Some(MachineSummary {
             checkpoints: None,
@@ -335,6 +336,24 @@ impl Backend for Fake {
         })
     }
 
+    async fn commit(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.guest(guest)?;
+        Ok(Done {
+            guest: guest.clone(),
+            outcome: Outcome::Committed,
+            detail: None,
+        })
+    }
+
+    async fn roll_back(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        self.guest(guest)?;
+        Ok(Done {
+            guest: guest.clone(),
+            outcome: Outcome::RolledBack,
+            detail: Some("site-b has it again, with generation 9".to_owned()),
+        })
+    }
+
     async fn unprotect(&self, guest: &GuestId, purge: bool) -> Result<Done, ApiError> {
         self.guest(guest)?;
         Ok(Done {
@@ -367,9 +386,10 @@ impl Backend for Fake {
                 to,
                 epoch: Epoch(4711),
                 generation: Generation(8),
-                downtime_seconds: Some(0.043),
+                downtime_seconds: (!request.offline).then_some(0.043),
                 total_seconds: 1.6,
                 sent_bytes: 71 << 20,
+                offline: request.offline,
             };
             run.finish(Ok(RunResult::Move(result)));
         })

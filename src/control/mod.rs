@@ -19,6 +19,7 @@ pub mod exports;
 pub(crate) mod fake;
 mod page;
 pub mod reports;
+pub mod requests;
 pub mod runs;
 pub mod server;
 pub mod socket;

@@ -104,6 +104,9 @@ pub struct MoveReport {
     pub total_seconds: f64,
     /// Bytes sent meanwhile.
     pub sent_bytes: u64,
+    /// It was switched off, and is so there until it is started.
+    #[serde(default)]
+    pub offline: bool,
 }
 
 /// A guest was taken over from the site that gave it away.
@@ -113,6 +116,9 @@ pub struct TakeReport {
     pub epoch: Epoch,
     /// Number of the owner now.
     pub generation: Generation,
+    /// It is switched off, until it is started.
+    #[serde(default)]
+    pub offline: bool,
 }
 
 /// A recovery point was replayed and compared.

@@ -10,6 +10,8 @@
 //! | POST | `/v1/guests/G/unprotect` | `{"purge": bool}` | `lifeboat.done/v1` |
 //! | GET | `/v1/guests/G/points` | | `lifeboat.points/v1` |
 //! | POST | `/v1/guests/G/failover` | `FailoverRequest` | `lifeboat.run/v1`, 202 |
+//! | POST | `/v1/guests/G/commit` | - | `lifeboat.done/v1` |
+//! | POST | `/v1/guests/G/rollback` | - | `lifeboat.done/v1` |
 //! | POST | `/v1/guests/G/move` | `MoveRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/verify` | `{"point": N}` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/test-failover` | `DrillRequest` | `lifeboat.run/v1`, 202 |
@@ -197,6 +199,8 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/guests/{guest}/console", get(console))
         .route("/v1/guests/{guest}/protect", post(protect))
         .route("/v1/guests/{guest}/unprotect", post(unprotect))
+        .route("/v1/guests/{guest}/commit", post(commit))
+        .route("/v1/guests/{guest}/rollback", post(roll_back))
         .route("/v1/guests/{guest}/points", get(points))
         .route("/v1/guests/{guest}/failover", post(failover))
         .route("/v1/guests/{guest}/move", post(move_guest))
@@ -391,6 +395,20 @@ verb!(
     ACCEPTED,
     FailoverRequest,
     |backend, guest, request| backend.failover(&guest, request)
+);
+verb!(
+    commit,
+    "/v1/guests/{guest}/commit",
+    OK,
+    Nothing,
+    |backend, guest, _request| backend.commit(&guest)
+);
+verb!(
+    roll_back,
+    "/v1/guests/{guest}/rollback",
+    OK,
+    Nothing,
+    |backend, guest, _request| backend.roll_back(&guest)
 );
 verb!(
     move_guest,

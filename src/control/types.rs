@@ -18,6 +18,7 @@ pub use super::reports::{
     FailoverReport, JournalCheckReport, JournalRebuildReport, MoveReport, ProtectReport, RunResult,
     TakeReport, VerifyReport,
 };
+pub use super::requests::{FailoverRequest, MoveRequest, ProtectRequest};
 use super::time;
 use crate::clock::Timestamp;
 use crate::guest::RunState;
@@ -166,6 +167,9 @@ pub struct GuestStatus {
     /// What a failover of it would fail of, and what to do, as the standby found out.
     #[serde(default)]
     pub obstacle: Option<String>,
+    /// Until when the failover to this site can be rolled back; `null` if there is none to roll back.
+    #[serde(default, with = "time::option")]
+    pub rollback_until: Option<Timestamp>,
     /// What is different at the standby, and does not matter as far as is known.
     #[serde(default)]
     pub differences: Option<String>,
@@ -376,6 +380,10 @@ pub enum Outcome {
     DrillEnded,
     /// None was kept.
     NoDrillKept,
+    /// The failover cannot be rolled back any more.
+    Committed,
+    /// The failover was rolled back.
+    RolledBack,
 }
 
 /// Where a guest's terminal is.
@@ -394,39 +402,6 @@ pub struct Reloaded {
     pub applied: Vec<String>,
     /// Keys that changed and need a restart of the daemon.
     pub restart_needed: Vec<String>,
-}
-
-/// What to protect a guest with; what is missing comes from the configuration.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ProtectRequest {
-    /// Where to.
-    pub peer: Option<SiteId>,
-    /// Work that may be lost at most.
-    pub rpo_target_seconds: Option<f64>,
-}
-
-/// Body of `move`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MoveRequest {
-    /// Where to; `None`: where the guest is replicated to.
-    #[serde(default)]
-    pub to: Option<SiteId>,
-}
-
-/// How to fail over.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FailoverRequest {
-    /// From this point; the newest one when missing.
-    pub point: Option<Epoch>,
-    /// The operator says that the other site cannot run the guest.
-    #[serde(default)]
-    pub fenced_by_operator: bool,
-    /// Only say what would happen.
-    #[serde(default)]
-    pub dry_run: bool,
 }
 
 /// Identity of a run, ascending with time. Letters, digits and `-` only, so that it may stand in a

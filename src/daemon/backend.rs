@@ -402,6 +402,7 @@ impl Backend for Site {
             // In this order: without a copy no other one is begun.
             self.standbys.close(guest).await;
             self.context.warms.end(guest).await;
+            self.context.arrivals.end(guest).await;
             self.context.metrics.guest(guest).forget_durable();
             leftover::forget_memory(&self.context.state_dir, guest);
             let directory = self.standbys.directory(guest);
@@ -455,6 +456,7 @@ impl Backend for Site {
             from: writer_of(&config, guest),
             fencing: config.fencing.clone(),
             qemu: self.qemu_of(guest),
+            rollback_window: config.rollback_window,
             request,
             asked,
         };
@@ -465,12 +467,29 @@ impl Backend for Site {
         Ok(failover.spawn(run))
     }
 
+    async fn commit(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        let handle = self.active(guest)?;
+        handle.ask(|reply| Order::Commit { reply }).await?;
+        Ok(done(guest, Outcome::Committed))
+    }
+
+    async fn roll_back(&self, guest: &GuestId) -> Result<Done, ApiError> {
+        let handle = self.active(guest)?;
+        let copy = self.copy(guest).await?;
+        let detail = verbs::roll_back(&self.context.env, &handle, copy).await?;
+        Ok(Done {
+            detail: Some(detail),
+            ..done(guest, Outcome::RolledBack)
+        })
+    }
+
     async fn move_guest(&self, guest: &GuestId, request: MoveRequest) -> Result<Run, ApiError> {
         let verb = moving::Move {
             site: self.context.clone(),
             guest: guest.clone(),
             handle: self.active(guest)?,
             to: request.to,
+            offline: request.offline,
         };
         let run = self.runs.begin(Operation::Move, guest)?;
         Ok(verb.spawn(run))

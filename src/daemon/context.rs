@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
+use super::arrivals::Arrivals;
 use super::warm::Warms;
 use crate::clock::Env;
 use crate::config::resolved::{
@@ -44,6 +45,8 @@ pub(super) struct SiteContext {
     pub replication: ReplicationConfig,
     /// QEMUs that wait for guests of other sites.
     pub warms: Warms,
+    /// Guests that are about to come here.
+    pub arrivals: Arrivals,
     /// Replaced at a reload.
     pub dialers: RwLock<BTreeMap<SiteId, Arc<TlsDialer>>>,
 }

@@ -19,7 +19,7 @@ use super::qemu::WaitingQemu;
 use crate::config::resolved::QemuConfig;
 use crate::device_state::DeviceState;
 use crate::guest::any::AnyGuest;
-use crate::guest::builtin::BuiltinGuest;
+use crate::guest::builtin::{BuiltinGuest, Unbooted};
 use crate::guest::qemu::command::{self, Rewrite, Sockets};
 use crate::guest::qemu::machine::Machine;
 use crate::guest::qemu::probe::Mode;
@@ -198,13 +198,14 @@ pub(super) enum Ready {
     Qemu(Box<WaitingQemu>),
 }
 
-/// Makes a guest ready in a process of its own.
+/// Makes a guest ready in a process of its own: the one that waits for it, if one of our monitors does.
 pub(super) async fn ready(
     site: &SiteContext,
     guest: &GuestId,
     hardware: &Hardware,
     state: DeviceState,
     memory: Memory,
+    process: Option<Unbooted>,
 ) -> Result<Ready, GuestError> {
     let run_dir = site.run_dir(guest);
     match hardware {
@@ -213,7 +214,10 @@ pub(super) async fn ready(
                 let why = "only guests of QEMU wait warm";
                 return Err(GuestError::Failed(why.into()));
             };
-            let unbooted = BuiltinGuest::spawn(&site.exe, &run_dir, guest).await?;
+            let unbooted = match process {
+                Some(process) => process,
+                None => BuiltinGuest::spawn(&site.exe, &run_dir, guest).await?,
+            };
             let guest = unbooted.restore(spec, state, ram).await?;
             Ok(Ready::Builtin(Box::new(guest)))
         }

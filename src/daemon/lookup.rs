@@ -4,6 +4,7 @@ use std::path::Path;
 
 use tokio::sync::watch;
 
+use super::arrivals::make_ready;
 use super::backend::Site;
 use super::context::writer_of;
 use super::leftover::Left;
@@ -46,6 +47,7 @@ impl Lookup<DirStore> for Site {
         }
         let failed = |why: String| Refusal::Refused(RefuseReason::JournalFailed, why);
         let standing = self.standing(guest).await.map_err(failed)?;
+        let rolled_back = standing.as_ref().map(|record| record.standing.clone());
         if let Some(record) = standing.filter(|r| r.standing == Standing::Active) {
             if record.generation > open.generation {
                 self.context.metrics.guest(guest).fence_rejection();
@@ -70,6 +72,12 @@ impl Lookup<DirStore> for Site {
             let fenced = self.supervisor(guest).ask(order).await;
             fenced.map_err(|error| failed(error.to_string()))?;
         }
+        if let Some(Standing::RolledBack { to, generation }) = rolled_back
+            && open.generation < generation
+            && to == *peer
+        {
+            return Err(Refusal::Returned { generation });
+        }
         let copy = self.standbys.copy(guest).await.map_err(failed)?;
         if self.demote(copy.clone(), open).await.map_err(failed)? {
             let order = |reply| Order::Withdraw { reply };
@@ -84,7 +92,10 @@ impl Lookup<DirStore> for Site {
         let standing = self.standing(guest).await.ok()??.standing;
         let gone = matches!(
             standing,
-            Standing::Fenced { .. } | Standing::Moved { .. } | Standing::Promoting { .. }
+            Standing::Fenced { .. }
+                | Standing::Moved { .. }
+                | Standing::Promoting { .. }
+                | Standing::RolledBack { .. }
         );
         if !gone || self.supervisor(guest).view.borrow().pid.is_some() {
             return None;
@@ -117,15 +128,18 @@ impl Lookup<DirStore> for Site {
             ));
         }
         let (env, state_dir) = (&self.context.env, self.context.state_dir.clone());
-        env.offload(move || {
-            let replica = lock(&copy);
+        let held = copy.clone();
+        let room = env.offload(move || {
+            let replica = lock(&held);
             let layout = replica
                 .journal()
                 .layout()
                 .ok_or("there is no copy of it here")?;
             room(layout, &state_dir, 0)
-        })
-        .await
+        });
+        room.await?;
+        make_ready(&self.context, guest, copy).await;
+        Ok(())
     }
 
     async fn take(
@@ -145,10 +159,17 @@ impl Lookup<DirStore> for Site {
             guest: guest.clone(),
             copy: copy.clone(),
             handle: self.supervisor(guest),
+            failover: None,
             qemu: self.qemu_of(guest),
         };
         let taken = takeover.carry_out(&run, epoch, generation).await;
-        let result = taken.map(|()| RunResult::Take(TakeReport { epoch, generation }));
+        let result = taken.map(|runs| {
+            RunResult::Take(TakeReport {
+                epoch,
+                generation,
+                offline: !runs,
+            })
+        });
         let text = result.as_ref().err().map(ToString::to_string);
         run.finish(result);
         match text {

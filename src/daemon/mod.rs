@@ -10,6 +10,7 @@
 //!   SIGHUP:  configuration and certificates are read again, as a whole or not at all.
 //! ```
 
+mod arrivals;
 mod backend;
 mod context;
 mod drills;
@@ -178,6 +179,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         exe,
         replication: config.replication,
         warms: warm::Warms::default(),
+        arrivals: arrivals::Arrivals::default(),
         dialers: RwLock::new(transport.dialers),
     });
     let runs = RunBook::new(env, metrics.clone());
@@ -217,6 +219,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         tasks.spawn(listener::accept(site.clone(), listening));
     }
     tasks.spawn(standbys.maintain());
+    arrivals::tidy(&config.state_dir);
     site.start_guests();
     tasks.spawn(refresh(site.clone()));
     tasks.spawn(drills::schedule(site.clone()));

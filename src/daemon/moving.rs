@@ -18,6 +18,8 @@ pub(super) struct Move {
     pub guest: GuestId,
     pub handle: Handle,
     pub to: Option<SiteId>,
+    /// It is switched off.
+    pub offline: bool,
 }
 
 impl Move {
@@ -33,8 +35,6 @@ impl Move {
 
     async fn carry_out(self, run: &RunHandle) -> Result<MoveReport, ApiError> {
         let asked = Instant::now();
-        let metrics = self.site.metrics.guest(&self.guest);
-        let before = metrics.sent_bytes();
         let to = self
             .to
             .clone()
@@ -43,6 +43,35 @@ impl Move {
             ApiError::new(Reason::Usage, "no site is given to move the guest to")
                 .hint("name one with --to")
         })?;
+        if !self.offline {
+            return self.hand_over(run, to, asked).await;
+        }
+        let protected_to = {
+            let view = self.handle.view.borrow();
+            view.record.as_ref().and_then(|r| r.protected_to.clone())
+        };
+        run.step("open the disks");
+        self.handle.ask(|reply| Order::OpenDisks { reply }).await?;
+        let handle = self.handle.clone();
+        let moved = self.hand_over(run, to, asked).await;
+        if moved.is_err() {
+            let close = |reply| Order::CloseDisks {
+                protected_to,
+                reply,
+            };
+            handle.ask(close).await?;
+        }
+        moved
+    }
+
+    async fn hand_over(
+        self,
+        run: &RunHandle,
+        to: SiteId,
+        asked: Instant,
+    ) -> Result<MoveReport, ApiError> {
+        let metrics = self.site.metrics.guest(&self.guest);
+        let before = metrics.sent_bytes();
         let protect = verbs::Protect {
             env: self.site.env.clone(),
             metrics: metrics.clone(),
@@ -60,9 +89,13 @@ impl Move {
             to,
             epoch: moved.epoch,
             generation: moved.generation,
-            downtime_seconds: moved.downtime.map(|d| d.as_secs_f64()),
+            downtime_seconds: match self.offline {
+                true => None,
+                false => moved.downtime.map(|d| d.as_secs_f64()),
+            },
             total_seconds: asked.elapsed().as_secs_f64(),
             sent_bytes: metrics.sent_bytes() - before,
+            offline: self.offline,
         })
     }
 }

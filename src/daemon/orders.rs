@@ -5,12 +5,13 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::hardware::{Hardware, Memory};
-use super::record::GuestRecord;
+use super::record::{FailedOver, GuestRecord};
 use crate::config::resolved::GuestConfig;
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
 use crate::device_state::DeviceState;
 use crate::guest::RunState;
+use crate::guest::builtin::Unbooted;
 use crate::ids::{Epoch, Generation, SiteId};
 use crate::primary::PrimaryStatus;
 
@@ -45,9 +46,20 @@ pub(super) enum Order {
         by: SiteId,
         reply: Reply<()>,
     },
+    /// The failover to here is final.
+    Commit { reply: Reply<()> },
+    /// The failover to here is undone; answered with the owner and its number.
+    RollBack { reply: Reply<(SiteId, Generation)> },
     /// What was begun with `Promote` did not come to an end, and is not to be repeated: the guest was
     /// to be moved here, and its last owner keeps it.
     Withdraw { reply: Reply<()> },
+    /// The guest is switched off: hold its disks, as a guest that stands still.
+    OpenDisks { reply: Reply<()> },
+    /// Let go of them again; the guest is to be replicated to this site when it runs.
+    CloseDisks {
+        protected_to: Option<SiteId>,
+        reply: Reply<()>,
+    },
     /// Give the guest to the site that it is replicated to. Answered when that is done, or undone.
     HandOver { reply: Reply<Moved> },
     /// The configuration changed.
@@ -56,13 +68,23 @@ pub(super) enum Order {
     Shutdown { reply: oneshot::Sender<()> },
 }
 
-/// What a guest is resumed from.
+/// A guest is to be resumed.
 pub(super) struct Resume {
+    pub from: Materialised,
+    /// True if it runs; false if it was switched off.
+    pub reply: Reply<bool>,
+}
+
+/// What a guest is resumed from.
+pub(super) struct Materialised {
     pub generation: Generation,
     pub hardware: Hardware,
     pub state: DeviceState,
     pub memory: Memory,
-    pub reply: Reply<()>,
+    /// The failover that this is, if it can be rolled back.
+    pub failover: Option<FailedOver>,
+    /// One of our monitors that waits for it.
+    pub process: Option<Unbooted>,
 }
 
 /// A guest was given to another site.

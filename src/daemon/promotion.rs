@@ -1,18 +1,20 @@
 //! The failover run: the steps of `failover`, driven at the site that becomes the owner.
 
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::arrivals::{Arrival, ReadyDisks};
 use super::context::SiteContext;
 use super::feeding::FedQemu;
 use super::hardware::{Hardware, Memory};
-use super::orders::{Handle, Order, Resume};
-use super::record::guest_dir;
+use super::orders::{Handle, Materialised, Order, Resume};
+use super::record::{FailedOver, guest_dir};
 use super::standbys::{Shared, lock};
 use super::status::point_status;
+use crate::clock::Timestamp;
 use crate::config::resolved::FencingConfig;
 use crate::control::codes::Reason;
 use crate::control::reports::UNFENCED;
@@ -39,6 +41,8 @@ pub(super) struct Failover {
     pub request: FailoverRequest,
     /// As of [`Takeover`].
     pub qemu: Option<Vec<Rewrite>>,
+    /// How long it can be rolled back.
+    pub rollback_window: Duration,
     /// When the command arrived.
     pub asked: Instant,
 }
@@ -109,7 +113,14 @@ impl Failover {
         report.fence = self.fence(before.next(), loss_seconds).await?;
         run.detail(report.fence.clone());
 
+        let until = now.0.saturating_add(self.rollback_window.as_nanos() as u64);
+        let failover = self.from.clone().map(|from| FailedOver {
+            from,
+            point: point.epoch,
+            until: Timestamp(until),
+        });
         let takeover = Takeover {
+            failover,
             site: self.site.clone(),
             guest: self.guest.clone(),
             copy: self.copy.clone(),
@@ -117,12 +128,19 @@ impl Failover {
             qemu: self.qemu.clone(),
         };
         report.generation_after = takeover.promote(run, point.epoch, before).await?;
-        takeover
+        let runs = takeover
             .resume(run, point.epoch, report.generation_after)
             .await?;
         report.rto_seconds = Some(self.asked.elapsed().as_secs_f64());
 
         run.step("verify");
+        if !runs {
+            run.detail(format!(
+                "the guest was switched off at this point; lifeboat guest start {} boots it",
+                self.guest
+            ));
+            return Ok(RunResult::Failover(report));
+        }
         let state = self.handle.view.borrow().run_state.clone();
         match state {
             Some(RunState::Running) => {
@@ -209,20 +227,22 @@ pub(super) struct Takeover {
     pub guest: GuestId,
     pub copy: Shared,
     pub handle: Handle,
+    /// The failover that this is, if it can be rolled back.
+    pub failover: Option<FailedOver>,
     /// It may be a guest of QEMU, whose old site may have command lines started here, with these
     /// changes.
     pub qemu: Option<Vec<Rewrite>>,
 }
 
 impl Takeover {
-    /// For a guest that its owner gives away: either it runs here under this generation afterwards, or
-    /// nothing has changed and it never will.
+    /// For a guest that its owner gives away: either it is ours under this generation afterwards (true:
+    /// and runs; false: it was switched off), or nothing has changed and it never will.
     pub async fn carry_out(
         &self,
         run: &RunHandle,
         point: Epoch,
         generation: Generation,
-    ) -> Result<(), ApiError> {
+    ) -> Result<bool, ApiError> {
         let taken = self.try_carry_out(run, point, generation).await;
         if taken.is_err() {
             self.handle.ask(|reply| Order::Withdraw { reply }).await?;
@@ -235,7 +255,7 @@ impl Takeover {
         run: &RunHandle,
         point: Epoch,
         generation: Generation,
-    ) -> Result<(), ApiError> {
+    ) -> Result<bool, ApiError> {
         let copy = self.copy.clone();
         let known = self
             .site
@@ -269,13 +289,14 @@ impl Takeover {
         Ok(generation)
     }
 
-    /// Raises the generation of the copy, and runs the guest from the point.
+    /// Raises the generation of the copy, and runs the guest from the point. False if there is nothing
+    /// to run: it was switched off.
     pub async fn resume(
         &self,
         run: &RunHandle,
         point: Epoch,
         generation: Generation,
-    ) -> Result<(), ApiError> {
+    ) -> Result<bool, ApiError> {
         let copy = self.copy.clone();
         let promoting = self
             .site
@@ -286,12 +307,19 @@ impl Takeover {
         if let Some(fed) = self.fed(run, promotion.point.epoch).await {
             let (hardware, memory) = (fed.hardware(), Memory::Fed(Box::new(fed)));
             let state = DeviceState::from_bytes(&promotion.manifest.device_state);
-            let state = state.map_err(failed)?;
+            let from = Materialised {
+                generation,
+                hardware,
+                state: state.map_err(failed)?,
+                memory,
+                failover: self.failover.clone(),
+                process: None,
+            };
             run.step("resume");
-            match self.run_from(generation, hardware, state, memory).await {
-                Ok(()) => {
+            match self.run_from(from).await {
+                Ok(_) => {
                     run.detail("in the QEMU that waited warm");
-                    return Ok(());
+                    return Ok(true);
                 }
                 Err(error) => {
                     // It is gone, the point is as it was, and so is the record.
@@ -301,28 +329,13 @@ impl Takeover {
             }
             run.step("materialise");
         }
-        let (hardware, state, ram) = self.materialise(promotion, generation).await?;
+        let from = self.materialise(run, promotion, generation).await?;
         run.step("resume");
-        self.run_from(generation, hardware, state, Memory::Image(ram))
-            .await
+        self.run_from(from).await
     }
 
-    async fn run_from(
-        &self,
-        generation: Generation,
-        hardware: Hardware,
-        state: DeviceState,
-        memory: Memory,
-    ) -> Result<(), ApiError> {
-        let order = |reply| {
-            Order::Resume(Box::new(Resume {
-                generation,
-                hardware,
-                state,
-                memory,
-                reply,
-            }))
-        };
+    async fn run_from(&self, from: Materialised) -> Result<bool, ApiError> {
+        let order = |reply| Order::Resume(Box::new(Resume { from, reply }));
         self.handle.ask(order).await
     }
 
@@ -347,26 +360,54 @@ impl Takeover {
         }
     }
 
-    /// What the guest's process is started with: machine, device state, memory; its disks are
-    /// written beside the guest's record.
+    /// What the guest is resumed from: machine, device state, memory; its disks are written beside the
+    /// guest's record. What was made ready before is used.
     async fn materialise(
         &self,
+        run: &RunHandle,
         promotion: Promotion,
         generation: Generation,
-    ) -> Result<(Hardware, DeviceState, OwnedFd), ApiError> {
+    ) -> Result<Materialised, ApiError> {
         let manifest = promotion.manifest.clone();
         let ram = promotion.image.fd().try_clone().map_err(failed)?;
         let directory = guest_dir(&self.site.state_dir, &self.guest)
             .join("disks")
             .join(format!("generation-{generation}"));
+        let mut arrival = self.site.arrivals.take(&self.guest);
+        let process = arrival.as_mut().and_then(Arrival::process);
+        let ready = arrival.as_mut().and_then(Arrival::disks);
         let copy = self.copy.clone();
-        let files = self
+        let writing = self
             .site
             .env
-            .offload(move || write_disks(&copy, &promotion, directory))
-            .await?;
-        let (hardware, state) = machine(&manifest, &files, self.qemu.as_deref())?;
-        Ok((hardware, state, ram))
+            .offload(move || write_disks(&copy, &promotion, ready, directory));
+        let written = match writing.await {
+            Ok((files, added)) => {
+                if let Some(after) = added {
+                    run.detail(format!("disks of #{after} were there before"));
+                }
+                machine(&manifest, &files, self.qemu.as_deref())
+            }
+            Err(error) => Err(error),
+        };
+        let (hardware, state) = match written {
+            Ok(machine) => machine,
+            Err(error) => {
+                // The next attempt starts its own.
+                if let Some(process) = process {
+                    process.end().await;
+                }
+                return Err(error);
+            }
+        };
+        Ok(Materialised {
+            generation,
+            hardware,
+            state,
+            memory: Memory::Image(ram),
+            failover: self.failover.clone(),
+            process,
+        })
     }
 }
 
@@ -384,28 +425,46 @@ pub(super) fn machine(
             "if that site is trusted so far: qemu = true in its [peer] here, then lifeboat reload";
         return Err(failed(text).hint(hint));
     }
+    let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
+    let table = table.unwrap_or_default();
+    let hardware = hardware.placed(files, table).map_err(failed)?;
+    // Only now: the files that it named at its old site need not be here.
     if hardware.layout().map_err(failed)? != manifest.layout {
         let text = "the machine of the point has other memory or disks than the point";
         return Err(ApiError::new(Reason::Difference, text));
     }
-    let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
-    let table = table.unwrap_or_default();
-    Ok((hardware.placed(files, table).map_err(failed)?, state))
+    Ok((hardware, state))
 }
 
+/// Writes the disks; or adds what is missing to those that are `ready`, which show a point. The files,
+/// and that point.
 fn write_disks(
     copy: &Shared,
     promotion: &Promotion,
+    ready: Option<ReadyDisks>,
     directory: PathBuf,
-) -> Result<Vec<(DiskId, PathBuf)>, ApiError> {
-    let layout = &promotion.manifest.layout;
+) -> Result<(Vec<(DiskId, PathBuf)>, Option<Epoch>), ApiError> {
+    let (layout, point) = (&promotion.manifest.layout, promotion.point.epoch);
     if layout.regions().len() == layout.ram_regions() {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), None));
+    }
+    if let Some(mut ready) = ready.filter(|ready| ready.files.layout() == layout) {
+        let replica = lock(copy);
+        let journal = replica.journal();
+        let known = match journal.id() == ready.journal {
+            true => journal.replay_after(ready.point, point, &mut ready.files),
+            false => Ok(None),
+        };
+        drop(replica);
+        if known.map_err(failed)?.is_some() {
+            ready.files.move_to(&directory).map_err(failed)?;
+            return Ok((ready.files.finish().map_err(failed)?, Some(ready.point)));
+        }
     }
     let mut disks = DiskFiles::create(layout, &directory).map_err(failed)?;
     lock(copy)
         .journal()
-        .replay(promotion.point.epoch, &mut disks)
+        .replay(point, &mut disks)
         .map_err(failed)?;
-    disks.finish().map_err(failed)
+    Ok((disks.finish().map_err(failed)?, None))
 }

@@ -9,6 +9,9 @@
 //!   Active(g) ── last checkpoint durable there ──▶ Offered(to, g+1) ── it runs there ──▶ Moved(to, g+1)
 //!      ▲                                              │
 //!      └───────────── Active(g+2) ◀── it does not, and promised never to under g+1
+//!
+//!   Active(g+1), failed over ── rollback ──▶ RolledBack(to, g+2)     and there: Active(g) or Fenced
+//!                                                                    ── its word ──▶ Active(g+2)
 //! ```
 //!
 //! The record is written before what it says becomes true: a guest that may run has an `Active`
@@ -20,6 +23,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::hardware::Hardware;
+use crate::clock::Timestamp;
 use crate::durable;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 
@@ -52,6 +56,13 @@ pub enum Standing {
         /// From this checkpoint.
         epoch: Epoch,
     },
+    /// It took the guest over and gave it back: the failover was rolled back.
+    RolledBack {
+        /// To its owner before.
+        to: SiteId,
+        /// Under this number.
+        generation: Generation,
+    },
     /// It gave the guest away.
     Moved {
         /// Who has it.
@@ -59,6 +70,17 @@ pub enum Standing {
         /// Under this number.
         generation: Generation,
     },
+}
+
+/// A failover that was carried out here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedOver {
+    /// The owner before.
+    pub from: SiteId,
+    /// The point that the guest went on from.
+    pub point: Epoch,
+    /// Until then it can be rolled back.
+    pub until: Timestamp,
 }
 
 /// See the module.
@@ -74,6 +96,9 @@ pub struct GuestRecord {
     pub protected_to: Option<SiteId>,
     /// RPO target given at protect time, if it is not the configuration's. Milliseconds.
     pub rpo_target_ms: Option<u64>,
+    /// A failover to here that can be rolled back yet.
+    #[serde(default)]
+    pub failover: Option<FailedOver>,
     /// The machine, when the guest came here by failover and is not configured here.
     pub machine: Option<Hardware>,
 }
@@ -90,6 +115,7 @@ impl GuestRecord {
             generation: Generation(1),
             protected_to: None,
             rpo_target_ms: None,
+            failover: None,
             machine: None,
         }
     }

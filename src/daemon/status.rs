@@ -81,6 +81,8 @@ impl Known<'_> {
         match self.record().map(|r| &r.standing) {
             Some(Standing::Active | Standing::Offered { .. }) => Role::Active,
             Some(Standing::Promoting { .. }) => Role::Standby,
+            // It is a standby as before, whether something arrives or not.
+            Some(Standing::RolledBack { .. }) => Role::Standby,
             Some(Standing::Fenced { .. } | Standing::Moved { .. }) => match &self.copy {
                 Some(Ok(copy)) if copy.receiving => Role::Standby,
                 _ => Role::None,
@@ -228,9 +230,17 @@ impl Known<'_> {
         }
     }
 
+    fn rollback_until(&self) -> Option<Timestamp> {
+        let record = self.record().filter(|r| r.standing == Standing::Active)?;
+        let until = record.failover.as_ref()?.until;
+        (until > self.now).then_some(until)
+    }
+
     fn generation(&self) -> Generation {
         let record = self.record().map_or(Generation(0), |r| match &r.standing {
-            Standing::Fenced { generation, .. } | Standing::Moved { generation, .. } => *generation,
+            Standing::Fenced { generation, .. }
+            | Standing::Moved { generation, .. }
+            | Standing::RolledBack { generation, .. } => *generation,
             _ => r.generation,
         });
         let copy = match &self.copy {
@@ -312,6 +322,7 @@ impl Known<'_> {
             obstacle: readiness.obstacle,
             differences: readiness.differences,
             command: self.command(),
+            rollback_until: self.rollback_until(),
             warm: None,
             machine: view
                 .machine

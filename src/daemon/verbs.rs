@@ -314,3 +314,25 @@ pub(super) fn used(path: &std::path::Path) -> u64 {
         .filter_map(|entry| Some(used(&entry.ok()?.path())))
         .sum()
 }
+
+/// Undoes a failover; says whose the guest is now.
+pub(super) async fn roll_back(
+    env: &Env,
+    handle: &Handle,
+    copy: Shared,
+) -> Result<String, ApiError> {
+    let (to, generation) = handle.ask(|reply| Order::RollBack { reply }).await?;
+    // A standby again, which takes nothing under a lower number any more.
+    let demoting = env.offload(move || {
+        let mut replica = lock(&copy);
+        replica.demote();
+        match replica.journal().generation() < generation {
+            true => replica.journal_mut().raise_generation(generation),
+            false => Ok(()),
+        }
+    });
+    demoting.await.map_err(failed)?;
+    Ok(format!(
+        "site {to} has it again, with generation {generation}"
+    ))
+}

@@ -1,7 +1,8 @@
-//! A guest of either kind, for those who do not care which.
+//! A guest of any kind, for those who do not care which.
 
 use super::RunState;
 use super::builtin::BuiltinGuest;
+use super::builtin::stopped::StoppedGuest;
 use super::qemu::QemuGuest;
 use super::{Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round};
 
@@ -11,28 +12,35 @@ pub enum AnyGuest {
     Builtin(Box<BuiltinGuest>),
     /// Of stock QEMU.
     Qemu(Box<QemuGuest>),
+    /// Switched off.
+    Stopped(Box<StoppedGuest>),
 }
 
-macro_rules! either {
+macro_rules! any {
     ($self:expr, $guest:ident => $call:expr) => {
         match $self {
             Self::Builtin($guest) => $call,
             Self::Qemu($guest) => $call,
+            Self::Stopped($guest) => $call,
         }
     };
 }
 
 impl AnyGuest {
-    /// Its process.
-    pub fn pid(&self) -> u32 {
-        either!(self, guest => guest.pid())
+    /// Its process; `None` if it is switched off.
+    pub fn pid(&self) -> Option<u32> {
+        match self {
+            Self::Builtin(guest) => Some(guest.pid()),
+            Self::Qemu(guest) => Some(guest.pid()),
+            Self::Stopped(_) => None,
+        }
     }
 
     /// Lets go of it in good order; it runs on.
     pub async fn detach(self) -> Result<(), GuestError> {
         match self {
             // The end of the connection is all it needs.
-            Self::Builtin(_) => Ok(()),
+            Self::Builtin(_) | Self::Stopped(_) => Ok(()),
             Self::Qemu(guest) => guest.detach().await,
         }
     }
@@ -40,7 +48,7 @@ impl AnyGuest {
     /// How its checkpoints are taken and why so, where there is a choice.
     pub fn method(&self) -> Option<String> {
         match self {
-            Self::Builtin(_) => None,
+            Self::Builtin(_) | Self::Stopped(_) => None,
             Self::Qemu(guest) => Some(guest.choice().to_string()),
         }
     }
@@ -48,46 +56,46 @@ impl AnyGuest {
 
 impl Guest for AnyGuest {
     fn info(&self) -> &GuestInfo {
-        either!(self, guest => guest.info())
+        any!(self, guest => guest.info())
     }
 
     async fn state(&mut self) -> Result<RunState, GuestError> {
-        either!(self, guest => guest.state().await)
+        any!(self, guest => guest.state().await)
     }
 
     async fn round(&mut self, contents: Contents) -> Result<Round, GuestError> {
-        either!(self, guest => guest.round(contents).await)
+        any!(self, guest => guest.round(contents).await)
     }
 
     async fn cut(&mut self, strategy: CutStrategy) -> Result<Cut, GuestError> {
-        either!(self, guest => guest.cut(strategy).await)
+        any!(self, guest => guest.cut(strategy).await)
     }
 
     fn disk_news(&mut self) -> Option<String> {
-        either!(self, guest => guest.disk_news())
+        any!(self, guest => guest.disk_news())
     }
 
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
-        either!(self, guest => guest.next_chunk().await)
+        any!(self, guest => guest.next_chunk().await)
     }
 
     async fn settle(&mut self, id: CutId, base: Base) -> Result<(), GuestError> {
-        either!(self, guest => guest.settle(id, base).await)
+        any!(self, guest => guest.settle(id, base).await)
     }
 
     async fn give_back(&mut self) -> Result<(), GuestError> {
-        either!(self, guest => guest.give_back().await)
+        any!(self, guest => guest.give_back().await)
     }
 
     async fn pause(&mut self) -> Result<(), GuestError> {
-        either!(self, guest => guest.pause().await)
+        any!(self, guest => guest.pause().await)
     }
 
     async fn resume(&mut self) -> Result<(), GuestError> {
-        either!(self, guest => guest.resume().await)
+        any!(self, guest => guest.resume().await)
     }
 
     async fn stop(&mut self) -> Result<(), GuestError> {
-        either!(self, guest => guest.stop().await)
+        any!(self, guest => guest.stop().await)
     }
 }

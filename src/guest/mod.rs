@@ -15,7 +15,8 @@
 //! The adapter may not lose a dirty bit, whatever fails: a page whose content was not handed out and
 //! settled is dirty. Handing a page out twice is harmless.
 //!
-//! Adapters: `builtin` (our monitor, one process per guest), `fake` (deterministic, for the
+//! Adapters: `builtin` (our monitor, one process per guest; and guests of it that are switched off),
+//! `qemu`, `fake` (deterministic, for the
 //! simulator).
 
 pub mod fake;

@@ -12,6 +12,7 @@
 use std::collections::BTreeSet;
 
 use super::base::{self, Base, CHUNK_PAGES, Stored};
+use super::catalogue::FrameInfo;
 use super::error::JournalError;
 use super::open::Journal;
 use super::recover::verify_frame;
@@ -37,8 +38,49 @@ impl<S: Store> Journal<S> {
         if start.is_none() {
             suspects = load_base(&Base::open(&self.store, layout, false)?, image)?;
         }
+        let frames = &self.frames[start.unwrap_or(0)..=end];
+        let manifest = self.apply_frames(frames, &mut suspects, image)?;
+        none_left(&suspects)?;
+        Ok(manifest)
+    }
+
+    /// Applies what changed after point `after`, up to point `upto`, to an image that shows `after`, and
+    /// returns the manifest of `upto`. `None`, with the image as it was: the journal does not know the
+    /// difference (a full copy came between, or `after` was merged into a later point).
+    pub fn replay_after(
+        &self,
+        after: Epoch,
+        upto: Epoch,
+        image: &mut dyn PageImage,
+    ) -> Result<Option<Manifest>, JournalError> {
+        self.usable()?;
+        let end = self.frame(upto)?;
+        if after == upto {
+            return self.manifest_of(&self.frames[end]).map(Some);
+        }
+        let mut first = self.frames[..=end].iter();
+        let first = first.position(|f| f.prev_epoch == after && f.epoch > after);
+        let frames = first.map(|first| &self.frames[first..=end]);
+        let Some(frames) = frames.filter(|frames| frames.iter().all(|f| !f.full)) else {
+            return Ok(None);
+        };
+        let joined = |two: &[FrameInfo]| two[1].prev_epoch == two[0].epoch;
+        assert!(frames.windows(2).all(joined), "frames follow each other");
+        let mut none = BTreeSet::new();
+        self.apply_frames(frames, &mut none, image).map(Some)
+    }
+
+    /// Applies these frames, which follow each other; the manifest of the last one.
+    fn apply_frames(
+        &self,
+        frames: &[FrameInfo],
+        suspects: &mut BTreeSet<PageAddr>,
+        image: &mut dyn PageImage,
+    ) -> Result<Manifest, JournalError> {
+        let layout = self.layout.as_ref().expect("a point has a layout");
+        let upto = frames.last().expect("there is one").epoch;
         let mut manifest = None;
-        for info in &self.frames[start.unwrap_or(0)..=end] {
+        for info in frames {
             let folding = info.epoch <= self.super_.floor;
             let mut number = 0;
             let (header, footer) = verify_frame(&self.segments, &info.parts, &mut |view| {
@@ -51,7 +93,7 @@ impl<S: Store> Journal<S> {
                     other => JournalError::corrupt(info.parts[number].to_string(), other),
                 };
                 view.check_layout(layout).map_err(damaged)?;
-                clear_suspects(&mut suspects, view, folding);
+                clear_suspects(suspects, view, folding);
                 view.apply(image).map_err(damaged)?;
                 number += 1;
                 if info.epoch == upto && view.footer().is_some() {
@@ -64,7 +106,6 @@ impl<S: Store> Journal<S> {
                 return Err(JournalError::corrupt(place, "its root is another one"));
             }
         }
-        none_left(&suspects)?;
         let manifest = manifest.expect("the last part of the last frame has one");
         if manifest.layout != *layout {
             return Err(JournalError::LayoutChanged);

@@ -205,7 +205,10 @@ impl Batch<'_> {
                 self.client.failover(guest, &request).await
             }
             Act::Move { to } => {
-                let request = MoveRequest { to: to.clone() };
+                let request = MoveRequest {
+                    to: to.clone(),
+                    offline: false,
+                };
                 self.client.move_guest(guest, &request).await
             }
             Act::Test => {

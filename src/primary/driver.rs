@@ -44,6 +44,7 @@ pub async fn run<G: Guest, D: Dialer>(
         let given_back = engine.give_back().await;
         let why = match end {
             SessionEnd::Fenced { generation, site } => break Outcome::Fenced { generation, site },
+            SessionEnd::Returned { generation } => break Outcome::Returned { generation },
             SessionEnd::Drained => break Outcome::Drained,
             SessionEnd::GuestEnded(state) => break Outcome::GuestEnded(state),
             SessionEnd::HandedOver { .. } => unreachable!("seen by `handed`"),
@@ -134,9 +135,10 @@ async fn attempt<G: Guest>(
     // A session that came up was counted then.
     if !engine.status.borrow().link_up {
         engine.meters.peer.connect(match &end {
-            SessionEnd::Refused(_) | SessionEnd::Active(_) | SessionEnd::Fenced { .. } => {
-                ConnectResult::Refused
-            }
+            SessionEnd::Refused(_)
+            | SessionEnd::Active(_)
+            | SessionEnd::Fenced { .. }
+            | SessionEnd::Returned { .. } => ConnectResult::Refused,
             _ => ConnectResult::Unreachable,
         });
     }
@@ -158,6 +160,11 @@ pub enum Ownership {
         /// Who holds it.
         site: SiteId,
     },
+    /// It was failed over, and is given back under this number.
+    Returned {
+        /// The owner's number.
+        generation: Generation,
+    },
     /// It runs there, under a number that is not higher than the one it was asked with.
     Theirs,
     /// It cannot be asked, and why.
@@ -176,6 +183,7 @@ pub async fn ask_owner(
     match session::inquire(env, dialer, options, layout, machine).await {
         Ok(_) => Ownership::Ours,
         Err(SessionEnd::Fenced { generation, site }) => Ownership::Fenced { generation, site },
+        Err(SessionEnd::Returned { generation }) => Ownership::Returned { generation },
         Err(SessionEnd::Active(_)) => Ownership::Theirs,
         Err(end) => Ownership::Unknown(end.to_string()),
     }

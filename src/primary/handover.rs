@@ -35,8 +35,8 @@ use crate::wire::message::ToStandby;
 
 /// Time for checkpoints on their way before the last one, and for the last one itself.
 const DURABLE_WITHIN: Duration = Duration::from_secs(20);
-/// Time for the standby to look whether it can take the guest.
-const PREPARED_WITHIN: Duration = Duration::from_secs(60);
+/// Time for the standby to look whether it can take the guest, and to write its disks beforehand.
+const PREPARED_WITHIN: Duration = Duration::from_secs(900);
 
 /// A handover that was asked for.
 pub(super) struct Handover {

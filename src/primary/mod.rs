@@ -8,8 +8,8 @@
 //!   │                                  full
 //!   └── backoff ◀── link lost: open cut ended, unsettled bits dirty again, shadow forgotten for them
 //!
-//!  ends with: Fenced (a higher generation exists) | Drained (asked to) | GuestEnded |
-//!             HandedOver | InDoubt (see handover.rs)
+//!  ends with: Fenced (a higher generation exists) | Returned (a failover was rolled back) |
+//!             Drained (asked to) | GuestEnded | HandedOver | InDoubt (see handover.rs)
 //! ```
 //!
 //! Invariants:
@@ -135,6 +135,11 @@ pub enum Outcome {
         generation: Generation,
         /// Who holds it.
         site: SiteId,
+    },
+    /// The other site, which had taken the guest over, gives it back under this number.
+    Returned {
+        /// The owner's number.
+        generation: Generation,
     },
     /// It was asked to end.
     Drained,

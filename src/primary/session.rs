@@ -36,6 +36,8 @@ pub(super) enum SessionEnd {
         generation: Generation,
         site: SiteId,
     },
+    /// The guest is ours again under this number, by the standby's word.
+    Returned { generation: Generation },
     /// Asked to end, and done.
     Drained,
     /// The standby runs the guest.
@@ -52,6 +54,12 @@ impl std::fmt::Display for SessionEnd {
             }
             Self::Fenced { generation, site } => {
                 write!(f, "site {site} owns the guest with generation {generation}")
+            }
+            Self::Returned { generation } => {
+                write!(
+                    f,
+                    "the standby gives the guest back with generation {generation}"
+                )
             }
             Self::Drained => f.write_str("it was asked to end"),
             Self::HandedOver { .. } => f.write_str("the guest was handed over"),
@@ -217,6 +225,7 @@ fn event(message: ToPrimary) -> Option<Event> {
         ToPrimary::Fenced { generation, site } => {
             Event::End(SessionEnd::Fenced { generation, site })
         }
+        ToPrimary::Returned { generation } => Event::End(SessionEnd::Returned { generation }),
         ToPrimary::Refused {
             reason: RefuseReason::Active,
             text,

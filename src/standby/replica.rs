@@ -490,6 +490,11 @@ impl<S: Store> Replica<S> {
         let (epoch, expected) = (view.header().epoch, footer.root);
         self.shows = None;
         let mut image = self.image.take().expect("an open session has an image");
+        if view.header().full {
+            // As the journal replays it: nothing of before shows through.
+            drop(image);
+            image = Image::new(&manifest.layout)?;
+        }
         // From here on the image is not the newest point's any more; it is put back only when the
         // frame is durable.
         let teller = self.teller.as_ref().filter(|teller| teller.wanted());

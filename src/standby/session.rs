@@ -25,6 +25,11 @@ pub enum Refusal {
         /// The higher generation.
         generation: Generation,
     },
+    /// The guest is the primary's again, under this generation.
+    Returned {
+        /// The owner's number.
+        generation: Generation,
+    },
     /// Something an operator has to change.
     Refused(RefuseReason, String),
 }
@@ -155,6 +160,9 @@ async fn answer(
             generation: *generation,
             site: site.clone(),
         },
+        SessionEnd::Refused(Refusal::Returned { generation }) => ToPrimary::Returned {
+            generation: *generation,
+        },
         SessionEnd::Refused(Refusal::Refused(reason, text)) => ToPrimary::Refused {
             reason: *reason,
             text: text.clone(),
@@ -217,9 +225,16 @@ async fn receive<S: Store>(
     lookup: &impl Lookup<S>,
 ) -> Result<std::convert::Infallible, SessionEnd> {
     let mut readiness = lookup.readiness(&opened.guest);
+    let mut preparing = None;
     loop {
         let message = tokio::select! {
             message = rx.recv() => message?,
+            prepared = prepared(&mut preparing) => {
+                preparing = None;
+                let refused = prepared.err();
+                tx.send(ToPrimary::Prepared { refused }).await?;
+                continue;
+            }
             now = changed(&mut readiness) => {
                 tx.send(ToPrimary::Readiness(now)).await?;
                 continue;
@@ -237,9 +252,10 @@ async fn receive<S: Store>(
                 let leftover = opened.leftover.take();
                 compare::answer(env, &opened.replica, opened.session, tx, epoch, leftover).await?;
             }
+            // Checkpoints go on meanwhile.
             ToStandby::Prepare => {
-                let refused = lookup.prepare(&opened.guest).await.err();
-                tx.send(ToPrimary::Prepared { refused }).await?;
+                let guest = opened.guest.clone();
+                preparing = Some(Box::pin(async move { lookup.prepare(&guest).await }));
             }
             ToStandby::Take { epoch, generation } => {
                 let refused = match generation > opened.generation {
@@ -255,6 +271,16 @@ async fn receive<S: Store>(
                 return Err(SessionEnd::Link("the primary spoke out of turn".into()));
             }
         }
+    }
+}
+
+/// The end of the preparations; never, if there are none.
+async fn prepared<F: Future<Output = Result<(), String>> + Unpin>(
+    preparing: &mut Option<F>,
+) -> Result<(), String> {
+    match preparing {
+        Some(preparing) => preparing.await,
+        None => std::future::pending().await,
     }
 }
 

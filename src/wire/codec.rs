@@ -23,7 +23,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::limits::{self, Bounds, HEADER_BYTES};
-use super::message::{Readiness, ToPrimary, ToStandby};
+use super::message::{Opened, Readiness, ToPrimary, ToStandby};
 use crate::clock::Timestamp;
 
 /// Bytes that are no message, and why.
@@ -197,6 +197,7 @@ mod kind {
     pub const INCOMPARABLE: u8 = 0x8c;
     pub const READINESS: u8 = 0x8d;
     pub const GROUND: u8 = 0x8e;
+    pub const RETURNED: u8 = 0x90;
 }
 
 impl Message for ToStandby {
@@ -278,10 +279,11 @@ impl Message for ToPrimary {
     fn bounds(kind: u8) -> Option<Bounds> {
         Some(match kind {
             kind::HELLO_REPLY => Bounds::control(5, limits::HELLO_BYTES_MAX),
-            kind::OPENED => Bounds::control(20, limits::SMALL_BYTES_MAX),
+            kind::OPENED => Bounds::control(19, limits::SMALL_BYTES_MAX),
             kind::ACK => Bounds::control(34, limits::SMALL_BYTES_MAX),
             kind::MISMATCH => Bounds::control(65, limits::SMALL_BYTES_MAX),
             kind::FENCED => Bounds::control(3, limits::SMALL_BYTES_MAX),
+            kind::RETURNED => Bounds::control(1, limits::SMALL_BYTES_MAX),
             kind::REFUSED => Bounds::control(2, limits::TEXT_MESSAGE_BYTES_MAX),
             kind::ABANDONED => Bounds::control(2, limits::TEXT_MESSAGE_BYTES_MAX),
             kind::FINGERPRINTS => Bounds::control(2, limits::CONTROL_BYTES_MAX),
@@ -301,7 +303,12 @@ impl Message for ToPrimary {
                 reply.build = limits::cut_text(reply.build, limits::BUILD_BYTES_MAX);
                 (kind::HELLO_REPLY, to_body(&reply))
             }
-            Self::Opened(opened) => (kind::OPENED, to_body(&opened)),
+            Self::Opened(opened) => {
+                let mut body = to_body(&opened);
+                // Came later, and only to primaries that have nothing else to go on.
+                body.extend(opened.ground.then_some(GROUND_FOLLOWS));
+                (kind::OPENED, body)
+            }
             Self::Ack {
                 epoch,
                 root,
@@ -313,6 +320,7 @@ impl Message for ToPrimary {
                 found,
             } => (kind::MISMATCH, to_body(&(epoch, expected, found))),
             Self::Fenced { generation, site } => (kind::FENCED, to_body(&(generation, site))),
+            Self::Returned { generation } => (kind::RETURNED, to_body(&generation)),
             Self::Refused { reason, text } => (kind::REFUSED, to_body(&(reason, cut(text)))),
             Self::Abandoned { epoch, text } => (kind::ABANDONED, to_body(&(epoch, cut(text)))),
             Self::Fingerprints { first, pages } => (kind::FINGERPRINTS, to_body(&(first, pages))),
@@ -339,7 +347,16 @@ impl Message for ToPrimary {
     fn decode(header: Header, body: Vec<u8>) -> Result<Self, WireError> {
         Ok(match header.kind {
             kind::HELLO_REPLY => Self::Hello(extensible(header, &body)?),
-            kind::OPENED => Self::Opened(exact(header, &body)?),
+            kind::OPENED => {
+                let ground = body.len() > 1 && body.last() == Some(&GROUND_FOLLOWS);
+                let first = exact(header, &body);
+                let (opened, ground): (Opened, bool) = match first {
+                    Ok(opened) => (opened, false),
+                    Err(_) if ground => (exact(header, &body[..body.len() - 1])?, true),
+                    Err(error) => return Err(error),
+                };
+                Self::Opened(Opened { ground, ..opened })
+            }
             kind::ACK => {
                 let (epoch, root, durable_at) = exact(header, &body)?;
                 Self::Ack {
@@ -356,6 +373,9 @@ impl Message for ToPrimary {
                     found,
                 }
             }
+            kind::RETURNED => Self::Returned {
+                generation: exact(header, &body)?,
+            },
             kind::FENCED => {
                 let (generation, site) = exact(header, &body)?;
                 Self::Fenced { generation, site }
@@ -415,6 +435,9 @@ fn encoded<M: Message>(kind: u8, body: Vec<u8>) -> Result<Encoded, WireError> {
     let header = Header::bounded(kind, body.len(), bounds)?.to_bytes();
     Ok(Encoded { header, body })
 }
+
+/// Behind the body of `Opened`: there is ground.
+const GROUND_FOLLOWS: u8 = 1;
 
 fn extensible<T: DeserializeOwned>(header: Header, body: &[u8]) -> Result<T, WireError> {
     let decoded = postcard::take_from_bytes(body);

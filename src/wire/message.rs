@@ -80,6 +80,7 @@ pub struct Opened {
     /// The highest epoch it has ever seen, complete or not. New checkpoints are numbered above it.
     pub highest_epoch: Epoch,
     /// There is no point, but something of the guest to compare with: see [`ToPrimary::Ground`].
+    #[serde(skip)]
     pub ground: bool,
 }
 
@@ -237,6 +238,12 @@ pub enum ToPrimary {
         generation: Generation,
         /// Where it is.
         site: SiteId,
+    },
+    /// The guest is the primary's again under this number: the site that had taken it over gives it
+    /// back, and never runs it under a lower one.
+    Returned {
+        /// The owner's number.
+        generation: Generation,
     },
     /// The standby does not go on with this link, and closes it.
     Refused {

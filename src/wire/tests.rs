@@ -106,6 +106,16 @@ fn to_primary() -> Vec<(&'static str, ToPrimary)> {
                 generation: Generation(1),
                 newest: None,
                 highest_epoch: Epoch(0),
+                ground: false,
+            }),
+        ),
+        (
+            "opened-ground",
+            ToPrimary::Opened(Opened {
+                journal: JournalId([0x22; 16]),
+                generation: Generation(1),
+                newest: None,
+                highest_epoch: Epoch(7),
                 ground: true,
             }),
         ),
@@ -137,6 +147,12 @@ fn to_primary() -> Vec<(&'static str, ToPrimary)> {
             ToPrimary::Fenced {
                 generation: Generation(4),
                 site: site("site-b"),
+            },
+        ),
+        (
+            "returned",
+            ToPrimary::Returned {
+                generation: Generation(5),
             },
         ),
         (

@@ -174,3 +174,91 @@ fn a_guest_of_1_gib_is_back_within_seconds() {
     console.advances();
     assert_ne!(report.point.epoch, Epoch(0));
 }
+
+#[test]
+fn a_failover_can_be_rolled_back_for_a_while() {
+    if !kvm("a_failover_can_be_rolled_back_for_a_while") {
+        return;
+    }
+    // The old site lives, unseen: only its daemon is gone, or the guest too.
+    for guest_lives in [true, false] {
+        let mut pair = Pair::protected(Options::default());
+        let before = pair.a.console();
+        before.advances();
+        pair.more_points(3);
+        let vmm = pair.a.vmm();
+        match guest_lives {
+            true => pair.a.kill(),
+            false => disaster(&mut pair),
+        }
+        pair.failover(&[]).failover();
+        pair.runs_on_clean(&pair.b.console());
+        let status = pair.at_b();
+        assert!(status.rollback_until.is_some(), "{status:?}");
+        let resumed = pair.b.vmm();
+
+        let unasked = pair.b.cli(&["rollback", GUEST]).error(4);
+        assert_eq!(unasked.reason, Reason::NotConfirmed);
+        pair.b.ok(&["rollback", GUEST, "--yes"]);
+        pair.b.gone(resumed);
+        let status = pair.at_b();
+        assert_eq!((status.role, status.pid), (Role::Standby, None));
+        assert_eq!(status.generation, Generation(3));
+        assert!(status.rollback_until.is_none());
+        let again = pair.b.cli(&["rollback", GUEST, "--yes"]).error(4);
+        assert_eq!(again.reason, Reason::WrongState);
+        let start = pair.b.cli(&["guest", "start", GUEST]);
+        assert_eq!(start.code, 4, "it is the other site's: {start:?}");
+
+        pair.a.start();
+        if guest_lives {
+            // Nobody stopped it at any time.
+            wait("it is its own again", || {
+                let status = pair.at_a();
+                (status.generation == Generation(3) && status.state == GuestState::Protected)
+                    .then_some(())
+            });
+            assert_eq!(pair.a.vmm(), vmm);
+        } else {
+            pair.a.ok(&["guest", "start", GUEST]);
+            wait("it is protected again", || {
+                (pair.at_a().state == GuestState::Protected).then_some(())
+            });
+            assert_eq!(pair.at_a().generation, Generation(3));
+        }
+        let newest = pair.acked().unwrap();
+        pair.point_after(newest);
+        pair.b.verify(&[]);
+        assert_eq!(pair.a.console().heard().errors, 0);
+
+        // The next failover is one like any other.
+        disaster(&mut pair);
+        let report = pair.failover(&[]).failover();
+        assert_eq!(report.generation_after, Generation(4));
+        pair.runs_on_clean(&pair.b.console());
+        pair.b.ok(&["commit", GUEST]);
+        let late = pair.b.cli(&["rollback", GUEST, "--yes"]).error(4);
+        assert_eq!(late.reason, Reason::WrongState);
+    }
+}
+
+#[test]
+fn a_failover_is_not_rolled_back_when_its_time_is_over() {
+    if !kvm("a_failover_is_not_rolled_back_when_its_time_is_over") {
+        return;
+    }
+    let mut pair = Pair::new(Options::default());
+    pair.b.edit(
+        "[journal]",
+        "[failover]\nrollback_window = \"1ms\"\n[journal]",
+    );
+    pair.protect();
+    pair.a.console().advances();
+    disaster(&mut pair);
+    pair.failover(&[]).failover();
+    let late = pair.b.cli(&["rollback", GUEST, "--yes"]).error(4);
+    assert_eq!(late.reason, Reason::WrongState);
+    assert!(late.message.contains("was over"), "{late:?}");
+    assert_eq!(pair.at_b().role, Role::Active);
+    pair.runs_on_clean(&pair.b.console());
+}

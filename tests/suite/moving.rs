@@ -27,18 +27,16 @@ fn report(ran: &Ran) -> MoveReport {
     }
 }
 
-fn quantile(sorted: &[f64], share: f64) -> f64 {
+/// Of values in ascending order.
+pub fn quantile(sorted: &[f64], share: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * share).round() as usize]
 }
 
-#[test]
-fn a_guest_moves_there_and_back_without_loss() {
-    if !kvm("a_guest_moves_there_and_back_without_loss") {
-        return;
-    }
-    let pair = Pair::protected(Options::default());
+/// Moves the guest to and fro, and checks after each that it is where it should be and lost nothing. The
+/// downtimes, in seconds.
+pub fn moves(pair: &Pair, count: u64) -> Vec<f64> {
     let mut downtimes = Vec::new();
-    for number in 0..count(MOVES) {
+    for number in 0..count {
         let (from, to) = match number % 2 {
             0 => (&pair.a, &pair.b),
             _ => (&pair.b, &pair.a),
@@ -68,6 +66,16 @@ fn a_guest_moves_there_and_back_without_loss() {
         );
         downtimes.push(moved.downtime_seconds.expect("the answer came"));
     }
+    downtimes
+}
+
+#[test]
+fn a_guest_moves_there_and_back_without_loss() {
+    if !kvm("a_guest_moves_there_and_back_without_loss") {
+        return;
+    }
+    let pair = Pair::protected(Options::default());
+    let mut downtimes = moves(&pair, count(MOVES));
     downtimes.sort_by(f64::total_cmp);
     println!(
         "{} moves: downtime p50 {:.1} ms, p99 {:.1} ms",
@@ -78,6 +86,72 @@ fn a_guest_moves_there_and_back_without_loss() {
     // Moved away is moved away.
     let refused = pair.b.cli(&["guest", "start", GUEST]);
     assert_eq!(refused.code, 4, "{refused:?}");
+}
+
+/// The file of the guest's disk at a site that it came to.
+fn disk(site: &Site, generation: u64) -> std::path::PathBuf {
+    let disks = site.state().join("guests").join(GUEST).join("disks");
+    disks.join(format!("generation-{generation}/root.img"))
+}
+
+#[test]
+fn a_guest_that_is_switched_off_moves_and_is_started_on_demand() {
+    if !kvm("a_guest_that_is_switched_off_moves_and_is_started_on_demand") {
+        return;
+    }
+    let mut pair = Pair::new(Options::default());
+    pair.b.start();
+    pair.a.start();
+    pair.a.ok(&["guest", "start", GUEST]);
+    pair.a.console().advances();
+    let args = ["--timeout", "60s", "move", GUEST, "--to", "site-b"];
+    let offline = [&args[..], &["--offline"]].concat();
+    let refused = pair.a.cli(&offline).error(4);
+    assert!(refused.hint.unwrap().contains("guest stop"), "it runs");
+    pair.a.ok(&["guest", "stop", GUEST]);
+    assert_eq!(pair.a.cli(&args).code, 4, "there is nothing to move live");
+
+    // A target that is not there leaves it as it was.
+    pair.b.terminate();
+    let ran = pair.a.cli(&[&["--timeout", "3s"], &offline[2..]].concat());
+    assert_eq!(ran.code, 8, "{ran:?}");
+    let busy = pair.a.cli(&["guest", "start", GUEST]);
+    assert_eq!(busy.code, 4, "it is being moved: {busy:?}");
+    pair.b.start();
+    wait("it is there after all", || {
+        (pair.at_b().role == Role::Active).then_some(())
+    });
+    let content = std::fs::read(pair.a.dir().join("root.img")).unwrap();
+    assert!(content.iter().any(|b| *b != 0));
+    assert!(std::fs::read(disk(&pair.b, 2)).unwrap() == content);
+    let (old, new) = (pair.at_a(), pair.at_b());
+    assert_ne!(old.role, Role::Active);
+    assert_eq!((old.pid, new.pid, new.run_state), (None, None, None));
+    assert_eq!(pair.a.cli(&["guest", "start", GUEST]).code, 4, "moved away");
+
+    // And back, by difference.
+    let back = [
+        "--timeout",
+        "60s",
+        "move",
+        GUEST,
+        "--to",
+        "site-a",
+        "--offline",
+    ];
+    let moved = report(&pair.b.ok(&back));
+    assert!(
+        moved.offline && moved.downtime_seconds.is_none(),
+        "{moved:?}"
+    );
+    assert!(
+        moved.sent_bytes < content.len() as u64 / 4,
+        "{} bytes are sent of a disk that is there",
+        moved.sent_bytes
+    );
+    assert!(std::fs::read(disk(&pair.a, 3)).unwrap() == content);
+    pair.a.ok(&["guest", "start", GUEST]);
+    pair.runs_clean(&pair.a.console());
 }
 
 /// True if the guest runs at this site, as far as its daemon can be asked.

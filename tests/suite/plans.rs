@@ -243,3 +243,61 @@ timeout = "60s"
             .is_some_and(|hint| hint.contains("--skip g/probe/1"))
     );
 }
+
+/// A move that fails ends an evacuation, unless it is to go on; a plan moves guests and tries them.
+#[test]
+fn a_failing_move_ends_an_evacuation_and_plans_move_and_test() {
+    let test = "a_failing_move_ends_an_evacuation_and_plans_move_and_test";
+    if !kvm(test) {
+        return;
+    }
+    let pair = two_guests();
+    pair.a.ok(&["--timeout", "60s", "protect", OTHER]);
+    let plan = pair.root().join("pair.toml").display().to_string();
+    let text = format!(
+        "name = \"pair\"\n[[group]]\nname = \"all\"\nguests = [\"{GUEST}\", \"{OTHER}\"]\n"
+    );
+    fs::write(&plan, text).unwrap();
+
+    // Tried at the standby, while both run.
+    let ran = pair
+        .b
+        .ok(&["plan", "run", &plan, "--mode", "test", "--yes"]);
+    let report = document(&ran, "lifeboat.plan_run/v1");
+    assert_eq!(report["outcome"], "ok", "{report}");
+    assert!(runs(&pair.a, GUEST) && runs(&pair.a, OTHER));
+    assert!(!runs(&pair.b, GUEST) && !runs(&pair.b, OTHER));
+
+    // There is nothing to move of a guest whose process was killed.
+    let dead = guest(&pair.a, OTHER).pid.unwrap();
+    kill_now(&[dead]);
+    pair.a.gone(dead);
+    wait("the end is seen", || (!runs(&pair.a, OTHER)).then_some(()));
+    let args = ["--timeout", "60s", "evacuate", "--to", "site-b"];
+    let evacuate = |more: &[&str]| pair.a.cli(&[&args, more].concat());
+    let ran = evacuate(&[OTHER, GUEST]);
+    assert_ne!(ran.code, 0, "{ran:?}");
+    let shown = expected(&[(OTHER, "failed"), (GUEST, "not_tried")]);
+    assert_eq!(outcomes(&ran), shown, "{ran:?}");
+    assert!(runs(&pair.a, GUEST));
+    let ran = evacuate(&["--keep-going", OTHER, GUEST]);
+    ran.error(3);
+    let shown = expected(&[(OTHER, "failed"), (GUEST, "moved")]);
+    assert_eq!(outcomes(&ran), shown, "{ran:?}");
+    assert!(runs(&pair.b, GUEST) && !runs(&pair.a, GUEST));
+
+    // Home again, and both by plan.
+    let home = ["--timeout", "60s", "move", GUEST, "--to", "site-a"];
+    pair.b.ok(&home);
+    pair.a.ok(&["guest", "start", OTHER]);
+    for name in [GUEST, OTHER] {
+        pair.a
+            .ok(&["--timeout", "60s", "protect", name, "--peer", "site-b"]);
+    }
+    let args = ["--timeout", "60s", "plan", "run", &plan, "--mode", "move"];
+    let ran = pair.a.ok(&[&args[..], &["--yes"]].concat());
+    let report = document(&ran, "lifeboat.plan_run/v1");
+    assert_eq!(report["outcome"], "ok", "{report}");
+    assert!(runs(&pair.b, GUEST) && runs(&pair.b, OTHER));
+    pair.runs_on_clean(&pair.b.console());
+}

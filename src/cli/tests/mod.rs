@@ -138,6 +138,9 @@ const CASES: &[(&str, &str, ExitCode)] = &[
         "protect slow1 --timeout 1ms",
         ExitCode::StillRunning,
     ),
+    ("commit", "commit db1", ExitCode::Ok),
+    ("rollback-unasked", "rollback db1", ExitCode::Refused),
+    ("rollback-yes", "rollback db1 --yes", ExitCode::Ok),
     ("unprotect", "unprotect db1", ExitCode::Ok),
     (
         "unprotect-purge-unasked",

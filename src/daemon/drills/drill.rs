@@ -26,6 +26,7 @@ use crate::device_state::DeviceState;
 use crate::failover::SparseDisks;
 use crate::frame::PageImage;
 use crate::guest::builtin::BuiltinGuest;
+use crate::guest::builtin::stopped::is_stopped;
 use crate::guest::qemu::command::Rewrite;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, GuestId};
@@ -274,6 +275,11 @@ fn replay(
     }
     let files: Vec<(_, PathBuf)> = image.disks.finish().map_err(failed)?;
     let (hardware, state) = machine(&manifest, &files, table)?;
+    if is_stopped(&state) {
+        let text = format!("the guest was switched off at point #{}", point.epoch);
+        return Err(ApiError::new(Reason::WrongState, text)
+            .hint("there is nothing to resume; choose another point with --point N"));
+    }
     let ram = image.ram.fd().try_clone().map_err(failed)?;
     Ok(Clone {
         point,

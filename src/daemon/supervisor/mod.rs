@@ -6,12 +6,15 @@
 //!     ▲                               │  ▲                             │
 //!     └────────── stop ───────────────┘  └── unprotect, guest ended ───┤
 //!     └────────── fenced: record first, then the guest is stopped ─────┤
-//!     └────────── moved: see moving.rs ─────────────────────────────────┘
+//!     └────────── moved: see moving.rs ─────────────────────────────────┤
+//!     └────────── rolled back: see rollback.rs ─────────────────────────┘
 //! ```
 
 mod moving;
+mod offline;
 mod owning;
 mod protecting;
+mod rollback;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +26,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::context::{SiteContext, machine_spec};
 use super::hardware::{self, Hardware};
 use super::leftover;
-use super::orders::{Handle, Order, Resume, View};
+use super::orders::{Handle, Order, View};
 use super::record::{self, GuestRecord, Standing};
 use crate::config::resolved::{GuestConfig, MachineConfig, QemuConfig};
 use crate::control::codes::Reason;
@@ -203,7 +206,7 @@ impl Supervisor {
         self.process = Process::Held(guest);
         self.view.send_modify(|v| {
             v.run_state = Some(state);
-            v.pid = Some(pid);
+            v.pid = pid;
             v.machine = machine.or(v.machine.take());
             v.method = method;
         });
@@ -288,21 +291,22 @@ impl Supervisor {
                 drop(reply.send(self.promote(point, above)));
             }
             Order::Resume(resume) => {
-                let Resume {
-                    generation,
-                    hardware,
-                    state,
-                    memory,
-                    reply,
-                } = *resume;
-                drop(reply.send(self.resume(generation, hardware, state, memory).await));
+                let resumed = self.resume(resume.from).await;
+                drop(resume.reply.send(resumed));
             }
             Order::Fence {
                 generation,
                 by,
                 reply,
             } => drop(reply.send(self.fenced(generation, by).await)),
+            Order::Commit { reply } => drop(reply.send(self.commit())),
+            Order::RollBack { reply } => drop(reply.send(self.roll_back().await)),
             Order::Withdraw { reply } => drop(reply.send(self.withdraw())),
+            Order::OpenDisks { reply } => drop(reply.send(self.open_disks().await)),
+            Order::CloseDisks {
+                protected_to,
+                reply,
+            } => drop(reply.send(self.close_disks(protected_to).await)),
             Order::HandOver { reply } => self.hand_over(reply).await,
             Order::Configure(config) => {
                 self.config = config.map(|c| *c);
@@ -416,6 +420,13 @@ impl Supervisor {
                 self.hold(guest);
                 if let Err(error) = self.fenced(generation, site).await {
                     tracing::error!(guest = %self.guest, %error, "the fence is not complete");
+                }
+            }
+            Outcome::Returned { generation } => {
+                self.hold(guest);
+                let again = self.returned(generation);
+                if let Err(error) = again.and_then(|()| self.protect_if_wanted()) {
+                    self.problem(error.to_string());
                 }
             }
             Outcome::GuestEnded(state) => {

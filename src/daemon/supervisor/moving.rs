@@ -193,6 +193,9 @@ impl Supervisor {
                 Ok(())
             }
             Ownership::Ours => self.keep(offer.record, ours).await,
+            Ownership::Returned { generation } => {
+                self.keep(offer.record, generation.max(ours)).await
+            }
             Ownership::Fenced { generation, site } => {
                 self.fence(offer.record, generation, site)?;
                 self.end_here().await?;
@@ -219,6 +222,12 @@ impl Supervisor {
         })?;
         self.problem(None);
         self.stays("the other site did not take it");
+        if self.holds_disks() {
+            // It was switched off, and is so again.
+            self.process = Process::Absent;
+            self.publish();
+            return Ok(());
+        }
         if let Process::Held(guest) = &mut self.process {
             match guest.resume().await {
                 Ok(()) => self.stands(RunState::Running),

@@ -1,15 +1,16 @@
 //! Beginning to own a guest: starting it at home, resuming it after a failover; and being fenced.
 
 use super::super::context::machine_spec;
-use super::super::hardware::{self, Hardware, Memory};
+use super::super::hardware::{self, Hardware};
 use super::super::leftover;
+use super::super::orders::Materialised;
 use super::super::record::{self, GuestRecord, Standing};
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
-use crate::device_state::DeviceState;
 use crate::guest::any::AnyGuest;
 use crate::guest::builtin::BuiltinGuest;
+use crate::guest::builtin::stopped::is_stopped;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, Generation, SiteId};
 use crate::page::Layout;
@@ -25,6 +26,10 @@ impl Supervisor {
                 return Ok(Did::Started);
             }
         }
+        if self.holds_disks() {
+            let text = "the guest is switched off and being moved";
+            return Err(ApiError::new(Reason::WrongState, text));
+        }
         if !matches!(self.process, Process::Absent) {
             return match &self.view.borrow().run_state {
                 Some(RunState::Failed(why) | RunState::Stopped(why)) => Err(ApiError::new(
@@ -37,45 +42,8 @@ impl Supervisor {
                 _ => Ok(Did::AlreadyRunning),
             };
         }
-        let copy = self.site.journal_dir.join(self.guest.as_str());
-        if self.record.is_none() && !force && copy.exists() {
-            let text = "this site keeps a copy of the guest for the site that owns it";
-            return Err(ApiError::new(Reason::WrongState, text)
-                .hint(format!("lifeboat failover {}", self.guest)));
-        }
-        let record = self.record.clone().unwrap_or_else(GuestRecord::first);
-        match &record.standing {
-            Standing::Active => {}
-            Standing::Fenced { by, generation } => {
-                return Err(ApiError::new(
-                    Reason::Fenced,
-                    format!(
-                        "site {by} owns the guest with generation {generation}; this site has {}",
-                        record.generation
-                    ),
-                ));
-            }
-            Standing::Moved { to, .. } => {
-                let text = format!("the guest was moved to site {to}");
-                return Err(ApiError::new(Reason::Fenced, text)
-                    .hint(format!("at {to}: lifeboat move {}", self.guest)));
-            }
-            Standing::Offered { to, .. } => {
-                let text =
-                    format!("the guest was offered to site {to}, which has not answered yet");
-                return Err(ApiError::new(Reason::WrongState, text).hint(format!(
-                    "if you are sure that it does not run there: lifeboat guest start {} --force",
-                    self.guest
-                )));
-            }
-            Standing::Promoting { point } => {
-                return Err(ApiError::new(
-                    Reason::WrongState,
-                    format!("a failover from point #{point} was begun here and not finished"),
-                )
-                .hint(format!("lifeboat failover {} --point {point}", self.guest)));
-            }
-        }
+        self.take_back().await?;
+        let record = self.startable(force)?;
         let configured = self.config.as_ref().and_then(machine_spec);
         let hardware = record.machine.clone().or(configured.map(Hardware::Builtin));
         let Some(hardware) = hardware.or_else(|| self.view.borrow().machine.clone()) else {
@@ -89,6 +57,8 @@ impl Supervisor {
         let Hardware::Builtin(spec) = hardware else {
             return self.attach(record).await;
         };
+        // The peer may just have given it back under a higher number.
+        let record = self.record.clone().unwrap_or(record);
         self.save(record)?;
         leftover::forget_memory(&self.site.state_dir, &self.guest);
         let unbooted =
@@ -100,6 +70,68 @@ impl Supervisor {
         self.problem(None);
         self.protect_if_wanted()?;
         Ok(Did::Started)
+    }
+
+    /// The record of a guest that does not run and may, as far as this site knows.
+    pub(super) fn startable(&self, force: bool) -> Result<GuestRecord, ApiError> {
+        let copy = self.site.journal_dir.join(self.guest.as_str());
+        if self.record.is_none() && !force && copy.exists() {
+            let text = "this site keeps a copy of the guest for the site that owns it";
+            return Err(ApiError::new(Reason::WrongState, text)
+                .hint(format!("lifeboat failover {}", self.guest)));
+        }
+        let record = self.record.clone().unwrap_or_else(GuestRecord::first);
+        match &record.standing {
+            Standing::Active => Ok(record),
+            Standing::Fenced { by, generation } => Err(ApiError::new(
+                Reason::Fenced,
+                format!(
+                    "site {by} owns the guest with generation {generation}; this site has {}",
+                    record.generation
+                ),
+            )),
+            Standing::RolledBack { to, .. } => {
+                let text =
+                    format!("the failover to here was rolled back: site {to} owns the guest");
+                Err(ApiError::new(Reason::Fenced, text))
+            }
+            Standing::Moved { to, .. } => {
+                let text = format!("the guest was moved to site {to}");
+                Err(ApiError::new(Reason::Fenced, text)
+                    .hint(format!("at {to}: lifeboat move {}", self.guest)))
+            }
+            Standing::Offered { to, .. } => {
+                let text =
+                    format!("the guest was offered to site {to}, which has not answered yet");
+                Err(ApiError::new(Reason::WrongState, text).hint(format!(
+                    "if you are sure that it does not run there: lifeboat guest start {} --force",
+                    self.guest
+                )))
+            }
+            Standing::Promoting { point } => Err(ApiError::new(
+                Reason::WrongState,
+                format!("a failover from point #{point} was begun here and not finished"),
+            )
+            .hint(format!("lifeboat failover {} --point {point}", self.guest))),
+        }
+    }
+
+    /// A site that was fenced asks whether the failover was rolled back meanwhile.
+    async fn take_back(&mut self) -> Result<(), ApiError> {
+        let Some(record) = self.record.clone() else {
+            return Ok(());
+        };
+        let Standing::Fenced { by, .. } = record.standing.clone() else {
+            return Ok(());
+        };
+        let (layout, machine) = self.shape()?;
+        let options = self.options(&by, record.generation)?;
+        let dialer = self.site.dialer(&by)?;
+        match primary::ask_owner(&self.site.env, &*dialer, &options, &layout, &machine).await {
+            Ownership::Returned { generation } => self.returned(generation),
+            // It is fenced yet, as its record says.
+            _ => Ok(()),
+        }
     }
 
     /// "Starts" a guest whose QEMU its owner has started.
@@ -122,7 +154,7 @@ impl Supervisor {
     }
 
     /// Before a protected guest is booted, the other site has to say that it was not failed over.
-    async fn ask_peer(
+    pub(super) async fn ask_peer(
         &mut self,
         peer: &SiteId,
         record: &GuestRecord,
@@ -140,6 +172,7 @@ impl Supervisor {
                 self.fence(record.clone(), generation, site)?;
                 Err(ApiError::new(Reason::Fenced, text))
             }
+            Ownership::Returned { generation } => self.returned(generation),
             Ownership::Theirs => {
                 let text = format!("site {peer} says that the guest runs there");
                 Err(ApiError::new(Reason::WrongState, text))
@@ -227,6 +260,10 @@ impl Supervisor {
                 return Err(ApiError::new(Reason::WrongState, text)
                     .hint(format!("lifeboat guest start {}", self.guest)));
             }
+            // A number that was given to the owner before is not used again.
+            Some(r) if matches!(r.standing, Standing::RolledBack { .. }) => {
+                above.max(r.generation).next()
+            }
             _ => above.next(),
         };
         let again = self.record.as_ref().map(|r| &r.standing);
@@ -269,20 +306,31 @@ impl Supervisor {
         shape(&known.ok_or_else(|| ApiError::no_such_guest(&self.guest))?)
     }
 
-    pub(super) async fn resume(
-        &mut self,
-        generation: Generation,
-        hardware: Hardware,
-        state: DeviceState,
-        memory: Memory,
-    ) -> Result<(), ApiError> {
+    pub(super) async fn resume(&mut self, from: Materialised) -> Result<bool, ApiError> {
+        let Materialised {
+            generation,
+            hardware,
+            state,
+            memory,
+            failover,
+            process,
+        } = from;
         let before = self.record.clone();
         let mut record = before.clone().unwrap_or_else(GuestRecord::first);
         record.standing = Standing::Active;
         record.generation = generation;
         record.machine = Some(hardware.clone());
+        record.failover = failover;
+        if is_stopped(&state) {
+            if let Some(process) = process {
+                process.end().await;
+            }
+            self.save(record)?;
+            self.problem(None);
+            return Ok(false);
+        }
         let site = self.site.clone();
-        let ready = hardware::ready(&site, &self.guest, &hardware, state, memory).await;
+        let ready = hardware::ready(&site, &self.guest, &hardware, state, memory, process).await;
         let ready = ready.map_err(failed)?;
         // It stands still until the record says that it may run here.
         let resumed = match self.save(record) {
@@ -298,7 +346,7 @@ impl Supervisor {
                 self.problem(None);
                 self.view
                     .send_modify(|v| v.run_state = Some(RunState::Running));
-                Ok(())
+                Ok(true)
             }
             Err(error) => {
                 // It never ran here: the promotion is unfinished and can be repeated.

@@ -120,6 +120,7 @@ impl Supervisor {
                 self.publish();
                 detached.map_err(failed)?;
             }
+            Some(AnyGuest::Stopped(_)) => self.publish(),
             Some(guest) => self.hold(guest),
             None => {}
         }

@@ -12,6 +12,7 @@
 //! of a round or cut that nobody waits for is freed when it is met.
 
 mod connection;
+pub mod stopped;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
@@ -220,6 +221,17 @@ impl Unbooted {
         self.started(command, Some(ram)).await
     }
 
+    /// Ends the process, which got no guest.
+    pub async fn end(self) {
+        let (guest, mut child) = (self.guest, self.child);
+        // A process without a guest ends with its connection. The next one needs its directory, so its
+        // end is waited for.
+        drop(self.connection);
+        if timeout(END_WITHIN, child.wait()).await.is_err() {
+            tracing::warn!(%guest, "the monitor that got no guest has not ended");
+        }
+    }
+
     async fn started(
         mut self,
         command: Command,
@@ -228,12 +240,7 @@ impl Unbooted {
         match self.info_of(command, image).await {
             Ok(info) => Ok(BuiltinGuest::new(self.connection, info, Some(self.child))),
             Err(error) => {
-                // A process without a guest ends with its connection. The next attempt needs its
-                // directory, so its end is waited for.
-                drop(self.connection);
-                if timeout(END_WITHIN, self.child.wait()).await.is_err() {
-                    tracing::warn!(guest = %self.guest, "the monitor that got no guest has not ended");
-                }
+                self.end().await;
                 Err(error)
             }
         }

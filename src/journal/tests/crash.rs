@@ -149,6 +149,7 @@ fn ripe(seed: u64) -> World {
         world.commit(pages, i == 0).unwrap();
     }
     world.verify();
+    assert_eq!(world.differences, 1, "no frame was merged or folded yet");
     world
 }
 

@@ -118,7 +118,7 @@ fn ground_is_whole_or_not_there() {
 fn a_full_disk_takes_no_ground_and_keeps_its_reserve() {
     let mut world = World::new(5);
     let image = content(&mut world);
-    world.options.min_free_bytes = 1 << 40;
+    world.options.min_free_bytes = 1 << 51;
     world.open().unwrap();
     let error = world.lay(&image).unwrap_err();
     assert!(matches!(error, JournalError::NoSpace { .. }), "{error}");

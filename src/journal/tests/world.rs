@@ -254,6 +254,8 @@ pub struct World {
     /// Time between two commits.
     pub step: Duration,
     pub options: JournalOptions,
+    /// Differences between two points that were known, and right.
+    pub differences: u32,
 }
 
 impl World {
@@ -274,6 +276,7 @@ impl World {
             retention: retention(),
             step: Duration::from_secs(5),
             options: options(),
+            differences: 0,
         };
         let report = world.open().unwrap();
         assert!(report.created);
@@ -439,6 +442,18 @@ impl World {
                     "epoch {} has another image",
                     point.epoch
                 );
+            }
+        }
+        if let (Some(from), Some(to)) = (points.get(middle), points.last()) {
+            let mut image = (*self.images[&from.epoch]).clone();
+            let replayed = journal.replay_after(from.epoch, to.epoch, &mut image);
+            match replayed.unwrap() {
+                Some(found) => {
+                    assert_eq!(found, manifest(to.epoch));
+                    assert!(image == *self.images[&to.epoch], "after {}", from.epoch);
+                    self.differences += 1;
+                }
+                None => assert!(image == *self.images[&from.epoch]),
             }
         }
         let mut steps = 0;

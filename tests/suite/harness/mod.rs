@@ -139,6 +139,8 @@ impl Pair {
         }
         fs::create_dir(a.dir()).unwrap();
         fs::create_dir(b.dir()).unwrap();
+        a.hidden = Some(b.dir().to_owned());
+        b.hidden = Some(a.dir().to_owned());
         let disk = File::create_new(a.dir().join("root.img")).unwrap();
         disk.set_len(DISK_BYTES).unwrap();
         let guest = guest(
@@ -232,6 +234,16 @@ impl Pair {
         });
         assert_eq!((heard.errors, heard.trouble), (0, None));
         resumed
+    }
+
+    /// The booted guest checks all of its working set and finds no error.
+    pub fn runs_clean(&self, console: &Console) {
+        let (_, heard) = console.wait("two rounds over the working set", |heard| {
+            heard
+                .step
+                .filter(|step| *step >= 2 * self.working_set_pages)
+        });
+        assert_eq!((heard.errors, heard.trouble), (0, None));
     }
 
     /// Replays a point from site-b's journal, whose daemon must have ended, and checks it: memory

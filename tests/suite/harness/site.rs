@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use lifeboat::control::types::{
@@ -61,6 +62,21 @@ pub struct Site {
     daemon: Option<Child>,
     /// Where its daemon looks for programs first.
     pub programs: Option<PathBuf>,
+    /// A directory that its daemon does not see: the other site's, which would be on another host.
+    pub hidden: Option<PathBuf>,
+}
+
+/// True if processes can be started that see other files than we do.
+fn can_hide() -> bool {
+    static CAN: OnceLock<bool> = OnceLock::new();
+    *CAN.get_or_init(|| {
+        let tried = Command::new("unshare").args(["--mount", "true"]).status();
+        let can = tried.is_ok_and(|status| status.success());
+        if !can {
+            println!("skipped: files of one site hidden from the other: no mount namespaces here");
+        }
+        can
+    })
 }
 
 impl Site {
@@ -71,6 +87,7 @@ impl Site {
             dir: root.join(name),
             daemon: None,
             programs: None,
+            hidden: None,
         }
     }
 
@@ -112,7 +129,17 @@ impl Site {
             .clone()
             .into_iter()
             .chain(std::env::split_paths(&path));
-        Command::new(PROGRAM)
+        let mut command = match &self.hidden {
+            Some(hidden) if can_hide() => {
+                let hide = r#"mount -t tmpfs none "$0" && exec "$@""#;
+                let mut command = Command::new("unshare");
+                command.args(["--mount", "sh", "-c", hide]);
+                command.arg(hidden).arg(PROGRAM);
+                command
+            }
+            _ => Command::new(PROGRAM),
+        };
+        command
             .env("PATH", std::env::join_paths(path).unwrap())
             .arg("site")
             .arg("-c")

@@ -7,6 +7,7 @@ mod generations;
 mod hotplug;
 mod kills;
 mod linux;
+mod moves;
 mod pauses;
 mod readiness;
 mod vm;
@@ -222,7 +223,7 @@ async fn nothing_is_lost_by_dropped_calls_lost_sessions_and_given_back_cuts() {
                 }
                 // A cut of which a part was handed out.
                 1 => {
-                    guest.cut(CutStrategy::Auto).await.unwrap();
+                    vm::cut(&mut guest).await.unwrap();
                     guest.next_chunk().await.unwrap();
                 }
                 // A fuzzy round that is not finished.
@@ -346,7 +347,7 @@ async fn a_guest_in_the_wrong_state_is_refused() {
             "{error}"
         );
         qmp.call("cont", json!({})).await.unwrap();
-        guest.cut(CutStrategy::Auto).await.unwrap();
+        vm::cut(&mut guest).await.unwrap();
         guest.detach().await.unwrap();
         drop(qmp);
         assert_eq!(status(&vm).await, "running");

@@ -351,6 +351,21 @@ pub fn base(epoch: u64) -> Base {
     }
 }
 
+/// A cut, as a daemon takes it: on a busy host the watchdog may end one, and the next one is taken.
+pub async fn cut(guest: &mut impl Guest) -> Result<Cut, GuestError> {
+    let mut tries = 0;
+    loop {
+        match guest.cut(CutStrategy::Auto).await {
+            Err(GuestError::Abandoned(why)) if tries < 10 => {
+                println!("a cut was abandoned: {why}");
+                guest.give_back().await?;
+                tries += 1;
+            }
+            cut => return cut,
+        }
+    }
+}
+
 impl Standby {
     pub fn new(guest: &impl Guest) -> Self {
         let regions = guest.info().layout.regions();
@@ -407,7 +422,7 @@ impl Standby {
         guest: &mut impl Guest,
         keep: impl Fn(PageAddr) -> bool,
     ) -> Result<Cut, GuestError> {
-        let cut = guest.cut(CutStrategy::Auto).await?;
+        let cut = cut(guest).await?;
         self.take(guest, &cut.dirty, keep).await?;
         self.devices = machine::devices(cut.device_state.clone()).unwrap();
         Ok(cut)

@@ -1,0 +1,95 @@
+//! Downtime of a live move: Lifeboat's of a guest of its monitor, beside QEMU's own migration of a guest
+//! with as much memory that writes as many pages over and over, to and fro, in the same run.
+//!
+//! Lifeboat's downtime is from the pause until the other site has said that the guest runs there; the
+//! disk moves too. QEMU's is from STOP at the source to RESUME at the target; its disks are shared, it
+//! migrates over TCP without TLS, and nobody decides who owns the guest.
+//!
+//! LIFEBOAT_MOVES is the number of moves of each.
+
+use std::time::Duration;
+
+use lifeboat::guest::qemu::qmp::{Event, Qmp};
+use serde_json::json;
+use tokio::sync::broadcast::Receiver;
+use tokio::time::timeout;
+
+use super::vm::{Place, Vm, images, qemus, workspace};
+use crate::harness::{Options, Pair, WITHIN, free_port};
+use crate::kills::number;
+use crate::moving::{moves, quantile};
+
+const MOVES: u64 = 2;
+/// Memory of both, and the part of it that is written all the time.
+const MEMORY_MIB: u32 = 64;
+const SET_PAGES: u64 = 1024;
+
+/// When an event of this name comes, by QEMU's clock, in nanoseconds.
+async fn seen(events: &mut Receiver<Event>, name: &str) -> u64 {
+    let looking = async {
+        loop {
+            let event = events.recv().await.unwrap();
+            if event.name == name {
+                return event.at.0;
+            }
+        }
+    };
+    timeout(WITHIN, looking).await.expect("the event comes")
+}
+
+/// Downtimes of QEMU's own migrations, in seconds.
+async fn qemus_own(place: &Place, count: u64) -> Vec<f64> {
+    let set = SET_PAGES.to_string();
+    let append = ["-append", set.as_str()];
+    let mut vm = Vm::boot_with(place, "move0", &append);
+    let mut downtimes = Vec::new();
+    for number in 1..=count {
+        let name = format!("move{number}");
+        let from = images(place.path(), &format!("move{}", number - 1));
+        for (from, to) in from.iter().zip(images(place.path(), &name)) {
+            std::fs::copy(from, to).unwrap();
+        }
+        let next = Vm::waiting(place, &name, &append);
+        let source = Qmp::connect(&vm.monitor("c")).await.unwrap();
+        let target = Qmp::connect(&next.monitor("c")).await.unwrap();
+        let uri = format!("tcp:127.0.0.1:{}", free_port());
+        let incoming = target.call("migrate-incoming", json!({ "uri": uri }));
+        incoming.await.unwrap();
+        let (mut stops, mut resumes) = (source.events(), target.events());
+        let migrate = source.call("migrate", json!({ "uri": uri }));
+        migrate.await.unwrap();
+        let stopped = seen(&mut stops, "STOP").await;
+        let resumed = seen(&mut resumes, "RESUME").await;
+        downtimes.push(Duration::from_nanos(resumed - stopped).as_secs_f64());
+        let said = next.progress(None);
+        assert_eq!(next.progress(Some(said)).bad, 0);
+        vm = next;
+    }
+    downtimes
+}
+
+fn summary(mut downtimes: Vec<f64>) -> String {
+    downtimes.sort_by(f64::total_cmp);
+    let at = |share| quantile(&downtimes, share) * 1e3;
+    format!("{:.1} {:.1}", at(0.5), at(0.99))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn moves_beside_qemus_own_migration() {
+    let count = number("LIFEBOAT_MOVES").unwrap_or(MOVES);
+    for qemu in qemus("moves_beside_qemus_own_migration") {
+        let place = workspace(&qemu);
+        let pair = Pair::protected(Options {
+            memory_mib: MEMORY_MIB,
+            working_set_mib: (SET_PAGES >> 8) as u32,
+            ..Options::default()
+        });
+        let ours = summary(moves(&pair, count));
+        drop(pair);
+        let own = summary(qemus_own(&place, count).await);
+        println!(
+            "{count} live moves, downtime p50 p99 in ms: Lifeboat {ours}; QEMU {} {own}",
+            qemu.name
+        );
+    }
+}
