@@ -32,6 +32,7 @@ table!(
         journal: Journal,
         fencing: Option<Spanned<Fencing>>,
         drill: Drill,
+        events: Events,
         guest: Vec<Spanned<Guest>>,
     }
 );
@@ -87,6 +88,18 @@ table!(
         warm: Vec<Spanned<String>>,
         keepalive: Maybe<String>,
         dead_after: Maybe<String>,
+        bandwidth: Maybe<String>,
+        time_zone: Maybe<String>,
+        window: Vec<Spanned<Window>>,
+    }
+);
+table!(
+    /// One of `window` of a peer
+    Window {
+        days: Vec<Spanned<String>>,
+        from: Maybe<String>,
+        to: Maybe<String>,
+        bandwidth: Maybe<String>,
     }
 );
 table!(
@@ -156,6 +169,14 @@ table!(
     }
 );
 table!(
+    /// `[events]`
+    Events {
+        command: Option<Spanned<Vec<String>>>,
+        timeout: Maybe<String>,
+        only: Vec<Spanned<String>>,
+    }
+);
+table!(
     /// `[[guest]]`
     Guest {
         name: Maybe<String>,
@@ -168,6 +189,17 @@ table!(
         disks: Vec<Spanned<Disk>>,
         autostart: Maybe<bool>,
         replication: Replication,
+        quiesce: Option<Spanned<Quiesce>>,
+    }
+);
+table!(
+    /// `quiesce` of a guest
+    Quiesce {
+        before: Option<Spanned<Vec<String>>>,
+        after: Option<Spanned<Vec<String>>>,
+        fsfreeze: Maybe<bool>,
+        timeout: Maybe<String>,
+        every: Maybe<String>,
     }
 );
 table!(

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
+use super::bandwidth::Limits;
 use super::warm::Warms;
 use crate::clock::Env;
 use crate::config::resolved::{
@@ -44,6 +45,8 @@ pub(super) struct SiteContext {
     pub replication: ReplicationConfig,
     /// QEMUs that wait for guests of other sites.
     pub warms: Warms,
+    /// Of what is sent to each peer.
+    pub limits: Limits,
     /// Replaced at a reload.
     pub dialers: RwLock<BTreeMap<SiteId, Arc<TlsDialer>>>,
 }
@@ -124,6 +127,7 @@ pub(super) fn primary_options(
         guest: guest.clone(),
         site: site.site.clone(),
         peer: peer.clone(),
+        throttle: site.limits.throttle(peer),
         generation,
         rpo_target: replication.rpo_target,
         interval_min: replication.checkpoint_min,

@@ -12,7 +12,7 @@ use crate::control::types::{ApiError, Outcome as Did};
 use crate::device_state::DeviceState;
 use crate::guest::RunState;
 use crate::ids::{Epoch, Generation, SiteId};
-use crate::primary::PrimaryStatus;
+use crate::primary::{Asked, PrimaryStatus};
 
 /// Where an answer goes.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
@@ -50,6 +50,8 @@ pub(super) enum Order {
     Withdraw { reply: Reply<()> },
     /// Give the guest to the site that it is replicated to. Answered when that is done, or undone.
     HandOver { reply: Reply<Moved> },
+    /// Make a checkpoint now. Answered when the primary role has been told.
+    Checkpoint { asked: Asked, reply: Reply<()> },
     /// The configuration changed.
     Configure(Option<Box<GuestConfig>>),
     /// The daemon ends; guests live on.

@@ -304,6 +304,7 @@ impl Supervisor {
             } => drop(reply.send(self.fenced(generation, by).await)),
             Order::Withdraw { reply } => drop(reply.send(self.withdraw())),
             Order::HandOver { reply } => self.hand_over(reply).await,
+            Order::Checkpoint { asked, reply } => drop(reply.send(self.checkpoint(asked).await)),
             Order::Configure(config) => {
                 self.config = config.map(|c| *c);
                 self.publish();
