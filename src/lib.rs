@@ -23,6 +23,7 @@
 //! | `device_state` | nothing |
 //! | `durable` | nothing |
 //! | `retry` | nothing |
+//! | `throttle` | nothing |
 //! | `metrics` | `clock`, `ids` |
 //! | `frame` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `page` |
 //! | `wire` | `clock`, `frame`, `ids`, `page` |
@@ -31,12 +32,12 @@
 //! | `guest::builtin` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `page`, `vmm` |
 //! | `guest::qemu` | `bitmap`, `clock`, `device_state`, `guest`, `ids`, `nbd`, `page` |
 //! | `pki` | `clock`, `durable`, `ids` |
-//! | `transport` | `clock`, `ids`, `metrics`, `pki`, `wire` |
-//! | `primary` | `bitmap`, `clock`, `frame`, `guest`, `ids`, `metrics`, `page`, `retry`, `wire` |
+//! | `transport` | `clock`, `ids`, `metrics`, `pki`, `throttle`, `wire` |
+//! | `primary` | `bitmap`, `clock`, `frame`, `guest`, `ids`, `metrics`, `page`, `retry`, `throttle`, `wire` |
 //! | `standby` | `bitmap`, `clock`, `frame`, `ids`, `journal`, `metrics`, `page`, `retry`, `wire` |
 //! | `journal` | `bitmap`, `clock`, `durable`, `frame`, `ids`, `page` |
 //! | `failover` | `bitmap`, `clock`, `durable`, `frame`, `guest`, `ids`, `journal`, `page` |
-//! | `config` | `guest`, `ids`, `page` |
+//! | `config` | `clock`, `guest`, `ids`, `metrics`, `page` |
 //! | `nbd` | `bitmap`, `clock`, `ids`, `page` |
 //! | `control` | `clock`, `guest`, `ids`, `metrics` |
 //! | `plan` | `clock`, `config`, `control`, `durable`, `guest`, `ids`, `metrics` |
@@ -66,6 +67,7 @@ pub mod plan;
 pub mod primary;
 pub mod retry;
 pub mod standby;
+pub mod throttle;
 pub mod transport;
 pub mod vmm;
 pub mod wire;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
 
-use super::bench;
+use super::{bandwidth, bench};
 use crate::config::units;
 use crate::control::codes::EXIT_CODES;
 use crate::control::drills::Probe;
@@ -143,6 +143,9 @@ pub enum Verb {
         #[arg(long, value_name = "N")]
         bound_ms: u64,
     },
+    /// Quiesce a guest's applications until told or left alone; started by the daemon.
+    #[command(hide = true)]
+    QuiesceGuard,
     /// Show the site, its peers and its guests.
     Status {
         /// Only this guest.
@@ -195,10 +198,21 @@ pub enum Verb {
         #[arg(long, value_name = "N")]
         last: Option<usize>,
     },
+    /// Make a checkpoint of a guest now, and wait until it is durable. Asked where it runs.
+    Checkpoint {
+        /// The guest.
+        name: GuestId,
+        /// Quiesce its applications for it, as `quiesce` of the guest says how.
+        #[arg(long)]
+        consistent: bool,
+    },
     /// Resume a guest at this site from a recovery point.
     Failover {
         /// The guest.
         name: GuestId,
+        /// From the newest point that was cut while the guest's applications were quiesced.
+        #[arg(long, conflicts_with = "point")]
+        consistent: bool,
         /// From this point (otherwise the newest).
         #[arg(long, value_name = "N")]
         point: Option<u64>,
@@ -321,6 +335,26 @@ pub enum Verb {
     Runs {
         /// Wait for this one and show it.
         id: Option<String>,
+    },
+    /// Show what happened at this site: guests, links, failovers, drills, obstacles, certificates.
+    Events {
+        /// Go on showing.
+        #[arg(short, long)]
+        follow: bool,
+        /// Only what happened in this last stretch of time.
+        #[arg(long, value_name = "DURATION", value_parser = units::duration)]
+        since: Option<Duration>,
+    },
+    /// Show or override how much is sent to a peer.
+    Bandwidth {
+        /// The peer.
+        site: SiteId,
+        /// Such as "50 Mbit/s"; "off": no limit; "configured": end the override (otherwise: show it).
+        #[arg(value_name = "RATE|off|configured", value_parser = bandwidth::wanted)]
+        limit: Option<bandwidth::Wanted>,
+        /// How long the override lasts.
+        #[arg(long = "for", value_name = "DURATION", requires = "limit", value_parser = units::duration)]
+        lasts: Option<Duration>,
     },
     /// Make the daemon read its configuration and certificates again.
     Reload,

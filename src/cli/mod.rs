@@ -9,6 +9,7 @@
 //! Only this module and `main` print. Results go to stdout, everything else to stderr.
 
 pub mod args;
+pub mod bandwidth;
 pub mod bench;
 pub mod check;
 pub mod config;
@@ -18,6 +19,7 @@ pub mod demo;
 pub mod doctor;
 pub mod drills;
 pub mod evacuate;
+mod events;
 pub mod follow;
 pub mod logging;
 pub mod operator;
@@ -112,10 +114,11 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
             own,
             bound_ms,
         } => return site::watchdog(monitor, own, bound_ms),
+        Verb::QuiesceGuard => return site::quiesce_guard(),
         _ => logging::start_for_command(global.verbose),
     }
     match verb {
-        Verb::Site | Verb::Vmm { .. } | Verb::QemuWatchdog { .. } => {
+        Verb::Site | Verb::Vmm { .. } | Verb::QemuWatchdog { .. } | Verb::QuiesceGuard => {
             unreachable!("they were run above")
         }
         Verb::Demo {

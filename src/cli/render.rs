@@ -32,6 +32,8 @@ fn peer_line(peer: &PeerStatus, paint: Paint) -> String {
         let sign = if offset >= 0.0 { "+" } else { "" };
         line += &format!("  clock {sign}{}", units::seconds(offset));
     }
+    let limit = peer.bandwidth.as_ref().and_then(super::bandwidth::shown);
+    line += &limit.map_or(String::new(), |limit| format!("  {limit}"));
     line
 }
 

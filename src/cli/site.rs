@@ -46,3 +46,11 @@ pub(super) fn watchdog(monitor: PathBuf, own: bool, bound_ms: u64) -> Result<Exi
     crate::guest::qemu::watchdog::run(input, monitor, own, bound).map_err(failed)?;
     Ok(ExitCode::Ok)
 }
+
+/// `lifeboat quiesce-guard`: an order on standard input, and what became of it on standard output.
+pub(super) fn quiesce_guard() -> Result<ExitCode, ApiError> {
+    logging::start_for_command(0);
+    let ran = daemon::quiesce::run_guard();
+    ran.map_err(|error| ApiError::new(Reason::Failed, error.to_string()))?;
+    Ok(ExitCode::Ok)
+}

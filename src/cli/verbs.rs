@@ -5,13 +5,16 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::args::{GuestVerb, JournalVerb, Verb};
+use super::bandwidth;
 use super::confirm;
 use super::console;
 use super::evacuate;
+use super::events;
 use super::follow::follow;
 use super::output::Output;
 use super::render;
 use super::text::Paint;
+use crate::control::checkpoint::CheckpointRequest;
 use crate::control::client::Client;
 use crate::control::codes::{ExitCode, Reason};
 use crate::control::types::{
@@ -19,6 +22,7 @@ use crate::control::types::{
     ProtectRequest, Run, RunId, SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
+use crate::standby::CONSISTENT;
 
 /// `lifeboat guest list`
 #[derive(Debug, Serialize)]
@@ -104,8 +108,36 @@ pub async fn run(
             points.points.truncate(last.unwrap_or(usize::MAX));
             out.result(points, |points| render::points(points, paint));
         }
+        Verb::Checkpoint { name, consistent } => {
+            let request = CheckpointRequest { consistent };
+            let made = client.checkpoint(&name, &request).await?;
+            out.result(made, |made| {
+                let how = if made.consistent {
+                    ", application-consistent"
+                } else {
+                    ""
+                };
+                format!("{}: #{} is durable{how}\n", made.guest, made.epoch)
+            });
+        }
         Verb::Failover {
             name,
+            consistent: true,
+            fenced_by_operator,
+            dry_run,
+            yes,
+            ..
+        } => {
+            let request = FailoverRequest {
+                point: Some(newest_consistent(client, &name).await?),
+                fenced_by_operator,
+                dry_run,
+            };
+            failover(client, &name, request, yes, timeout, out).await?;
+        }
+        Verb::Failover {
+            name,
+            consistent: false,
             point,
             fenced_by_operator,
             dry_run,
@@ -117,6 +149,10 @@ pub async fn run(
                 dry_run,
             };
             failover(client, &name, request, yes, timeout, out).await?;
+        }
+        Verb::Events { follow, since } => events::run(follow, since, client, out).await?,
+        Verb::Bandwidth { site, limit, lasts } => {
+            bandwidth::run(site, limit, lasts, client, out).await?;
         }
         Verb::Move {
             name,
@@ -226,6 +262,7 @@ pub async fn run(
         Verb::Site
         | Verb::Vmm { .. }
         | Verb::QemuWatchdog { .. }
+        | Verb::QuiesceGuard
         | Verb::Demo { .. }
         | Verb::Bench { .. }
         | Verb::Pki(_)
@@ -302,6 +339,18 @@ async fn journal(
         JournalVerb::RebuildIndex { name } => client.journal_rebuild(&name).await?,
     };
     follow(client, run, timeout, out).await.map(drop)
+}
+
+/// The newest point that was cut while the guest's applications were quiesced.
+async fn newest_consistent(client: &Client, guest: &GuestId) -> Result<Epoch, ApiError> {
+    let points = client.points(guest).await?.points;
+    let marked = |tags: &[String]| tags.iter().any(|tag| tag == CONSISTENT);
+    let newest = points.iter().find(|point| marked(&point.tags));
+    newest.map(|point| point.epoch).ok_or_else(|| {
+        let text = format!("guest \"{guest}\" has no application-consistent point here");
+        ApiError::new(Reason::NoSuchPoint, text)
+            .hint("any point can be resumed: leave out --consistent")
+    })
 }
 
 /// Shows what would be lost, asks, and does it.

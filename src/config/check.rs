@@ -180,6 +180,38 @@ impl<'a> Check<'a> {
         Found { value, place }
     }
 
+    /// A program and its arguments; the program as a path that is there.
+    pub(super) fn command(
+        &mut self,
+        key: &str,
+        command: Spanned<Vec<String>>,
+    ) -> Option<Vec<String>> {
+        let place = Some(self.place(&command));
+        let mut command = command.into_inner();
+        let Some(program) = command.first().filter(|program| !program.is_empty()) else {
+            let message = "is empty: write a list of program and arguments";
+            self.problem(key, place, message);
+            return None;
+        };
+        // Arguments may hold the password of a power switch.
+        let shown = match command.len() {
+            1 => program.clone(),
+            n => format!("{program} (and {} arguments, not shown)", n - 1),
+        };
+        self.setting(key, shown, place.as_ref());
+        match self.path(program) {
+            Ok(path) => {
+                if self.files && !path.is_file() {
+                    let message = format!("{} is no file", path.display());
+                    self.problem(key, place, message);
+                }
+                command[0] = path.display().to_string();
+            }
+            Err(message) => self.problem(key, place, message),
+        }
+        Some(command)
+    }
+
     /// Directory that relative paths are relative to.
     pub(super) fn base(&self) -> &'a Path {
         self.base

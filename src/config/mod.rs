@@ -10,8 +10,11 @@
 //! relative to the file. A configuration is taken as a whole or not at all; all that is wrong with
 //! it is reported at once.
 
+pub mod bandwidth;
 mod check;
 mod error;
+pub mod events;
+pub mod quiesce;
 pub mod resolved;
 mod schema;
 mod source;

@@ -5,6 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use super::bandwidth::BandwidthConfig;
+pub use super::events::EventsConfig;
+pub use super::quiesce::QuiesceConfig;
 use crate::guest::CutStrategy;
 use crate::guest::qemu::command::Rewrite;
 use crate::guest::qemu::probe::Mode;
@@ -41,6 +44,8 @@ pub struct SiteConfig {
     /// How the other site is kept from running a guest before a failover; `None`: only by the
     /// operator.
     pub fencing: Option<FencingConfig>,
+    /// Who is told of events.
+    pub events: EventsConfig,
     /// When this site tries failovers of the guests whose copies it keeps.
     pub drill: DrillConfig,
     /// How long a failover to this site can be rolled back.
@@ -101,6 +106,8 @@ pub struct PeerConfig {
     pub keepalive: Duration,
     /// Silence after which the link is taken for dead.
     pub dead_after: Duration,
+    /// How much may be sent to it, and when.
+    pub bandwidth: BandwidthConfig,
 }
 
 impl PeerConfig {
@@ -231,6 +238,8 @@ pub struct GuestConfig {
     pub autostart: bool,
     /// How it is replicated.
     pub replication: ReplicationConfig,
+    /// How its applications are quiesced for a checkpoint; `None`: they are not.
+    pub quiesce: Option<QuiesceConfig>,
 }
 
 /// What runs a guest.

@@ -33,6 +33,7 @@ table!(
         fencing: Option<Spanned<Fencing>>,
         failover: Failover,
         drill: Drill,
+        events: Events,
         guest: Vec<Spanned<Guest>>,
     }
 );
@@ -88,6 +89,18 @@ table!(
         warm: Vec<Spanned<String>>,
         keepalive: Maybe<String>,
         dead_after: Maybe<String>,
+        bandwidth: Maybe<String>,
+        time_zone: Maybe<String>,
+        window: Vec<Spanned<Window>>,
+    }
+);
+table!(
+    /// One of `window` of a peer
+    Window {
+        days: Vec<Spanned<String>>,
+        from: Maybe<String>,
+        to: Maybe<String>,
+        bandwidth: Maybe<String>,
     }
 );
 table!(
@@ -163,6 +176,14 @@ table!(
     }
 );
 table!(
+    /// `[events]`
+    Events {
+        command: Option<Spanned<Vec<String>>>,
+        timeout: Maybe<String>,
+        only: Vec<Spanned<String>>,
+    }
+);
+table!(
     /// `[[guest]]`
     Guest {
         name: Maybe<String>,
@@ -175,6 +196,17 @@ table!(
         disks: Vec<Spanned<Disk>>,
         autostart: Maybe<bool>,
         replication: Replication,
+        quiesce: Option<Spanned<Quiesce>>,
+    }
+);
+table!(
+    /// `quiesce` of a guest
+    Quiesce {
+        before: Option<Spanned<Vec<String>>>,
+        after: Option<Spanned<Vec<String>>>,
+        fsfreeze: Maybe<bool>,
+        timeout: Maybe<String>,
+        every: Maybe<String>,
     }
 );
 table!(

@@ -3,6 +3,7 @@
 //! ```text
 //!   duration = number unit { number unit }     unit: ns us ms s m h d      "20ms" "1.5s" "1h30m"
 //!   size     = digits unit                     unit: B kB MB GB TB (10^3)  KiB MiB GiB TiB (2^10)
+//!   rate     = number unit                     unit: kbit/s Mbit/s ... kB/s ... KiB/s ...
 //! ```
 //!
 //! A bare number is refused, except 0: whether it meant seconds or milliseconds would be a guess.
@@ -29,6 +30,20 @@ const SIZE_UNITS: &[(&str, u64)] = &[
     ("MiB", 1 << 20),
     ("GiB", 1 << 30),
     ("TiB", 1 << 40),
+];
+
+/// Bits in a second. Network people count bits in powers of ten.
+const RATE_UNITS: &[(&str, u64)] = &[
+    ("kbit/s", 1_000),
+    ("Mbit/s", 1_000_000),
+    ("Gbit/s", 1_000_000_000),
+    ("Tbit/s", 1_000_000_000_000),
+    ("kB/s", 8_000),
+    ("MB/s", 8_000_000),
+    ("GB/s", 8_000_000_000),
+    ("KiB/s", 8 << 10),
+    ("MiB/s", 8 << 20),
+    ("GiB/s", 8 << 30),
 ];
 
 /// A duration, or why the text is none.
@@ -73,6 +88,14 @@ pub fn size(text: &str) -> Result<u64, String> {
         .ok()
         .and_then(|n| n.checked_mul(scale))
         .ok_or_else(refuse)
+}
+
+/// Bits per second of a bandwidth; `None` when the text is none.
+pub fn bits_per_second(text: &str) -> Option<u64> {
+    let trimmed = text.trim();
+    let end = prefix(trimmed, |c| c.is_ascii_digit() || c == '.');
+    let (number, unit) = trimmed.split_at(end);
+    decimal(number, find(RATE_UNITS, unit.trim_start())?)
 }
 
 fn prefix(text: &str, wanted: impl Fn(char) -> bool) -> usize {

@@ -123,6 +123,7 @@ pub(super) fn site(raw: schema::File, file: PathBuf, check: &mut Check<'_>) -> O
     let defaults = raw.defaults.replication;
     let replication = guests::replication(check, "defaults.replication", defaults.clone());
     let fencing = raw.fencing.and_then(|raw| fencing(check, raw));
+    let events = super::events::validate(check, raw.events);
     let guests = guests::all(check, raw.guest, &peers, &defaults);
     let rollback_window = check.parsed(
         "failover.rollback_window",
@@ -145,6 +146,7 @@ pub(super) fn site(raw: schema::File, file: PathBuf, check: &mut Check<'_>) -> O
         retention,
         replication,
         fencing,
+        events,
         drill,
         rollback_window: rollback_window.value,
         guests,
@@ -331,6 +333,8 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
             "is less than twice keepalive: one late answer would cut a good link",
         );
     }
+    let (zone, windows) = (raw.time_zone, raw.window);
+    let bandwidth = super::bandwidth::validate(check, prefix, raw.bandwidth, zone, windows);
     PeerConfig {
         address,
         server_name,
@@ -340,6 +344,7 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
         warm,
         keepalive: keepalive.value,
         dead_after: dead_after.value,
+        bandwidth,
     }
 }
 
@@ -498,32 +503,7 @@ fn fencing(check: &mut Check<'_>, raw: Spanned<schema::Fencing>) -> Option<Fenci
         check.problem(key, None, "is missing: a list of program and arguments");
         return None;
     };
-    let place = Some(check.place(&command));
-    let mut command = command.into_inner();
-    let Some(program) = command.first().filter(|program| !program.is_empty()) else {
-        check.problem(
-            key,
-            place,
-            "is empty: write a list of program and arguments",
-        );
-        return None;
-    };
-    // Arguments may hold the password of a power switch.
-    let shown = match command.len() {
-        1 => program.clone(),
-        n => format!("{program} (and {} arguments, not shown)", n - 1),
-    };
-    check.setting(key, shown, place.as_ref());
-    match check.path(program) {
-        Ok(path) => {
-            if check.files && !path.is_file() {
-                let message = format!("{} is no file", path.display());
-                check.problem(key, place, message);
-            }
-            command[0] = path.display().to_string();
-        }
-        Err(message) => check.problem(key, place, message),
-    }
+    let command = check.command(key, command)?;
     Some(FencingConfig {
         command,
         timeout: timeout.value,

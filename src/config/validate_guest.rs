@@ -240,12 +240,17 @@ fn one(
         &format!("{prefix}.replication"),
         raw.replication.over(defaults),
     );
+    let quiesce = raw.quiesce.map(|raw| {
+        let is_qemu = kind.value == "qemu";
+        super::quiesce::validate(check, &prefix, raw, is_qemu)
+    });
     Some(GuestConfig {
         name,
         peer: peer.map(|peer| peer.value),
         machine: machine?,
         autostart: autostart.value,
         replication,
+        quiesce,
     })
 }
 

@@ -2,11 +2,14 @@
 
 use std::future::Future;
 
+use super::bandwidth::{Bandwidth, BandwidthRequest};
+use super::checkpoint::{Checkpoint, CheckpointRequest};
+use super::events::Events;
 use super::types::{
     ApiError, ConsoleInfo, Done, DrillRequest, ExportRequest, Exports, FailoverRequest,
     JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
 };
-use crate::ids::{Epoch, GuestId};
+use crate::ids::{Epoch, GuestId, SiteId};
 
 /// The site as its admin API sees it. Implemented by the daemon, and by a fake in tests.
 ///
@@ -128,6 +131,23 @@ pub trait Backend: Send + Sync + 'static {
 
     /// The runs that are remembered, newest first.
     fn runs(&self) -> impl Future<Output = Result<Runs, ApiError>> + Send;
+
+    /// Makes a checkpoint now; answered when it is durable.
+    fn checkpoint(
+        &self,
+        guest: &GuestId,
+        request: CheckpointRequest,
+    ) -> impl Future<Output = Result<Checkpoint, ApiError>> + Send;
+
+    /// What happened, from after this number on; oldest first, not all at once.
+    fn events(&self, after: u64) -> impl Future<Output = Result<Events, ApiError>> + Send;
+
+    /// Overrides the limit of what is sent to a peer for a while, or ends that.
+    fn bandwidth(
+        &self,
+        peer: &SiteId,
+        request: BandwidthRequest,
+    ) -> impl Future<Output = Result<Bandwidth, ApiError>> + Send;
 
     /// Reads configuration and certificates again. On an error the old ones stay.
     fn reload(&self) -> impl Future<Output = Result<Reloaded, ApiError>> + Send;

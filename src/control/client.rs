@@ -11,14 +11,17 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+use super::bandwidth::{Bandwidth, BandwidthRequest};
+use super::checkpoint::{Checkpoint, CheckpointRequest};
 use super::codes::Reason;
+use super::events::Events;
 use super::server::{StartRequest, UnprotectRequest, VerifyRequest};
 use super::types::{
     ApiError, ConsoleInfo, Document, Done, DrillRequest, Envelope, ExportRequest, Exports,
     FailoverRequest, JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs,
     SiteStatus,
 };
-use crate::ids::{Epoch, GuestId};
+use crate::ids::{Epoch, GuestId, SiteId};
 
 /// Largest answer that is taken: some 50 000 recovery points.
 const ANSWER_BYTES_MAX: usize = 32 << 20;
@@ -182,6 +185,30 @@ impl Client {
     /// The runs that are remembered.
     pub async fn runs(&self) -> Result<Runs, ApiError> {
         self.get("/v1/runs").await
+    }
+
+    /// Makes a checkpoint now.
+    pub async fn checkpoint(
+        &self,
+        guest: &GuestId,
+        request: &CheckpointRequest,
+    ) -> Result<Checkpoint, ApiError> {
+        self.post(&verb(guest, "checkpoint"), request).await
+    }
+
+    /// What happened after this event, oldest first; not all at once.
+    pub async fn events(&self, after: u64) -> Result<Events, ApiError> {
+        self.get(&format!("/v1/events?after={after}")).await
+    }
+
+    /// Overrides the limit of what is sent to a peer, or ends that.
+    pub async fn bandwidth(
+        &self,
+        peer: &SiteId,
+        request: &BandwidthRequest,
+    ) -> Result<Bandwidth, ApiError> {
+        self.post(&format!("/v1/peers/{peer}/bandwidth"), request)
+            .await
     }
 
     /// Reads the configuration again.

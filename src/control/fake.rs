@@ -8,7 +8,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::backend::Backend;
+use super::bandwidth::{Bandwidth, BandwidthRequest};
+use super::checkpoint::{Checkpoint, CheckpointRequest};
 use super::codes::Reason;
+use super::events::Events;
 use super::runs::{RunBook, RunHandle};
 use super::types::*;
 use crate::clock::{Clock, Env, Timestamp};
@@ -254,6 +257,7 @@ impl Backend for Fake {
             clock_offset_seconds: Some(0.002),
             last_received_at: Some(before(400)),
             last_error: None,
+            bandwidth: None,
         };
         let down = PeerStatus {
             name: site("site-c"),
@@ -570,6 +574,29 @@ impl Backend for Fake {
 
     async fn runs(&self) -> Result<Runs, ApiError> {
         Ok(self.runs.list())
+    }
+
+    async fn checkpoint(
+        &self,
+        guest: &GuestId,
+        _request: CheckpointRequest,
+    ) -> Result<Checkpoint, ApiError> {
+        Err(ApiError::no_such_guest(guest))
+    }
+
+    async fn events(&self, after: u64) -> Result<Events, ApiError> {
+        let (site, last) = (site("site-a"), after);
+        let events = Vec::new();
+        Ok(Events { site, events, last })
+    }
+
+    async fn bandwidth(
+        &self,
+        peer: &SiteId,
+        request: BandwidthRequest,
+    ) -> Result<Bandwidth, ApiError> {
+        let _ = request;
+        Err(ApiError::new(Reason::Usage, format!("no peer {peer}")))
     }
 
     async fn reload(&self) -> Result<Reloaded, ApiError> {

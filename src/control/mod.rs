@@ -11,9 +11,12 @@
 //! of which one is for people: see `page`.
 
 pub mod backend;
+pub mod bandwidth;
+pub mod checkpoint;
 pub mod client;
 pub mod codes;
 pub mod drills;
+pub mod events;
 pub mod exports;
 #[cfg(test)]
 pub(crate) mod fake;

@@ -16,12 +16,15 @@
 //! | POST | `/v1/guests/G/verify` | `{"point": N}` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/test-failover` | `DrillRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/test-failover/stop` | | `lifeboat.done/v1` |
+//! | POST | `/v1/guests/G/checkpoint` | `CheckpointRequest` | `lifeboat.checkpoint/v1` |
 //! | POST | `/v1/guests/G/export` | `ExportRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/export/stop` | | `lifeboat.done/v1` |
 //! | GET | `/v1/exports` | | `lifeboat.exports/v1` |
 //! | GET | `/v1/guests/G/journal` | | `lifeboat.journal_stat/v1` |
 //! | POST | `/v1/guests/G/journal/check`, `.../rebuild` | | `lifeboat.run/v1`, 202 |
 //! | GET | `/v1/runs`, `/v1/runs/ID` | | `lifeboat.runs/v1`, `lifeboat.run/v1` |
+//! | GET | `/v1/events?after=N` | | `lifeboat.events/v1` |
+//! | POST | `/v1/peers/SITE/bandwidth` | `BandwidthRequest` | `lifeboat.bandwidth/v1` |
 //! | POST | `/v1/reload` | | `lifeboat.reload/v1` |
 //! | GET | `/metrics`, `/livez`, `/readyz` | | text; these three also over TCP |
 //! | GET | `/` | | the status page; only over TCP |
@@ -36,7 +39,8 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::connect_info::Connected;
-use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -46,14 +50,17 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::backend::Backend;
+use super::bandwidth::BandwidthRequest;
+use super::checkpoint::CheckpointRequest;
 use super::codes::Reason;
+use super::events::EventsRequest;
 use super::page::{self, History};
 use super::socket::AdminSocket;
 use super::types::{
     ApiError, Document, DrillRequest, Envelope, ExportRequest, FailoverRequest, MoveRequest,
     ProtectRequest, Run, RunId,
 };
-use crate::ids::{Epoch, GuestId};
+use crate::ids::{Epoch, GuestId, SiteId};
 use crate::metrics::Metrics;
 
 /// Largest body of a request.
@@ -210,6 +217,7 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
             post(test_failover_stop),
         )
         .route("/v1/guests/{guest}/verify", post(verify))
+        .route("/v1/guests/{guest}/checkpoint", post(checkpoint))
         .route("/v1/guests/{guest}/export", post(export))
         .route("/v1/guests/{guest}/export/stop", post(export_stop))
         .route("/v1/exports", get(exports))
@@ -218,6 +226,8 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/guests/{guest}/journal/rebuild", post(journal_rebuild))
         .route("/v1/runs", get(runs))
         .route("/v1/runs/{id}", get(run))
+        .route("/v1/events", get(events))
+        .route("/v1/peers/{peer}/bandwidth", post(bandwidth))
         .route("/v1/reload", post(reload))
         .fallback(nothing)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
@@ -453,6 +463,13 @@ verb!(
     |backend, guest, _request| backend.export_stop(&guest)
 );
 verb!(
+    checkpoint,
+    "/v1/guests/{guest}/checkpoint",
+    OK,
+    CheckpointRequest,
+    |backend, guest, request| backend.checkpoint(&guest, request)
+);
+verb!(
     journal_check,
     "/v1/guests/{guest}/journal/check",
     ACCEPTED,
@@ -470,6 +487,39 @@ verb!(
 async fn run<B: Backend>(State(site): State<Site<B>>, Path(id): Path<String>) -> Response {
     let result = site.backend.run(&RunId(id)).await;
     site.answer("/v1/runs/{id}", result, StatusCode::OK)
+}
+
+async fn events<B: Backend>(
+    State(site): State<Site<B>>,
+    query: Result<Query<EventsRequest>, QueryRejection>,
+) -> Response {
+    let result = match query {
+        Ok(Query(request)) => site.backend.events(request.after).await,
+        Err(error) => Err(ApiError::new(Reason::Usage, error.to_string())),
+    };
+    site.answer("/v1/events", result, StatusCode::OK)
+}
+
+async fn bandwidth<B: Backend>(
+    State(site): State<Site<B>>,
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    Path(peer): Path<String>,
+    bytes: Bytes,
+) -> Response {
+    tracing::info!(
+        peer,
+        uid = caller.uid,
+        pid = caller.pid,
+        "bandwidth asked by the operator"
+    );
+    let parsed: Result<SiteId, ApiError> = peer
+        .parse()
+        .map_err(|error: crate::ids::NameError| ApiError::new(Reason::Usage, error.to_string()));
+    let result = match (parsed, body::<BandwidthRequest>(&bytes)) {
+        (Ok(peer), Ok(request)) => site.backend.bandwidth(&peer, request).await,
+        (Err(error), _) | (_, Err(error)) => Err(error),
+    };
+    site.answer("/v1/peers/{peer}/bandwidth", result, StatusCode::OK)
 }
 
 async fn reload<B: Backend>(

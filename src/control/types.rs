@@ -109,6 +109,8 @@ pub struct PeerStatus {
     pub last_received_at: Option<Timestamp>,
     /// Why it is down, or was the last time.
     pub last_error: Option<String>,
+    /// The limit of what is sent to it.
+    pub bandwidth: Option<super::bandwidth::BandwidthStatus>,
 }
 
 /// One guest, as this site knows it.

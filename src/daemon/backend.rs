@@ -8,13 +8,15 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::bandwidth;
 use super::context::{SiteContext, run_dir, writer_of};
 use super::drills::Drills;
+use super::events::EventBook;
 use super::exports;
-use super::leftover;
 use super::moving;
 use super::orders::{Handle, Order};
 use super::promotion::Failover;
+use super::quiesce;
 use super::record;
 use super::rehearsal::Rehearsals;
 use super::standbys::{Shared, Standbys, lock};
@@ -24,12 +26,15 @@ use super::verbs;
 use crate::config::resolved::SiteConfig;
 use crate::config::{self, Files};
 use crate::control::backend::Backend;
+use crate::control::bandwidth::{Bandwidth, BandwidthRequest};
+use crate::control::checkpoint::{Checkpoint, CheckpointRequest};
 use crate::control::codes::Reason;
+use crate::control::events::Events;
 use crate::control::runs::RunBook;
 use crate::control::types::{
     ApiError, CertificateStatus, ConsoleInfo, Done, DrillRequest, ExportRequest, Exports,
-    FailoverRequest, GuestStatus, JournalStat, MoveRequest, Outcome, PeerStatus, Points,
-    ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus, StoreStatus,
+    FailoverRequest, GuestStatus, JournalStat, MoveRequest, Outcome, Points, ProtectRequest,
+    Reloaded, Run, RunId, Runs, SiteStatus, StoreStatus,
 };
 use crate::ids::{Epoch, GuestId, SiteId};
 use crate::metrics::labels::Operation;
@@ -44,8 +49,9 @@ pub(super) struct Site {
     config: watch::Sender<Arc<SiteConfig>>,
     pub runs: RunBook,
     guests: Mutex<BTreeMap<GuestId, (Handle, JoinHandle<()>)>>,
-    exports: Arc<exports::Exports>,
+    pub exports: Arc<exports::Exports>,
     pub drills: Arc<Drills>,
+    pub events: EventBook,
     pub rehearsals: Rehearsals,
     material: Option<Arc<TlsMaterial>>,
     ready: AtomicBool,
@@ -75,6 +81,7 @@ impl Site {
             guests,
             exports: Arc::default(),
             drills,
+            events: EventBook::default(),
             rehearsals: Rehearsals::default(),
             material,
             ready,
@@ -167,6 +174,7 @@ impl Site {
             metrics: &metrics,
             writer: writer_of(&self.config(), guest),
             rehearsed: self.rehearsals.of(guest),
+            limits: &self.context.limits,
             now: self.context.env.now(),
         };
         let mut status = known.status();
@@ -181,12 +189,13 @@ impl Site {
         self.names()
             .iter()
             .for_each(|guest| drop(self.guest_status(guest)));
+        let metrics = &self.context.metrics;
         if let Some((free, capacity)) = super::space(&config.journal.path) {
-            self.context.metrics.set_journal_space(free, capacity);
+            metrics.set_journal_space(free, capacity, config.journal.min_free.of(capacity));
         }
         super::listener::publish_peers(self);
         if let Some(material) = &self.material {
-            super::listener::publish_certificates(&self.context.metrics, material);
+            super::listener::publish_certificates(metrics, material);
         }
     }
 
@@ -243,7 +252,7 @@ impl Site {
                     "links were dropped: their certificates are not good any more"
                 );
             }
-            let mut fresh = super::dialers(&new, material, &self.context.env);
+            let mut fresh = super::dialers(&new, material, &self.context.env, &self.context.limits);
             let dialers = self.context.dialers.write();
             let mut dialers = dialers.unwrap_or_else(PoisonError::into_inner);
             // A role that runs goes on with the dialer that it has, and the status reads that one's
@@ -258,6 +267,8 @@ impl Site {
             }
             *dialers = fresh;
         }
+        let now = self.context.env.now();
+        self.context.limits.configure(&new, now);
         self.standbys.configure(new.clone());
         for (name, (handle, _)) in self.guests().iter() {
             let config = new.guests.get(name).cloned().map(Box::new);
@@ -289,6 +300,7 @@ impl Site {
             ),
             ("fencing", old.fencing != new.fencing),
             ("drill", old.drill != new.drill),
+            ("events", old.events != new.events),
         ] {
             if changed {
                 applied.push(key.to_owned());
@@ -304,11 +316,7 @@ impl Site {
         })
     }
 
-    fn peers(&self) -> Vec<PeerStatus> {
-        super::listener::peer_status(self)
-    }
-
-    fn certificates(&self) -> Vec<CertificateStatus> {
+    pub fn certificates(&self) -> Vec<CertificateStatus> {
         self.material
             .as_ref()
             .map_or_else(Vec::new, |m| super::listener::certificates(m))
@@ -333,7 +341,7 @@ impl Backend for Site {
             site: config.site.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             now: self.context.env.now(),
-            peers: self.peers(),
+            peers: super::listener::peer_status(self),
             guests: self
                 .names()
                 .iter()
@@ -394,28 +402,10 @@ impl Backend for Site {
             Some(handle) => handle.ask(|reply| Order::Unprotect { reply }).await?,
             None => false,
         };
-        let mut detail = None;
-        if purge {
-            self.exports.stop(guest);
-            self.drills.forget(guest).await?;
-            self.rehearsals.end(guest);
-            // In this order: without a copy no other one is begun.
-            self.standbys.close(guest).await;
-            self.context.warms.end(guest).await;
-            self.context.arrivals.end(guest).await;
-            self.context.metrics.guest(guest).forget_durable();
-            leftover::forget_memory(&self.context.state_dir, guest);
-            let directory = self.standbys.directory(guest);
-            if directory.exists() {
-                let path = directory.clone();
-                self.context
-                    .env
-                    .offload(move || std::fs::remove_dir_all(path))
-                    .await
-                    .map_err(failed)?;
-                detail = Some(format!("deleted {}", directory.display()));
-            }
-        }
+        let detail = match purge {
+            true => self.purge(guest).await?,
+            false => None,
+        };
         let outcome = if was || detail.is_some() {
             Outcome::Unprotected
         } else {
@@ -572,6 +562,26 @@ impl Backend for Site {
 
     async fn runs(&self) -> Result<Runs, ApiError> {
         Ok(self.runs.list())
+    }
+
+    async fn bandwidth(
+        &self,
+        peer: &SiteId,
+        request: BandwidthRequest,
+    ) -> Result<Bandwidth, ApiError> {
+        bandwidth::change(self, peer, request).await
+    }
+
+    async fn checkpoint(
+        &self,
+        guest: &GuestId,
+        request: CheckpointRequest,
+    ) -> Result<Checkpoint, ApiError> {
+        quiesce::checkpoint(self, guest, self.active(guest)?, request).await
+    }
+
+    async fn events(&self, after: u64) -> Result<Events, ApiError> {
+        Ok(self.events.after(self, after))
     }
 
     async fn reload(&self) -> Result<Reloaded, ApiError> {

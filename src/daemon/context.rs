@@ -6,6 +6,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use super::arrivals::Arrivals;
+use super::bandwidth::Limits;
 use super::warm::Warms;
 use crate::clock::Env;
 use crate::config::resolved::{
@@ -47,6 +48,8 @@ pub(super) struct SiteContext {
     pub warms: Warms,
     /// Guests that are about to come here.
     pub arrivals: Arrivals,
+    /// Of what is sent to each peer.
+    pub limits: Limits,
     /// Replaced at a reload.
     pub dialers: RwLock<BTreeMap<SiteId, Arc<TlsDialer>>>,
 }
@@ -127,6 +130,7 @@ pub(super) fn primary_options(
         guest: guest.clone(),
         site: site.site.clone(),
         peer: peer.clone(),
+        throttle: site.limits.throttle(peer),
         generation,
         rpo_target: replication.rpo_target,
         interval_min: replication.checkpoint_min,

@@ -186,6 +186,7 @@ pub(super) fn peer_status(site: &Site) -> Vec<PeerStatus> {
             clock_offset_seconds: heard.offset_ns.map(|ns| ns as f64 / 1e9),
             last_received_at: heard.last_received_at,
             last_error: site.link_error(name),
+            bandwidth: Some(site.context.limits.status(name, site.context.env.now())),
         }
     });
     peers.collect()

@@ -7,6 +7,8 @@ use tokio::sync::watch;
 use super::arrivals::make_ready;
 use super::backend::Site;
 use super::context::writer_of;
+use super::fitness::examine;
+use super::hardware::Hardware;
 use super::leftover::Left;
 use super::orders::Order;
 use super::promotion::Takeover;
@@ -20,6 +22,7 @@ use crate::journal::DirStore;
 use crate::metrics::labels::Operation;
 use crate::page::{Layout, Region};
 use crate::standby::{Leftover, Lookup, Refusal};
+use crate::vmm::MachineSpec;
 use crate::wire::message::{Open, Readiness, RefuseReason};
 
 impl Lookup<DirStore> for Site {
@@ -206,8 +209,25 @@ impl Site {
                 let (env, run_dir) = (&self.context.env, self.context.run_dir(guest));
                 self.rehearsals.begin(env, guest, &run_dir, machine, table);
             }
-            _ => self.rehearsals.end(guest),
+            _ => match Hardware::from_bytes(machine) {
+                Ok(Hardware::Builtin(spec)) => self.look_at(guest, spec),
+                _ => self.rehearsals.end(guest),
+            },
         }
+    }
+
+    /// The same for a guest of the built-in monitor.
+    fn look_at(&self, guest: &GuestId, spec: MachineSpec) {
+        let (site, standbys) = (self.context.clone(), self.standbys.clone());
+        let (name, machine) = (guest.clone(), spec.clone());
+        self.rehearsals.begin_builtin(guest, spec, move || {
+            let (site, standbys) = (site.clone(), standbys.clone());
+            let (name, machine) = (name.clone(), machine.clone());
+            async move {
+                let copy = standbys.copy(&name).await;
+                examine(&site.env, &name, copy, &machine, &site.state_dir).await
+            }
+        });
     }
 
     /// After a reload: tables of command lines may be other ones.

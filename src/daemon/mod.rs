@@ -12,10 +12,13 @@
 
 mod arrivals;
 mod backend;
+mod bandwidth;
 mod context;
 mod drills;
+mod events;
 mod exports;
 mod feeding;
+mod fitness;
 mod hardware;
 mod leftover;
 mod listener;
@@ -23,7 +26,9 @@ mod lookup;
 mod moving;
 mod orders;
 mod promotion;
+mod purge;
 mod qemu;
+pub mod quiesce;
 mod record;
 mod rehearsal;
 mod standbys;
@@ -132,7 +137,11 @@ struct Transport {
     dialers: BTreeMap<SiteId, Arc<TlsDialer>>,
 }
 
-fn transport(config: &SiteConfig, env: &Env) -> Result<Transport, SiteError> {
+fn transport(
+    config: &SiteConfig,
+    env: &Env,
+    limits: &bandwidth::Limits,
+) -> Result<Transport, SiteError> {
     let Some(tls) = &config.tls else {
         return Ok(Transport {
             material: None,
@@ -140,7 +149,7 @@ fn transport(config: &SiteConfig, env: &Env) -> Result<Transport, SiteError> {
         });
     };
     let material = TlsMaterial::load(&config.site, listener::files(tls))?;
-    let dialers = dialers(config, &material, env);
+    let dialers = dialers(config, &material, env, limits);
     Ok(Transport {
         material: Some(material),
         dialers,
@@ -151,9 +160,11 @@ fn dialers(
     config: &SiteConfig,
     material: &Arc<TlsMaterial>,
     env: &Env,
+    limits: &bandwidth::Limits,
 ) -> BTreeMap<SiteId, Arc<TlsDialer>> {
     let reachable = config.peers.iter().filter_map(|(site, peer)| {
         let dialer = listener::dialer(site, peer, material, env)?;
+        let dialer = dialer.throttled(limits.throttle(site));
         Some((site.clone(), Arc::new(dialer)))
     });
     reachable.collect()
@@ -168,7 +179,9 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
     let env = Env::system();
     let metrics = Metrics::new(env.clone());
     metrics.config_loaded(true);
-    let transport = transport(&config, &env)?;
+    let limits = bandwidth::Limits::load(&config.state_dir);
+    limits.configure(&config, env.now());
+    let transport = transport(&config, &env, &limits)?;
     let standbys = Standbys::new(env.clone(), metrics.clone(), config.clone());
     let context = Arc::new(SiteContext {
         env: env.clone(),
@@ -180,6 +193,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         replication: config.replication,
         warms: warm::Warms::default(),
         arrivals: arrivals::Arrivals::default(),
+        limits,
         dialers: RwLock::new(transport.dialers),
     });
     let runs = RunBook::new(env, metrics.clone());
@@ -224,6 +238,8 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
     tasks.spawn(refresh(site.clone()));
     tasks.spawn(drills::schedule(site.clone()));
     tasks.spawn(warm::tend(site.clone()));
+    tasks.spawn(events::run(site.clone()));
+    tasks.spawn(quiesce::schedule(site.clone()));
     site.set_ready();
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -283,6 +299,7 @@ async fn refresh(site: Arc<Site>) {
     let mut tick = tokio::time::interval(REFRESH_EVERY);
     loop {
         tick.tick().await;
+        site.context.limits.tick(site.context.env.now());
         site.refresh();
     }
 }

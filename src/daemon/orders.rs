@@ -13,7 +13,7 @@ use crate::device_state::DeviceState;
 use crate::guest::RunState;
 use crate::guest::builtin::Unbooted;
 use crate::ids::{Epoch, Generation, SiteId};
-use crate::primary::PrimaryStatus;
+use crate::primary::{Asked, PrimaryStatus};
 
 /// Where an answer goes.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
@@ -62,6 +62,8 @@ pub(super) enum Order {
     },
     /// Give the guest to the site that it is replicated to. Answered when that is done, or undone.
     HandOver { reply: Reply<Moved> },
+    /// Make a checkpoint now. Answered when the primary role has been told.
+    Checkpoint { asked: Asked, reply: Reply<()> },
     /// The configuration changed.
     Configure(Option<Box<GuestConfig>>),
     /// The daemon ends; guests live on.

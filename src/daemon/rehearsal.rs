@@ -1,4 +1,5 @@
-//! Would a failover work here? Found out beforehand, for guests whose QEMU this site would start.
+//! Would a failover work here? Found out beforehand, for guests whose QEMU this site would start. (For
+//! guests of the built-in monitor `fitness` looks; what it finds is kept here too.)
 //!
 //! ```text
 //!   a primary opens a session ─┐
@@ -24,6 +25,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
+use super::fitness::Examined;
 use super::qemu;
 use crate::clock::Env;
 use crate::guest::qemu::command::{self, Rewrite, Sockets, started};
@@ -33,6 +35,7 @@ use crate::guest::qemu::machine::Machine;
 use crate::guest::qemu::qmp::Qmp;
 use crate::ids::{DiskId, GuestId};
 use crate::page::PAGE_SIZE;
+use crate::vmm::MachineSpec;
 use crate::wire::message::Readiness;
 
 /// Time between two looks at what may have changed on the host.
@@ -45,11 +48,20 @@ pub(super) struct Rehearsals {
 }
 
 struct Rehearsal {
-    of: Part,
+    of: Of,
     readiness: watch::Sender<Readiness>,
     /// The command line as it would be started.
     command: watch::Sender<Vec<String>>,
     task: JoinHandle<()>,
+}
+
+/// Of which kind of guest.
+#[derive(Clone, PartialEq)]
+enum Of {
+    /// Of QEMU.
+    Qemu(Part),
+    /// Of the built-in monitor.
+    Builtin(MachineSpec),
 }
 
 /// What is rehearsed.
@@ -82,7 +94,48 @@ impl Rehearsals {
         machine: Machine,
         table: Vec<Rewrite>,
     ) {
-        let of = Part { machine, table };
+        let part = Part { machine, table };
+        let (env, name, directory) = (env.clone(), guest.clone(), run_dir.join("trial"));
+        self.watch(guest, Of::Qemu(part.clone()), |told, shown| {
+            tokio::spawn(async move {
+                loop {
+                    let mut command = Vec::new();
+                    let now = rehearse(&env, &part, &directory, &mut command).await;
+                    shown.send_replace(command);
+                    tell(&name, &told, now);
+                    sleep(EVERY).await;
+                }
+            })
+        });
+    }
+
+    /// The same for a guest of the built-in monitor. `look` does it once.
+    pub fn begin_builtin<F>(
+        &self,
+        guest: &GuestId,
+        spec: MachineSpec,
+        look: impl Fn() -> F + Send + 'static,
+    ) where
+        F: Future<Output = Examined> + Send + 'static,
+    {
+        let name = guest.clone();
+        self.watch(guest, Of::Builtin(spec), |told, _| {
+            tokio::spawn(async move {
+                loop {
+                    let Examined { readiness, again } = look().await;
+                    tell(&name, &told, readiness);
+                    sleep(again).await;
+                }
+            })
+        });
+    }
+
+    fn watch(
+        &self,
+        guest: &GuestId,
+        of: Of,
+        spawn: impl FnOnce(watch::Sender<Readiness>, watch::Sender<Vec<String>>) -> JoinHandle<()>,
+    ) {
         let mut guests = self.guests();
         let known = guests.get(guest);
         if known.is_some_and(|known| known.of == of) {
@@ -91,20 +144,7 @@ impl Rehearsals {
         let (readiness, command) = known.map_or_else(Default::default, |known| {
             (known.readiness.clone(), known.command.clone())
         });
-        let (part, env, name) = (of.clone(), env.clone(), guest.clone());
-        let (directory, told, shown) = (run_dir.join("trial"), readiness.clone(), command.clone());
-        let task = tokio::spawn(async move {
-            loop {
-                let mut command = Vec::new();
-                let now = rehearse(&env, &part, &directory, &mut command).await;
-                shown.send_replace(command);
-                if let (Some(why), true) = (&now.obstacle, *told.borrow() != now) {
-                    tracing::warn!(guest = %name, why, "a failover of this guest would fail here");
-                }
-                told.send_if_modified(|before| std::mem::replace(before, now.clone()) != now);
-                sleep(EVERY).await;
-            }
-        });
+        let task = spawn(readiness.clone(), command.clone());
         let rehearsal = Rehearsal {
             of,
             readiness,
@@ -122,10 +162,11 @@ impl Rehearsals {
         run_dir: &Path,
         table: Option<Vec<Rewrite>>,
     ) {
-        let machine = self
-            .guests()
-            .get(guest)
-            .map(|known| known.of.machine.clone());
+        let machine = match self.guests().get(guest).map(|known| known.of.clone()) {
+            Some(Of::Builtin(_)) => return,
+            Some(Of::Qemu(part)) => Some(part.machine),
+            None => None,
+        };
         match (machine, table) {
             (Some(machine), Some(table)) => self.begin(env, guest, run_dir, machine, table),
             _ => self.end(guest),
@@ -158,6 +199,14 @@ impl Rehearsals {
     pub fn names(&self) -> Vec<GuestId> {
         self.guests().keys().cloned().collect()
     }
+}
+
+/// Publishes what was found, and logs an obstacle that is new.
+fn tell(guest: &GuestId, told: &watch::Sender<Readiness>, now: Readiness) {
+    if let (Some(why), true) = (&now.obstacle, *told.borrow() != now) {
+        tracing::warn!(%guest, why, "a failover of this guest would fail here");
+    }
+    told.send_if_modified(|before| std::mem::replace(before, now.clone()) != now);
 }
 
 /// Tries once.

@@ -1,5 +1,6 @@
 //! What the admin API shows of guests, put together from their supervisors and copies.
 
+use super::bandwidth::Limits;
 use super::hardware::Hardware;
 use super::orders::View;
 use super::record::{GuestRecord, Standing};
@@ -62,6 +63,8 @@ pub(super) struct Known<'a> {
     pub metrics: &'a GuestMetrics,
     /// Who may write the guest here.
     pub writer: Option<SiteId>,
+    /// Of what is sent to peers.
+    pub limits: &'a Limits,
     /// What is known of a failover to here, and the command line.
     pub rehearsed: Option<(Readiness, Vec<String>)>,
     pub now: Timestamp,
@@ -205,7 +208,9 @@ impl Known<'_> {
             return Some(format!("nothing: it was moved to site {to}"));
         }
         match (self.role(), &self.copy) {
-            (Role::Active, _) => self.primary.as_ref()?.blocked_on.clone(),
+            (Role::Active, _) => self
+                .limited()
+                .or_else(|| self.primary.as_ref()?.blocked_on.clone()),
             (_, Some(Err(why))) => Some(why.clone()),
             (_, Some(Ok(copy))) if copy.problem.is_some() => copy.problem.clone(),
             (_, Some(Ok(copy))) if !copy.receiving => {
@@ -217,6 +222,14 @@ impl Known<'_> {
             }
             _ => None,
         }
+    }
+
+    /// The limit of the bandwidth, if it is why the guest is late.
+    fn limited(&self) -> Option<String> {
+        let primary = self.primary.as_ref().filter(|primary| primary.link_up)?;
+        let peer = self.view.as_ref()?.peer.as_ref()?;
+        let pressing = self.limits.pressing(peer, self.now)?;
+        (primary.acked.is_some() && self.late()).then_some(pressing)
     }
 
     fn last_point(&self) -> Option<PointStatus> {

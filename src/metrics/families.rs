@@ -39,11 +39,13 @@ pub(super) struct Families {
     pub(super) config_reload_ok: IntGauge,
     pub(super) config_reload_at: Gauge,
     pub(super) journal_free: Gauge,
+    pub(super) journal_reserve: Gauge,
     pub(super) journal_capacity: Gauge,
     pub(super) operations: IntCounterVec,
     pub(super) operation_duration: HistogramVec,
     pub(super) certificate_not_after: GaugeVec,
     pub(super) crl_next_update: GaugeVec,
+    pub(super) event_hooks: IntCounterVec,
     pub(super) tls_failures: IntCounterVec,
     pub(super) log_messages: IntCounterVec,
     pub(super) admin_requests: IntCounterVec,
@@ -153,6 +155,10 @@ impl Families {
                 "lifeboat_journal_free_bytes",
                 "Free space of the file system that holds the journals.",
             ),
+            journal_reserve: make.gauge(
+                "lifeboat_journal_reserve_bytes",
+                "Space of that file system that the journals leave free (journal.min_free).",
+            ),
             journal_capacity: make.gauge(
                 "lifeboat_journal_capacity_bytes",
                 "Size of the file system that holds the journals.",
@@ -177,6 +183,11 @@ impl Families {
                 "lifeboat_tls_crl_next_update_timestamp_seconds",
                 "When the revocation list in use goes stale.",
                 &["ca"],
+            ),
+            event_hooks: make.counters(
+                "lifeboat_event_hooks_total",
+                "Events that the program of [events] was to be told of, by result.",
+                &["result"],
             ),
             tls_failures: make.counters(
                 "lifeboat_tls_handshake_failures_total",

@@ -279,6 +279,12 @@ impl GuestMetrics {
         }
     }
 
+    /// Verifications and audits that found a difference so far.
+    pub fn mismatches(&self) -> u64 {
+        let verified = self.verifications.get(VerifyResult::Mismatch).get();
+        verified + self.resyncs.get(ResyncReason::Mismatch).get()
+    }
+
     /// A verification ended at this time.
     pub fn verification(&self, result: VerifyResult, at: Timestamp) {
         self.verifications.get(result).inc();

@@ -237,6 +237,66 @@ label!(
     }
 );
 
+label!(
+    /// What can happen at a site.
+    EventKind {
+        /// The daemon began.
+        SiteStarted = "site_started",
+        /// A guest has a first recovery point, or one within its target after something else.
+        GuestProtected = "guest_protected",
+        /// A guest's newest point is older than its target, or could not be resumed.
+        GuestDegraded = "guest_degraded",
+        /// That is over.
+        GuestRecovered = "guest_recovered",
+        /// A guest is not replicated any more.
+        GuestUnprotected = "guest_unprotected",
+        /// A guest that is owned here does not run any more.
+        GuestStopped = "guest_stopped",
+        /// Another site owns the guest with a higher generation.
+        GuestFenced = "guest_fenced",
+        /// A peer that is needed is heard.
+        LinkUp = "link_up",
+        /// A peer that is needed is not heard any more.
+        LinkDown = "link_down",
+        /// A failover does its first step.
+        FailoverBegun = "failover_begun",
+        /// A failover ended.
+        FailoverEnded = "failover_ended",
+        /// A move does its first step.
+        MoveBegun = "move_begun",
+        /// A move ended.
+        MoveEnded = "move_ended",
+        /// A drill does its first step.
+        DrillBegun = "drill_begun",
+        /// A drill ended.
+        DrillEnded = "drill_ended",
+        /// A failover would fail.
+        ObstacleFound = "obstacle_found",
+        /// It would not any more.
+        ObstacleGone = "obstacle_gone",
+        /// A copy is not what the guest had.
+        VerificationMismatch = "verification_mismatch",
+        /// Less is free for journals than is kept free.
+        JournalFull = "journal_full",
+        /// There is space again.
+        JournalOk = "journal_ok",
+        /// A certificate expires within two weeks, or two days.
+        CertificateExpiring = "certificate_expiring",
+    }
+);
+
+label!(
+    /// How it went to tell the program of an event.
+    HookResult {
+        /// It ended with status 0.
+        Ok = "ok",
+        /// It could not be run, ended otherwise, or not in time.
+        Failed = "failed",
+        /// Too many waited for it.
+        Dropped = "dropped",
+    }
+);
+
 /// One metric per value of a label.
 pub(super) struct PerLabel<L, M> {
     metrics: Vec<M>,

@@ -28,7 +28,7 @@ use prometheus::{Registry, TextEncoder};
 use crate::clock::{Env, Timestamp};
 use crate::ids::{GuestId, SiteId};
 use families::Families;
-use labels::{Label, Operation, OperationResult, PerLabel, TlsFailure};
+use labels::{HookResult, Label, Operation, OperationResult, PerLabel, TlsFailure};
 
 pub use guest::{GuestMetrics, PeerMetrics};
 pub use log::LogCounter;
@@ -71,6 +71,9 @@ impl Metrics {
             families
                 .operation_duration
                 .with_label_values(&[kind.as_str()]);
+        }
+        for result in HookResult::ALL {
+            families.event_hooks.with_label_values(&[result.as_str()]);
         }
         Self {
             shared: Arc::new(Shared {
@@ -123,11 +126,18 @@ impl Metrics {
         }
     }
 
-    /// Free and total bytes of the file system with the journals.
-    pub fn set_journal_space(&self, free_bytes: u64, capacity_bytes: u64) {
-        self.shared.families.journal_free.set(free_bytes as f64);
-        let capacity = &self.shared.families.journal_capacity;
-        capacity.set(capacity_bytes as f64);
+    /// The file system with the journals: free and total bytes, and how many of them stay free.
+    pub fn set_journal_space(&self, free_bytes: u64, capacity_bytes: u64, reserve_bytes: u64) {
+        let f = &self.shared.families;
+        f.journal_free.set(free_bytes as f64);
+        f.journal_capacity.set(capacity_bytes as f64);
+        f.journal_reserve.set(reserve_bytes as f64);
+    }
+
+    /// The program of the events was told, or was not.
+    pub fn event_hook(&self, result: HookResult) {
+        let hooks = &self.shared.families.event_hooks;
+        hooks.with_label_values(&[result.as_str()]).inc();
     }
 
     /// A long verb ended.

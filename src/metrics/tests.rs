@@ -42,7 +42,7 @@ fn series(text: &str) -> BTreeMap<String, f64> {
 fn busy() -> Metrics {
     let (metrics, _) = metrics();
     metrics.config_loaded(true);
-    metrics.set_journal_space(1, 2);
+    metrics.set_journal_space(1, 3, 2);
     metrics.operation(
         Operation::Failover,
         OperationResult::Ok,

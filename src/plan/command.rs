@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::time::timeout;
 
@@ -53,6 +53,64 @@ pub async fn run(argv: &[String], env: &[(&str, String)], within: Duration) -> R
     }
 }
 
+/// Runs a program, gives it `input` on its stdin, and waits for its end; as [`run`] otherwise. It has
+/// a process group of its own, which is killed as a whole when it does not end in time.
+pub async fn run_fed(argv: &[String], input: &[u8], within: Duration) -> Result<(), String> {
+    let (program, arguments) = argv.split_first().ok_or("no program is named")?;
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| format!("{program:?} cannot be run: {error}"))?;
+    let group = Group(child.id());
+    let (mut stdin, errors) = (child.stdin.take(), child.stderr.take());
+    let all = async {
+        let feed = async {
+            if let Some(mut stdin) = stdin.take() {
+                // A program that does not read to the end may still say yes.
+                let _ = stdin.write_all(input).await;
+            }
+        };
+        let listen = tail(errors.expect("stderr is a pipe"));
+        tokio::join!(child.wait(), feed, listen)
+    };
+    let ended = timeout(within, all).await;
+    let (status, (), said) = ended.map_err(|_| {
+        let seconds = within.as_secs_f64();
+        format!("{program:?} did not end within {seconds} s, and was killed")
+    })?;
+    group.ended();
+    let status = status.map_err(|error| format!("{program:?} was lost: {error}"))?;
+    match (status.success(), said.trim()) {
+        (true, _) => Ok(()),
+        (false, "") => Err(format!("{program:?} ended with {status}")),
+        (false, said) => Err(format!("{program:?} ended with {status}: {said}")),
+    }
+}
+
+/// A process group that is killed unless its leader and all who hold its stderr have ended.
+struct Group(Option<u32>);
+
+impl Group {
+    fn ended(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0.and_then(|pid| libc::pid_t::try_from(pid).ok()) {
+            // SAFETY: kill takes plain numbers and touches no memory. The number names this group as
+            // long as anybody is in it, and the kernel does not give it to others soon after that.
+            unsafe { libc::kill(-pid, libc::SIGKILL) };
+        }
+    }
+}
+
 /// The end of what is written there.
 async fn tail(mut from: impl AsyncRead + Unpin) -> String {
     let (mut kept, mut buffer) = (Vec::new(), [0; 4096]);
@@ -94,6 +152,41 @@ mod tests {
                 Some(text) => assert!(ran.as_ref().unwrap_err().contains(text), "{ran:?}"),
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_program_is_fed_and_killed_with_all_that_it_started() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("heard");
+        let run = async |script: &str, within: Duration| {
+            let script = format!("cd {}; {script}", directory.path().display());
+            let argv = ["sh", "-c", &script].map(str::to_owned);
+            run_fed(&argv, b"what happened", within).await
+        };
+        let long = Duration::from_secs(60);
+        run("cat > heard", long).await.unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), b"what happened");
+        run("exec 0<&-", long).await.unwrap();
+        let failed = run("echo no pager >&2; exit 7", long).await.unwrap_err();
+        assert!(failed.contains("no pager"), "{failed}");
+        // The grandchild goes with it.
+        let hangs = "sleep 600 & echo $! > pid; wait";
+        let hung = run(hangs, Duration::from_millis(500)).await.unwrap_err();
+        assert!(hung.contains("did not end"), "{hung}");
+        let pid = std::fs::read_to_string(directory.path().join("pid")).unwrap();
+        let gone = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+            // A zombie that nobody has reaped yet is as good as gone.
+            stat.map_or(true, |stat| stat.contains(") Z "))
+        };
+        let until = std::time::Instant::now() + long;
+        while !gone() {
+            assert!(std::time::Instant::now() < until, "{pid} lives on");
+            tokio::task::yield_now().await;
+        }
+        let argv = ["/nonexistent/hook".to_owned()];
+        let missing = run_fed(&argv, b"", long).await.unwrap_err();
+        assert!(missing.contains("cannot be run"), "{missing}");
     }
 
     #[test]

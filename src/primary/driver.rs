@@ -214,6 +214,8 @@ async fn pause(orders: &mut Orders, wait: std::time::Duration) -> bool {
                     let why = "there is no link to the standby";
                     Handover::new(events).end(why.into()).await;
                 }
+                // Without a link there is none to be made.
+                Some(Command::Checkpoint(asked)) => drop(asked),
                 // Nobody can give orders any more; protection goes on.
                 None => {
                     sleep(until.saturating_duration_since(Instant::now())).await;

@@ -2,14 +2,14 @@
 
 use std::collections::VecDeque;
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 
 use super::coder::Coder;
 use super::handover::Handover;
 use super::pacing::Pacing;
 use super::plan::{Memory, Plan, plan};
-use super::{Acked, Compression, Meters, PrimaryOptions, PrimaryStatus};
+use super::{Acked, Asked, Compression, Meters, PrimaryOptions, PrimaryStatus};
 use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
 use crate::frame::{Codec, EncodeOptions, Encoder};
@@ -28,6 +28,8 @@ pub(super) struct InFlight {
     pub pages: PageSet,
     pub captured_at: Timestamp,
     pub cut_at: Instant,
+    /// Who asked for it and waits.
+    pub asked: Vec<oneshot::Sender<Epoch>>,
 }
 
 /// See the module.
@@ -55,6 +57,8 @@ pub(super) struct Engine<G> {
     pub handing: Handing,
     /// The guest is to be given away.
     pub handover: Option<Handover>,
+    /// Checkpoints that were asked for and not yet made.
+    pub asked: Vec<Asked>,
 }
 
 /// How far the guest is on its way out of our hands.
@@ -114,6 +118,7 @@ impl<G: Guest> Engine<G> {
             pacing,
             handing: Handing::No,
             handover: None,
+            asked: Vec::new(),
             options,
         }
     }
@@ -172,6 +177,10 @@ impl<G: Guest> Engine<G> {
             self.guest.settle(done.cut, base).await?;
             self.base = Some(base);
             self.known = Some((done.epoch, done.root));
+            for asked in done.asked {
+                // Whoever asked may have given up waiting.
+                let _ = asked.send(done.epoch);
+            }
             let latency = done.cut_at.elapsed();
             self.pacing.durable_after(latency);
             self.meters.guest.acked(done.captured_at);
@@ -202,6 +211,7 @@ impl<G: Guest> Engine<G> {
     /// Ends what is unfinished: nothing is in flight afterwards, every unsettled bit is dirty again,
     /// and no shadow claims content that the standby may not have.
     pub async fn give_back(&mut self) -> Result<(), GuestError> {
+        self.asked.clear();
         if self.coder.is_open() || !self.inflight.is_empty() {
             let lost = self.inflight.drain(..).map(|f| f.pages).collect();
             self.coder.reset(lost).await;

@@ -79,7 +79,12 @@ impl<G: Guest> Builder<'_, G> {
         let epoch = self.begin(full, known.is_some()).await;
 
         let everything = full || audit;
-        if everything || self.engine.round_first || last {
+        if everything {
+            // A guest whose applications stand still would do so for the whole copy.
+            self.engine.asked.clear();
+        }
+        let hurry = !self.engine.asked.is_empty();
+        if everything || (self.engine.round_first && !hurry) || last {
             self.rounds(everything, full, known).await?;
         }
 
@@ -102,6 +107,13 @@ impl<G: Guest> Builder<'_, G> {
         if dirty as usize * PAGE_SIZE > self.queue.free() {
             self.give_back_cut(dirty).await?;
             return Ok(false);
+        }
+        let (mut marked, mut asked) = (false, Vec::new());
+        for each in std::mem::take(&mut self.engine.asked) {
+            // Applications that were let go meanwhile make it one as any other.
+            let quiesced = each.cut.map(|cut| cut.send(epoch).is_ok());
+            marked |= quiesced == Some(true);
+            asked.push(each.durable);
         }
         self.engine.coder.add(&cut.dirty);
         let reading = Instant::now();
@@ -131,6 +143,9 @@ impl<G: Guest> Builder<'_, G> {
             .parts
             .into_iter()
             .for_each(|part| self.queue.push(ToStandby::Part(part)));
+        if marked {
+            self.queue.push(ToStandby::Mark { epoch });
+        }
         self.head = Head {
             epoch,
             root: finished.root,
@@ -144,6 +159,7 @@ impl<G: Guest> Builder<'_, G> {
             pages,
             captured_at: cut.captured_at,
             cut_at: started,
+            asked,
         });
         let (inflight, backlog) = (self.engine.inflight.len(), self.queue.bytes() as u64);
         self.engine.meters.guest.set_inflight(inflight);

@@ -20,6 +20,8 @@
 //! * Nothing here waits while the guest is held: content of a *cut* is always taken at once into
 //!   memory that was free before (`max_backlog`), or the cut is given back. Only fuzzy rounds wait
 //!   for the link, and they hold nobody up.
+//! * A limit of the bandwidth binds: the next cut waits until the one before has gone out, so that it
+//!   gathers what changed meanwhile instead of queueing up beside it.
 //! * The link's speed limits how often checkpoints are made, never the guest.
 //!
 //! Not here: who may own the guest and stopping it (daemon), TLS (transport), the journal (standby).
@@ -34,6 +36,7 @@ mod plan;
 mod queue;
 mod session;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -43,6 +46,7 @@ use crate::frame::Codec;
 use crate::guest::{CutStrategy, RunState};
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::metrics::{GuestMetrics, PeerMetrics};
+use crate::throttle::Throttle;
 use crate::wire::message::Readiness;
 
 pub use driver::{Ownership, ask_owner, run};
@@ -87,6 +91,8 @@ pub struct PrimaryOptions {
     pub round_pages: u64,
     /// The standby's site, as its certificate names it.
     pub peer: SiteId,
+    /// What the transport sends to that site no faster than. Cuts follow it.
+    pub throttle: Arc<Throttle>,
     /// Time for dialing, and again for the handshake. (A session's dead peer is found by the
     /// transport.)
     pub handshake_max: Duration,
@@ -108,6 +114,18 @@ pub enum Command {
     Drain(Duration),
     /// Hand the guest over to the standby.
     HandOver(mpsc::Sender<HandoverEvent>),
+    /// Make a checkpoint as soon as one can be made.
+    Checkpoint(Asked),
+}
+
+/// A checkpoint that somebody asked for. Senders that are dropped say that it was given up.
+#[derive(Debug)]
+pub struct Asked {
+    /// Told of the cut's number as soon as it is made. With it the checkpoint is one of a guest whose
+    /// applications are quiesced: if it can still be told then, the point gets a mark.
+    pub cut: Option<oneshot::Sender<Epoch>>,
+    /// Told when it is durable.
+    pub durable: oneshot::Sender<Epoch>,
 }
 
 /// What happens while a guest is handed over. See `primary::handover`.

@@ -20,6 +20,12 @@ use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
 use crate::wire::message::{Open, Opened, Readiness, RefuseReason, ToPrimary, ToStandby};
 
+/// Checkpoints on their way at once while a limit of the bandwidth binds.
+const LIMITED_INFLIGHT: usize = 2;
+
+/// Checkpoints that may be asked for at once.
+const ASKED_MAX: usize = 16;
+
 /// Why a session ended.
 #[derive(Debug)]
 pub(super) enum SessionEnd {
@@ -349,8 +355,18 @@ async fn wait<G: Guest>(
             return Err(SessionEnd::Drained);
         }
         let half = builder.engine.options.max_backlog / 2;
-        let slot = inflight < builder.engine.options.max_inflight;
+        let limited = builder.engine.options.throttle.binds();
+        let slots = match limited {
+            // One on its way, and one that is made meanwhile: more would only age in the queue.
+            true => LIMITED_INFLIGHT.min(builder.engine.options.max_inflight),
+            false => builder.engine.options.max_inflight,
+        };
+        let slot = inflight < slots;
         let room = slot && builder.queue.free() >= half;
+        let next_cut = match builder.engine.asked.is_empty() {
+            true => next_cut,
+            false => Instant::now(),
+        };
         let due = orders.drain_until.unwrap_or(next_cut);
         let may_cut = room && orders.drain_until.is_none();
         tokio::select! {
@@ -364,6 +380,10 @@ async fn wait<G: Guest>(
                 Command::HandOver(events) => {
                     builder.engine.handover = Some(Handover::new(events));
                 }
+                // More at once are dropped, which says that they were given up.
+                Command::Checkpoint(asked) => if builder.engine.asked.len() < ASKED_MAX {
+                    builder.engine.asked.push(asked);
+                },
             },
             () = sleep_until(due), if may_cut => return Ok(()),
             () = sleep_until(due), if orders.drain_until.is_some() => return Err(SessionEnd::Drained),
@@ -376,9 +396,13 @@ async fn wait<G: Guest>(
 /// Says in the status that a checkpoint is overdue, once it is.
 async fn note_waiting<G: Guest>(engine: &Engine<G>, next_cut: Instant, inflight: usize) {
     sleep_until(next_cut).await;
+    let what = match engine.options.throttle.binds() {
+        true => "the bandwidth limit of the link",
+        false => "the standby",
+    };
     engine.publish(|s| {
         s.blocked_on = Some(format!(
-            "the standby: {inflight} checkpoints are on their way and not yet durable"
+            "{what}: {inflight} checkpoints are on their way and not yet durable"
         ));
     });
     std::future::pending().await

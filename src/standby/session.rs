@@ -248,6 +248,7 @@ async fn receive<S: Store>(
                     .await
                     .map_err(|_| SessionEnd::Stale)?;
             }
+            ToStandby::Mark { epoch } => mark(env, opened, tx, epoch).await?,
             ToStandby::Compare { epoch } => {
                 let leftover = opened.leftover.take();
                 compare::answer(env, &opened.replica, opened.session, tx, epoch, leftover).await?;
@@ -293,6 +294,25 @@ async fn changed(readiness: &mut Option<watch::Receiver<Readiness>>) -> Readines
     }
     *readiness = None;
     std::future::pending().await
+}
+
+async fn mark<S: Store>(
+    env: &Env,
+    opened: &OpenSession<S>,
+    tx: &mut impl LinkTx<ToPrimary>,
+    epoch: Epoch,
+) -> Result<(), SessionEnd> {
+    let (owner, session) = (opened.replica.clone(), opened.session);
+    let marked = env.offload(move || lock(&owner).mark_consistent(session, epoch));
+    match marked.await {
+        Ok(()) => Ok(()),
+        Err(ReplicaError::Stale { .. }) => Err(SessionEnd::Stale),
+        Err(error) => {
+            let (epoch, text) = (Epoch(0), error.to_string());
+            tx.send(ToPrimary::Abandoned { epoch, text }).await?;
+            Err(SessionEnd::Broken(error))
+        }
+    }
 }
 
 async fn part<S: Store>(

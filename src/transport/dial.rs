@@ -18,6 +18,7 @@ use super::stats::{Counted, LinkStats};
 use super::{LinkTimes, failure, socket};
 use crate::clock::Env;
 use crate::ids::SiteId;
+use crate::throttle::Throttle;
 use crate::wire::link::{Dialer, HandshakeFailure, LinkError};
 use crate::wire::message::{ToPrimary, ToStandby};
 use crate::wire::version::ALPN;
@@ -48,6 +49,7 @@ pub struct TlsDialer {
     times: LinkTimes,
     env: Env,
     stats: Arc<LinkStats>,
+    throttle: Option<Arc<Throttle>>,
 }
 
 impl TlsDialer {
@@ -66,7 +68,14 @@ impl TlsDialer {
             times,
             env,
             stats: Arc::default(),
+            throttle: None,
         })
+    }
+
+    /// Content goes to the peer no faster than this lets it through, over all links that share it.
+    pub fn throttled(mut self, throttle: Arc<Throttle>) -> Self {
+        self.throttle = Some(throttle);
+        self
     }
 
     /// Counters over all links of this dialer; round trip and clock offset are of the newest one.
@@ -158,6 +167,7 @@ impl Dialer for TlsDialer {
             env: self.env.clone(),
             stats: self.stats.clone(),
             membership: Some(membership),
+            throttle: self.throttle.clone(),
         };
         Ok(session::start(tls, context))
     }

@@ -248,6 +248,8 @@ impl Shared {
             env: self.env.clone(),
             stats: stats.clone(),
             membership,
+            // A standby sends words, no content.
+            throttle: None,
         };
         let refusal = match PeerIdentity::of(leaf) {
             Ok(peer) if self.allowed.load().contains(&peer.site) => {

@@ -9,6 +9,9 @@
 //!    └ writer ended: at most LINGER more               └
 //! ```
 //!
+//! With a limit of the bandwidth the writer sends content in pieces that are paced (`throttle`). Beats
+//! go between messages, and each piece is a sign of life too; what the peer sends is not limited here.
+//!
 //! The reader's reason is the better one (an alert, a refusal, silence), so a failed write does not
 //! end the reader at once: what the peer said before the connection broke is still delivered.
 
@@ -27,6 +30,7 @@ use super::failure;
 use super::live::Membership;
 use super::stats::LinkStats;
 use crate::clock::Env;
+use crate::throttle::Throttle;
 use crate::wire::codec::{Beat, Encoded, Header, Message};
 use crate::wire::limits::{HEADER_BYTES, PART_BYTES_MAX};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
@@ -42,6 +46,9 @@ const PONGS: usize = 8;
 
 /// Buffers of parts that wait for their next use.
 const SPARES: usize = 2;
+
+/// Smaller bodies are no content, and do not wait for a limit of the bandwidth.
+const PACED_BYTES_MIN: usize = 4 << 10;
 
 /// Smaller bodies are not worth a spare buffer.
 const SPARE_BYTES_MIN: usize = 64 << 10;
@@ -122,6 +129,8 @@ pub(super) struct Context {
     pub(super) stats: Arc<LinkStats>,
     /// None in tests without certificates.
     pub(super) membership: Option<Membership>,
+    /// None: content is sent as fast as the stream takes it.
+    pub(super) throttle: Option<Arc<Throttle>>,
 }
 
 /// Starts the two tasks.
@@ -143,6 +152,7 @@ where
         env,
         stats,
         membership,
+        throttle,
     } = context;
     stats.link_is_up();
     let reader = Reader {
@@ -158,6 +168,7 @@ where
         keepalive: times.keepalive,
         env,
         stats: stats.clone(),
+        throttle,
     };
     tokio::spawn(reader.run::<In>(in_tx, over.clone(), membership));
     tokio::spawn(writer.run::<Out>(out_rx, over));
@@ -311,6 +322,7 @@ struct Writer<S> {
     keepalive: Duration,
     env: Env,
     stats: Arc<LinkStats>,
+    throttle: Option<Arc<Throttle>>,
 }
 
 enum Next {
@@ -373,6 +385,10 @@ impl<S: AsyncRead + AsyncWrite> Writer<S> {
     }
 
     async fn write(&mut self, encoded: &Encoded, flush: bool) -> io::Result<()> {
+        let limited = self.throttle.clone().filter(|t| t.rate().is_some());
+        if let Some(throttle) = limited {
+            return self.write_slowly(encoded, &throttle).await;
+        }
         let mut slices = [IoSlice::new(&encoded.header), IoSlice::new(&encoded.body)];
         let mut slices = slices.as_mut_slice();
         let mut left = encoded.header.len() + encoded.body.len();
@@ -386,6 +402,28 @@ impl<S: AsyncRead + AsyncWrite> Writer<S> {
         }
         if flush {
             self.stream.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Content in small pieces, each as soon as it may go: the peer hears of us all the time, and
+    /// other links get their turns. What is small is only counted.
+    async fn write_slowly(&mut self, encoded: &Encoded, throttle: &Throttle) -> io::Result<()> {
+        let head = encoded.header.len();
+        self.stream.write_all(&encoded.header).await?;
+        if encoded.body.len() < PACED_BYTES_MIN {
+            throttle.count(head + encoded.body.len());
+            self.stream.write_all(&encoded.body).await?;
+            return self.stream.flush().await;
+        }
+        throttle.count(head);
+        let mut rest = &encoded.body[..];
+        while !rest.is_empty() {
+            let (piece, after) = rest.split_at(throttle.chunk().min(rest.len()));
+            throttle.pass(piece.len()).await;
+            self.stream.write_all(piece).await?;
+            self.stream.flush().await?;
+            rest = after;
         }
         Ok(())
     }

@@ -43,6 +43,7 @@ pub mod protocol;
 pub mod spec;
 pub mod staging;
 pub(crate) mod state;
+pub mod trial;
 pub mod uffd;
 pub(crate) mod vcpu;
 

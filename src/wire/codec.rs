@@ -182,6 +182,7 @@ mod kind {
     pub const PREPARE: u8 = 0x07;
     pub const TAKE: u8 = 0x08;
     pub const COMPARE: u8 = 0x09;
+    pub const MARK: u8 = 0x0a;
 
     pub const HELLO_REPLY: u8 = 0x81;
     pub const OPENED: u8 = 0x82;
@@ -209,7 +210,9 @@ impl Message for ToStandby {
             kind::HELLO => Bounds::control(6, limits::HELLO_BYTES_MAX),
             kind::OPEN => Bounds::control(8, limits::CONTROL_BYTES_MAX),
             kind::PART => Bounds::part(),
-            kind::ABANDON | kind::COMPARE => Bounds::control(1, limits::SMALL_BYTES_MAX),
+            kind::ABANDON | kind::COMPARE | kind::MARK => {
+                Bounds::control(1, limits::SMALL_BYTES_MAX)
+            }
             kind::PING => Bounds::control(2, limits::SMALL_BYTES_MAX),
             kind::CLOSE | kind::PREPARE => Bounds::control(0, 0),
             kind::TAKE => Bounds::control(2, limits::SMALL_BYTES_MAX),
@@ -230,6 +233,7 @@ impl Message for ToStandby {
             Self::Close => (kind::CLOSE, Vec::new()),
             Self::Prepare => (kind::PREPARE, Vec::new()),
             Self::Compare { epoch } => (kind::COMPARE, to_body(&epoch)),
+            Self::Mark { epoch } => (kind::MARK, to_body(&epoch)),
             Self::Take { epoch, generation } => (kind::TAKE, to_body(&(epoch, generation))),
         };
         encoded::<Self>(kind, body)
@@ -250,6 +254,9 @@ impl Message for ToStandby {
             kind::CLOSE => Self::Close,
             kind::PREPARE => Self::Prepare,
             kind::COMPARE => Self::Compare {
+                epoch: exact(header, &body)?,
+            },
+            kind::MARK => Self::Mark {
                 epoch: exact(header, &body)?,
             },
             kind::TAKE => {

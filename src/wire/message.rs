@@ -195,6 +195,11 @@ pub enum ToStandby {
         /// The checkpoint.
         epoch: Epoch,
     },
+    /// This checkpoint was cut while the guest's applications were quiesced. Sent after its last part.
+    Mark {
+        /// The epoch.
+        epoch: Epoch,
+    },
     /// The guest will be handed over soon: is everything there that it needs? Nothing changes.
     Prepare,
     /// The guest is yours, from this checkpoint on and under this number. Its last owner has stopped

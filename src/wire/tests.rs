@@ -62,6 +62,7 @@ fn to_standby() -> Vec<(&'static str, ToStandby)> {
         ("close", ToStandby::Close),
         ("prepare", ToStandby::Prepare),
         ("compare", ToStandby::Compare { epoch: Epoch(300) }),
+        ("mark", ToStandby::Mark { epoch: Epoch(300) }),
         (
             "take",
             ToStandby::Take {

@@ -35,6 +35,7 @@ pub fn options(
         guest: guest.clone(),
         site: site.clone(),
         peer: peer.clone(),
+        throttle: Default::default(),
         generation,
         rpo_target: Duration::from_millis(dice.pick(300..2000)),
         interval_min: Duration::from_millis(dice.pick(20..200)),

@@ -10,7 +10,14 @@ use crate::harness::{GUEST, Options, Pair, Ran, Site, kvm};
 
 /// Verbs that are no questions: the daemon, a monitor, the demo, measurements. They have tests of their
 /// own.
-const PROCESSES: [&str; 5] = ["site", "vmm", "qemu-watchdog", "demo", "bench"];
+const PROCESSES: [&str; 6] = [
+    "site",
+    "vmm",
+    "qemu-watchdog",
+    "quiesce-guard",
+    "demo",
+    "bench",
+];
 
 /// Where a verb is asked.
 #[derive(Clone, Copy)]
@@ -34,7 +41,10 @@ const VERBS: &[(At, &str, &[&str], &str)] = &[
     (At::A, "guest start", &[GUEST], "done"),
     (At::A, "protect", &[GUEST], "run"),
     (At::A, "runs", &[], "runs"),
+    (At::A, "events", &["--since", "1h"], "events"),
+    (At::A, "bandwidth", &["site-b"], "bandwidth"),
     (At::A, "reload", &[], "reload"),
+    (At::A, "checkpoint", &[GUEST], "checkpoint"),
     (At::B, "points", &[GUEST, "--last", "2"], "points"),
     (At::B, "verify", &[GUEST], "run"),
     (At::B, "export", &[GUEST], "run"),

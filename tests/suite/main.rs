@@ -5,8 +5,12 @@
 //!   failover      kill -9 in mid-epoch, refusals, an old owner that returns
 //!   restart       daemons that end or are killed under a running guest
 //!   link          a link that is cut, or stalls
+//!   quiesce       checkpoints of applications at rest
+//!   bandwidth     a limit of what is sent over it
+//!   events        what happened, kept and told to a program
 //!   kills         random kills; LIFEBOAT_KILLS=200 for a long run, LIFEBOAT_SEED=N to replay one
 //!   rot           flipped bits in a journal
+//!   aborts        moves and failovers cut off at each step; LIFEBOAT_ABORTS=all for all of them
 //!   bad_input     what an operator or a stranger can get wrong
 //!   monitor       one guest's process: cuts, kills of its daemon, restore, signals
 //!   cli           every verb: its JSON, its exit codes
@@ -23,9 +27,12 @@
 //!
 //! Tests with guests print `skipped: NAME: WHY` and pass where there is no usable /dev/kvm.
 
+mod aborts;
 mod bad_input;
+mod bandwidth;
 mod cli;
 mod drills;
+mod events;
 mod failover;
 mod flush;
 mod harness;
@@ -37,6 +44,7 @@ mod nbd;
 mod observability;
 mod plans;
 mod qemu;
+mod quiesce;
 mod readme;
 mod reprotect;
 mod restart;

@@ -153,7 +153,7 @@ fn a_flipped_bit_never_makes_another_image() {
 }
 
 /// Flips a bit in the content of the frame of this checkpoint.
-fn damage(journal: &Path, epoch: Epoch, dice: &mut Dice) {
+pub fn damage(journal: &Path, epoch: Epoch, dice: &mut Dice) {
     // A frame's first part: magic, ..., at 12 the part's number, at 40 the epoch (frame::format).
     let first_part = |block: &[u8]| {
         block.starts_with(b"LBFRAME1")

@@ -105,6 +105,19 @@ impl Supervisor {
         Ok(())
     }
 
+    /// Has the primary role make a checkpoint.
+    pub(super) async fn checkpoint(&mut self, asked: primary::Asked) -> Result<(), ApiError> {
+        let refused = || {
+            let text = "the guest is not being replicated";
+            ApiError::new(Reason::WrongState, text).hint(format!("lifeboat protect {}", self.guest))
+        };
+        let Process::Protecting { commands, .. } = &self.process else {
+            return Err(refused());
+        };
+        let sent = commands.send(primary::Command::Checkpoint(asked)).await;
+        sent.map_err(|_| refused())
+    }
+
     pub(super) async fn unprotect(&mut self) -> Result<bool, ApiError> {
         let was = matches!(self.process, Process::Protecting { .. });
         if let Some(mut record) = self.record.clone()

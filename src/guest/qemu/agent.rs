@@ -36,6 +36,9 @@ pub enum AgentError {
     /// No answer.
     #[error("the guest agent did not answer within {} s: does it run in the guest?", WITHIN.as_secs())]
     Silent,
+    /// No answer in the time that there was.
+    #[error("the guest agent did not answer within {0:?}: does it run in the guest?")]
+    Late(Duration),
     /// It said no, or something else.
     #[error("the guest agent answered {0}")]
     Refused(String),
@@ -52,6 +55,27 @@ pub async fn set_time(socket: &Path, now: impl Fn() -> Timestamp) -> Result<(), 
     timeout(WITHIN, setting)
         .await
         .map_err(|_| AgentError::Silent)?
+}
+
+/// Freezes the guest's file systems: what its programs have written is on its disks, and they wait with
+/// more. After an error they may be frozen all the same.
+pub async fn freeze(socket: &Path, within: Duration) -> Result<(), AgentError> {
+    once(socket, "guest-fsfreeze-freeze", within).await
+}
+
+/// Lets them go on. No error if they were not frozen.
+pub async fn thaw(socket: &Path, within: Duration) -> Result<(), AgentError> {
+    once(socket, "guest-fsfreeze-thaw", within).await
+}
+
+async fn once(socket: &Path, command: &str, within: Duration) -> Result<(), AgentError> {
+    let asking = async {
+        let mut agent = Agent::connect(socket).await?;
+        agent.call(command, json!({})).await
+    };
+    timeout(within, asking)
+        .await
+        .map_err(|_| AgentError::Late(within))?
 }
 
 struct Agent {

@@ -223,6 +223,14 @@ pub fn has_agent(machine: &Machine) -> bool {
     agent_device(&machine.command).is_some()
 }
 
+/// Where the guest agent of a QEMU that runs as described can be reached.
+pub fn agent_socket(machine: &Machine) -> Option<PathBuf> {
+    let id = agent_device(&machine.command)?;
+    let mut devices = values(&machine.command, "-chardev");
+    let device = devices.find(|device| item(device, "id") == Some(id.as_str()))?;
+    item(device, "path").map(PathBuf::from)
+}
+
 /// Id of the character device behind the agent's port, if it is a socket that QEMU listens on.
 fn agent_device(command: &[String]) -> Option<String> {
     let port = values(command, "-device").find_map(|device| {

@@ -29,6 +29,7 @@ where
         env: Env::system(),
         stats: stats.clone(),
         membership: None,
+        throttle: None,
     };
     session::start(Counted::new(stream, stats), context)
 }

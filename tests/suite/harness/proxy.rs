@@ -5,6 +5,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -21,6 +22,8 @@ struct State {
 }
 
 struct Shared {
+    /// Bytes that passed towards the target.
+    passed: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -62,6 +65,7 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", super::free_port())).unwrap();
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared {
+            passed: AtomicU64::new(0),
             state: Mutex::new(State {
                 mode: Mode::Open,
                 open: Vec::new(),
@@ -75,6 +79,11 @@ impl Proxy {
 
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Bytes that passed towards the target so far.
+    pub fn passed(&self) -> u64 {
+        self.shared.passed.load(Ordering::Relaxed)
     }
 
     /// Closes what is open, and refuses what comes.
@@ -114,16 +123,21 @@ fn accept(listener: &TcpListener, target: u16, shared: &Arc<Shared>) {
         let Ok(far) = TcpStream::connect(("127.0.0.1", target)) else {
             continue;
         };
-        for (mut from, mut to) in [(&near, &far), (&far, &near)].map(|(from, to)| {
-            let clone = |stream: &TcpStream| stream.try_clone().expect("a second descriptor");
-            (clone(from), clone(to))
-        }) {
+        for (forth, mut from, mut to) in
+            [(true, &near, &far), (false, &far, &near)].map(|(forth, from, to)| {
+                let clone = |stream: &TcpStream| stream.try_clone().expect("a second descriptor");
+                (forth, clone(from), clone(to))
+            })
+        {
             let shared = shared.clone();
             std::thread::spawn(move || {
                 let mut bytes = [0; 64 << 10];
                 while let Ok(count @ 1..) = from.read(&mut bytes) {
                     if !shared.may_pass() || to.write_all(&bytes[..count]).is_err() {
                         break;
+                    }
+                    if forth {
+                        shared.passed.fetch_add(count as u64, Ordering::Relaxed);
                     }
                 }
                 let _ = to.shutdown(Shutdown::Both);

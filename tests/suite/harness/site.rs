@@ -189,6 +189,19 @@ impl Site {
         signal(self.pid(), libc::SIGSTOP);
     }
 
+    /// The guest's monitor hangs, with the guest in it.
+    pub fn stop_monitor(&self) {
+        signal(self.vmm(), libc::SIGSTOP);
+    }
+
+    /// And goes on. Its daemon may not be able to ask it, so its process id is not asked for there.
+    pub fn continue_monitor(&self) {
+        let file = self.state().join("guests").join(GUEST).join("run/vmm.pid");
+        let pid = fs::read_to_string(file).unwrap().trim().parse().unwrap();
+        assert!(self.owns(pid));
+        signal(pid, libc::SIGCONT);
+    }
+
     /// SIGKILL, and waits for the end.
     pub fn kill(&mut self) {
         kill_now(&[self.pid()]);

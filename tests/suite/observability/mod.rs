@@ -4,11 +4,15 @@
 //!   rules        promtool and amtool agree; every alert in four shapes, with a runbook
 //!   panels       structure of the dashboards; every query parses and names what there is
 //!   live         Prometheus scrapes two sites: every panel has data, alerts fire
-//!   prometheus   the server of that test
+//!   caused       every alert fires of what it is about, or says why no test causes that
+//!   prometheus   the server of these tests
+//!   alertmanager who is told by the example, and what is not said twice
 //! ```
 //!
 //! A tool that is not there (`tests/run` fetches them) is a printed skip.
 
+mod alertmanager;
+mod caused;
 mod live;
 mod panels;
 mod prometheus;

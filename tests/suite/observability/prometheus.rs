@@ -25,7 +25,8 @@ fn impatient() -> String {
         match line.trim_start() {
             key if key.starts_with("keep_firing_for: ") => None,
             key if key.starts_with("for: ") => Some(format!("{indent}for: 1s\n")),
-            _ => Some(format!("{line}\n")),
+            // What has stood still for minutes, and what is late by an hour.
+            _ => Some(line.replace("[2m]", "[5s]").replace("> 3600", "> 1") + "\n"),
         }
     });
     lines.collect()

@@ -205,6 +205,7 @@ fn options(site: &SiteId, peer: &SiteId, generation: Generation) -> PrimaryOptio
         guest: guest(),
         site: site.clone(),
         peer: peer.clone(),
+        throttle: Default::default(),
         generation,
         rpo_target: Duration::from_secs(2),
         interval_min: Duration::from_millis(20),
