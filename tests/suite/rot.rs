@@ -18,6 +18,8 @@ use crate::kills::Dice;
 const FLIPS: [(bool, u64); 2] = [(false, 6), (true, 20)];
 /// Points of the journal that is looked at.
 const POINTS: u64 = 6;
+/// Those that retention leaves at least.
+const POINTS_KEPT: usize = 3;
 
 type Digest = [u8; 32];
 
@@ -111,7 +113,8 @@ fn a_flipped_bit_never_makes_another_image() {
         let root = blake3::hash(&capture.ram());
         assert_eq!(Some(root.to_string()), point.root, "{}", point.epoch);
     }
-    assert!(truth.len() as u64 >= POINTS && truth.values().all(Result::is_ok));
+    // How many are left depends on how quickly they came.
+    assert!(truth.len() >= POINTS_KEPT && truth.values().all(Result::is_ok));
 
     let mut dice = Dice::from_environment();
     let (mut refused, mut shortened, mut failed, mut harmless) = (0, 0, 0, 0);

@@ -191,11 +191,11 @@ fn a_failover_to_a_warm_qemu_takes_milliseconds() {
         pair.b.kill();
         pair.b.start();
         let (third, _) = fed(&pair.b, Some(second), epoch);
-        assert!(!there(second));
+        wait("it ends", || (!there(second)).then_some(()));
         ends.0.set(Some(third));
         // One that ends in good order does not.
         pair.b.terminate();
-        assert!(!there(third));
+        wait("it ends", || (!there(third)).then_some(()));
         pair.b.start();
         let (fourth, epoch) = fed(&pair.b, Some(third), epoch);
         ends.0.set(Some(fourth));
@@ -222,7 +222,7 @@ fn a_failover_to_a_warm_qemu_takes_milliseconds() {
         });
         pair.b.ok(&["guest", "stop", WEB]);
         ends.0.set(None);
-        assert!(!there(fourth));
+        wait("it ends", || (!there(fourth)).then_some(()));
     }
 }
 
@@ -251,7 +251,8 @@ fn without_a_usable_warm_qemu_a_failover_starts_one() {
             let status = web(&pair.b);
             ends.0.set(status.pid);
             assert_eq!(status.run_state, Some(RunState::Running));
-            assert!(!there(pid) && status.pid != Some(pid));
+            assert_ne!(status.pid, Some(pid));
+            wait("it ends", || (!there(pid)).then_some(()));
             goes_on(place.path(), newest);
             pair.b.ok(&["guest", "stop", WEB]);
             ends.0.set(None);
