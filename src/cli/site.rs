@@ -38,19 +38,24 @@ pub(super) fn monitor(guest: &GuestId, run_dir: &Path) -> Result<ExitCode, ApiEr
 /// `lifeboat qemu-watchdog`: until its standard input ends. What it says goes to the daemon's log.
 pub(super) fn watchdog(monitor: PathBuf, own: bool, bound_ms: u64) -> Result<ExitCode, ApiError> {
     logging::start_for_command(0);
-    let failed = |error: std::io::Error| ApiError::new(Reason::Failed, error.to_string());
-    // The lock of the standard input is held by this thread.
-    let input = std::io::stdin().as_fd().try_clone_to_owned();
-    let input = std::fs::File::from(input.map_err(failed)?);
     let bound = Duration::from_millis(bound_ms.max(1));
-    crate::guest::qemu::watchdog::run(input, monitor, own, bound).map_err(failed)?;
+    crate::guest::qemu::watchdog::run(input()?, monitor, own, bound).map_err(failed)?;
     Ok(ExitCode::Ok)
+}
+
+fn failed(error: std::io::Error) -> ApiError {
+    ApiError::new(Reason::Failed, error.to_string())
+}
+
+/// The standard input, whose lock is held by this thread.
+fn input() -> Result<std::fs::File, ApiError> {
+    let input = std::io::stdin().as_fd().try_clone_to_owned();
+    Ok(std::fs::File::from(input.map_err(failed)?))
 }
 
 /// `lifeboat quiesce-guard`: an order on standard input, and what became of it on standard output.
 pub(super) fn quiesce_guard() -> Result<ExitCode, ApiError> {
     logging::start_for_command(0);
-    let ran = daemon::quiesce::run_guard();
-    ran.map_err(|error| ApiError::new(Reason::Failed, error.to_string()))?;
+    daemon::quiesce::run_guard(input()?).map_err(failed)?;
     Ok(ExitCode::Ok)
 }

@@ -27,6 +27,8 @@ use crate::ids::{Epoch, GuestId, SiteId};
 const ANSWER_BYTES_MAX: usize = 32 << 20;
 /// No verb takes longer to answer: what does is a run.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+/// Except for a checkpoint, which waits for programs of the operator (each of which is bounded).
+const CHECKPOINT_WITHIN: Duration = Duration::from_secs(900);
 
 /// A client of one daemon. Each request opens its own connection.
 #[derive(Debug, Clone)]
@@ -193,7 +195,10 @@ impl Client {
         guest: &GuestId,
         request: &CheckpointRequest,
     ) -> Result<Checkpoint, ApiError> {
-        self.post(&verb(guest, "checkpoint"), request).await
+        let body = serde_json::to_vec(request).expect("requests have no keys but strings");
+        let path = verb(guest, "checkpoint");
+        let asking = self.exchange_within(Method::POST, &path, body, CHECKPOINT_WITHIN);
+        understand(asking.await?)
     }
 
     /// What happened after this event, oldest first; not all at once.
@@ -243,9 +248,20 @@ impl Client {
         path: &str,
         body: Vec<u8>,
     ) -> Result<(bool, Vec<u8>), ApiError> {
-        let exchange = tokio::time::timeout(ANSWER_WITHIN, self.talk(method, path, body));
+        self.exchange_within(method, path, body, ANSWER_WITHIN)
+            .await
+    }
+
+    async fn exchange_within(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+        within: Duration,
+    ) -> Result<(bool, Vec<u8>), ApiError> {
+        let exchange = tokio::time::timeout(within, self.talk(method, path, body));
         exchange.await.unwrap_or_else(|_| {
-            let seconds = ANSWER_WITHIN.as_secs();
+            let seconds = within.as_secs();
             Err(self.unreachable(format!("no answer within {seconds} s")))
         })
     }

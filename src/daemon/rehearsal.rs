@@ -18,12 +18,12 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinHandle;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::fitness::Examined;
 use super::qemu;
@@ -52,6 +52,8 @@ struct Rehearsal {
     readiness: watch::Sender<Readiness>,
     /// The command line as it would be started.
     command: watch::Sender<Vec<String>>,
+    /// To look again at once.
+    again: Arc<Notify>,
     task: JoinHandle<()>,
 }
 
@@ -96,7 +98,8 @@ impl Rehearsals {
     ) {
         let part = Part { machine, table };
         let (env, name, directory) = (env.clone(), guest.clone(), run_dir.join("trial"));
-        self.watch(guest, Of::Qemu(part.clone()), |told, shown| {
+        let of = Of::Qemu(part.clone());
+        self.watch(guest, of, Arc::default(), |told, shown| {
             tokio::spawn(async move {
                 loop {
                     let mut command = Vec::new();
@@ -118,28 +121,35 @@ impl Rehearsals {
     ) where
         F: Future<Output = Examined> + Send + 'static,
     {
-        let name = guest.clone();
-        self.watch(guest, Of::Builtin(spec), |told, _| {
+        let (name, now) = (guest.clone(), Arc::new(Notify::new()));
+        let asked = now.clone();
+        let known = self.watch(guest, Of::Builtin(spec), now, |told, _| {
             tokio::spawn(async move {
                 loop {
                     let Examined { readiness, again } = look().await;
                     tell(&name, &told, readiness);
-                    sleep(again).await;
+                    let _ = timeout(again, asked.notified()).await;
                 }
             })
         });
+        // A session that is opened is worth a look: what was missing may have been brought.
+        if let Some(known) = known {
+            known.notify_one();
+        }
     }
 
+    /// Begins, unless just this is watched already: then how to have it looked at again.
     fn watch(
         &self,
         guest: &GuestId,
         of: Of,
+        again: Arc<Notify>,
         spawn: impl FnOnce(watch::Sender<Readiness>, watch::Sender<Vec<String>>) -> JoinHandle<()>,
-    ) {
+    ) -> Option<Arc<Notify>> {
         let mut guests = self.guests();
         let known = guests.get(guest);
-        if known.is_some_and(|known| known.of == of) {
-            return;
+        if let Some(known) = known.filter(|known| known.of == of) {
+            return Some(known.again.clone());
         }
         let (readiness, command) = known.map_or_else(Default::default, |known| {
             (known.readiness.clone(), known.command.clone())
@@ -149,9 +159,11 @@ impl Rehearsals {
             of,
             readiness,
             command,
+            again,
             task,
         };
         guests.insert(guest.clone(), rehearsal);
+        None
     }
 
     /// The table of a guest changed, or its peer may not have QEMUs started any more.

@@ -23,7 +23,7 @@ use super::engine::{Engine, Handing, InFlight};
 use super::plan::{Plan, SyncPath};
 use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
-use super::{Compression, Phase, Progress};
+use super::{Asked, Compression, Phase, Progress};
 use crate::bitmap::PageSet;
 use crate::frame::{Codec, EncodeStats, FINGERPRINT_PAGES_MAX, Fingerprints, FrameStart, Manifest};
 use crate::guest::{Contents, Guest, GuestError, RunState};
@@ -83,7 +83,9 @@ impl<G: Guest> Builder<'_, G> {
             // A guest whose applications stand still would do so for the whole copy.
             self.engine.asked.clear();
         }
-        let hurry = !self.engine.asked.is_empty();
+        // Whoever has stopped waiting is not hurried for.
+        self.engine.asked.retain(Asked::is_wanted);
+        let hurry = self.engine.asked.iter().any(|asked| asked.cut.is_some());
         if everything || (self.engine.round_first && !hurry) || last {
             self.rounds(everything, full, known).await?;
         }

@@ -128,6 +128,14 @@ pub struct Asked {
     pub durable: oneshot::Sender<Epoch>,
 }
 
+impl Asked {
+    /// Somebody still waits for it.
+    fn is_wanted(&self) -> bool {
+        let over = self.cut.as_ref().is_some_and(oneshot::Sender::is_closed);
+        !over && !self.durable.is_closed()
+    }
+}
+
 /// What happens while a guest is handed over. See `primary::handover`.
 #[derive(Debug)]
 pub enum HandoverEvent {

@@ -331,6 +331,14 @@ mod tests {
     }
 
     impl VcpuState {
+        /// Of a CPU with every feature of leaf 7.
+        pub(crate) fn claim_features(&mut self) {
+            let entries = self.cpuid.as_mut_slice().iter_mut();
+            entries
+                .filter(|entry| (entry.function, entry.index) == (7, 0))
+                .for_each(|entry| entry.ebx = u32::MAX);
+        }
+
         /// A state without content, for tests of what handles states.
         pub(crate) fn empty() -> Self {
             let none = || CpuId::new(0).expect("no entry");

@@ -273,10 +273,12 @@ fn links(before: &Seen, now: &Seen, to: &mut Vec<Draft>) {
 }
 
 fn certificates(before: Option<&Seen>, now: &Seen, to: &mut Vec<Draft>) {
-    let level = |days: i64| match days {
-        ..DAYS_CRITICAL => Some(Severity::Critical),
-        ..DAYS_WARNING => Some(Severity::Warning),
-        _ => None,
+    let level = |days: i64| {
+        let severity = match days < DAYS_CRITICAL {
+            true => Severity::Critical,
+            false => Severity::Warning,
+        };
+        (days < DAYS_WARNING).then_some(severity)
     };
     for (name, days) in &now.certificates {
         let was = before.and_then(|before| level(*before.certificates.get(name)?));

@@ -12,6 +12,7 @@
 //! `before` was started, also when that failed. What the guard says on stdout is all that the daemon
 //! needs; what goes wrong with thawing is tried again for a minute.
 
+use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -48,20 +49,20 @@ pub struct GuardOrder {
     pub timeout_ms: u64,
 }
 
-/// Reads an order from stdin and carries it out; ends with an error if the guest was not quiesced or
-/// could not be let go.
-pub fn run() -> io::Result<()> {
+/// Reads an order from `input` and carries it out, until the input ends, says more, or time is up. What
+/// became of it is said on stdout.
+pub fn run(mut input: File) -> io::Result<()> {
     // SAFETY: the call takes nothing. It fails if this is a leader already, which is as good.
     unsafe { libc::setsid() };
-    let mut line = String::new();
+    let mut line = Vec::new();
     // Byte by byte: what comes after the line is waited for by another reader.
-    let mut input = io::BufReader::with_capacity(1, io::stdin());
-    input.by_ref().take(ORDER_BYTES_MAX).read_line(&mut line)?;
-    let order: GuardOrder = serde_json::from_str(&line)?;
+    let mut bytes = io::BufReader::with_capacity(1, &mut input).take(ORDER_BYTES_MAX);
+    bytes.read_until(b'\n', &mut line)?;
+    let order: GuardOrder = serde_json::from_slice(&line)?;
     let (told, ended) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
         // One more byte, or the end: the same.
-        let _ = io::stdin().read(&mut [0]);
+        let _ = input.read(&mut [0]);
         let _ = told.send(());
     });
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -17,6 +17,7 @@ use self::guest::{
 use super::*;
 use crate::device_state::DeviceStateError;
 use crate::page::PageAddr;
+use crate::vmm::trial::trial;
 use crate::vmm::{Boot, DiskSpec};
 
 const GENID: u64 = 0xd010_0000;
@@ -93,6 +94,33 @@ fn disk(id: &str, path: &Path) -> DiskSpec {
         path: path.to_owned(),
         read_only: false,
     }
+}
+
+#[test]
+fn a_saved_guest_is_tried_without_being_run() {
+    if no_kvm() {
+        return;
+    }
+    let machine = machine(&[&[Step::Count], &[Step::Count]], vec![]);
+    machine.resume();
+    until("progress", || counter(&machine, 1) > 0);
+    machine.pause().unwrap();
+    let counted = counter(&machine, 0);
+    let bytes = machine.save().unwrap().to_bytes();
+    let saved = || DeviceState::from_bytes(&bytes).unwrap();
+    trial(&machine.spec, saved()).unwrap();
+    let mut other = machine.spec.clone();
+    other.vcpus = 1;
+    let refused = trial(&other, saved()).unwrap_err().to_string();
+    assert!(refused.contains("the description says"), "{refused}");
+    // A CPU that no host has.
+    let mut foreign = saved();
+    let mut vcpu = state::take_vcpu(1, &mut foreign).unwrap();
+    vcpu.claim_features();
+    foreign.put("vcpu.1", 1, &vcpu);
+    let refused = trial(&machine.spec, foreign).unwrap_err().to_string();
+    assert!(refused.contains("leaf 0x7.0 ebx"), "{refused}");
+    assert_eq!(counter(&machine, 0), counted);
 }
 
 #[test]

@@ -184,7 +184,9 @@ fn alertmanager_says_no_consequence_beside_its_cause() {
     }
     // Another guest and another instance have none of these causes.
     for (_, _, consequence) in pairs.iter().filter(|(of, _, _)| *of != "dead") {
-        told.push(alert(consequence, "critical", "another"));
+        // One each: some of these are a cause of others.
+        let another = format!("another with {consequence}");
+        told.push(alert(consequence, "critical", &another));
     }
     // Errors of a journal may be damage, whatever else is true.
     told.push(alert("LifeboatJournalErrors", "critical", "full"));

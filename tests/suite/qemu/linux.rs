@@ -28,7 +28,8 @@ use std::time::{Duration, Instant};
 use lifeboat::cli::demo::qemu::initrd::Initrd;
 use lifeboat::cli::demo::qemu::kernel::Kernel;
 use lifeboat::clock::{Clock, SystemClock, Timestamp};
-use lifeboat::control::types::FailoverReport;
+use lifeboat::control::checkpoint::Checkpoint;
+use lifeboat::control::types::{FailoverReport, Points};
 use lifeboat::guest::RunState;
 use lifeboat::guest::qemu::QemuGuest;
 use lifeboat::guest::qemu::probe::{Method, Mode};
@@ -40,6 +41,8 @@ use crate::harness::{Options, Pair, WITHIN, kill_now, wait};
 use crate::kills::{Dice, number};
 
 const ROUNDS: u64 = 1;
+/// Slow guests thaw slowly.
+const QUIESCE: &str = "quiesce = { fsfreeze = true, timeout = \"30s\" }\n";
 const MEMORY_MIB: u32 = 96;
 const DISK_BYTES: u64 = 64 << 20;
 /// Longest random wait before a kill.
@@ -354,13 +357,26 @@ fn behind(socket: &Path) -> Duration {
     now.since(Timestamp(answer["return"].as_u64().expect("its time")))
 }
 
+/// A point whose file systems were frozen. The guest's work goes on after it.
+fn freeze(pair: &Pair, serial: &Serial) {
+    let made: Checkpoint = pair.a.ok(&["checkpoint", WEB, "--consistent"]).json();
+    assert!(made.consistent);
+    let after = serial.lines().len();
+    serial.wait("it works on", after, committed);
+    wait("the mark of the point", || {
+        let points: Points = pair.b.ok(&["points", WEB]).json();
+        let marked = points.points.iter().find(|point| !point.tags.is_empty())?;
+        (marked.epoch == made.epoch).then_some(())
+    });
+}
+
 /// Boot, protect, kill, fail over.
 fn round(dir: &Path, parts: &Parts, delay: Duration) {
     let serial = Serial::new(dir);
     let ends = Ends(Cell::new(None));
     let mut vm = Linux::boot(dir, "vm", &parts.kernel, &serial);
     let mut pair = Pair::new(Options {
-        more_a: configuration(dir, "vm"),
+        more_a: configuration(dir, "vm") + QUIESCE,
         allowed: r#"["db1", "web"]"#,
         ..Options::default()
     });
@@ -378,6 +394,9 @@ fn round(dir: &Path, parts: &Parts, delay: Duration) {
     let how = status.machine.and_then(|machine| machine.checkpoints);
     let how = how.unwrap_or_default();
     assert!(how.starts_with("migrate") && how.contains("KVM"), "{how}");
+    if parts.agent.is_some() {
+        freeze(&pair, &serial);
+    }
     std::thread::sleep(delay);
 
     kill_now(&[pair.a.pid(), vm.0.id()]);
