@@ -20,6 +20,7 @@ pub mod drills;
 pub mod evacuate;
 pub mod follow;
 pub mod logging;
+pub mod manual;
 pub mod operator;
 pub mod output;
 pub mod pki;
@@ -27,6 +28,7 @@ pub mod plan;
 pub mod render;
 pub mod site;
 pub mod text;
+pub mod top;
 pub mod units;
 pub mod verbs;
 
@@ -157,6 +159,15 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
             runtime()?.block_on(plan::run(verb, &client, records, timeout, out))
         }
         Verb::Doctor => runtime()?.block_on(doctor::run(file, out)),
+        Verb::Completions { shell } => {
+            manual::completions(shell, out);
+            Ok(ExitCode::Ok)
+        }
+        Verb::Man { dir } => manual::pages(&dir, out).map(|()| ExitCode::Ok),
+        Verb::Top { interval } => {
+            let client = Client::new(socket(&global)?);
+            runtime()?.block_on(top::run(&client, interval, out))
+        }
         verb => {
             let client = Client::new(socket(&global)?);
             runtime()?.block_on(verbs::run(verb, &client, global.timeout, out))
