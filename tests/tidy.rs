@@ -440,7 +440,7 @@ fn the_top_level_holds_only_what_is_listed() {
 
 #[test]
 fn scripts_can_be_run() {
-    let scripts = [".ci/run", "tests/run"];
+    let scripts = [".ci/run", "tests/run", "tests/package"];
     let complaints = scripts
         .iter()
         .filter(|script| {

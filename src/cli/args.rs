@@ -157,6 +157,12 @@ pub enum Verb {
         #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = units::duration)]
         interval: Duration,
     },
+    /// Show the site live on a terminal, with rates and the exposure over time; q ends it.
+    Top {
+        /// How often to look.
+        #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = units::duration)]
+        interval: Duration,
+    },
     /// Judge the site in one line, as a monitoring plugin: exits 0 ok, 1 warning, 2 critical, 3 unknown.
     Check {
         /// Only this guest, and what it depends on.
@@ -366,6 +372,19 @@ pub enum Verb {
     Config(ConfigVerb),
     /// Look whether this host is fit for its configuration; each fault with its remedy.
     Doctor,
+    /// Print what a shell needs to complete this program's arguments.
+    #[command(hide = true)]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write a manual page per verb.
+    #[command(hide = true)]
+    Man {
+        /// Where to; made if it is not there.
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
 }
 
 /// Verbs for guests.

@@ -22,6 +22,7 @@ pub mod evacuate;
 mod events;
 pub mod follow;
 pub mod logging;
+pub mod manual;
 pub mod operator;
 pub mod output;
 pub mod pki;
@@ -29,6 +30,7 @@ pub mod plan;
 pub mod render;
 pub mod site;
 pub mod text;
+pub mod top;
 pub mod units;
 pub mod verbs;
 
@@ -160,6 +162,15 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
             runtime()?.block_on(plan::run(verb, &client, records, timeout, out))
         }
         Verb::Doctor => runtime()?.block_on(doctor::run(file, out)),
+        Verb::Completions { shell } => {
+            manual::completions(shell, out);
+            Ok(ExitCode::Ok)
+        }
+        Verb::Man { dir } => manual::pages(&dir, out).map(|()| ExitCode::Ok),
+        Verb::Top { interval } => {
+            let client = Client::new(socket(&global)?);
+            runtime()?.block_on(top::run(&client, interval, out))
+        }
         verb => {
             let client = Client::new(socket(&global)?);
             runtime()?.block_on(verbs::run(verb, &client, global.timeout, out))

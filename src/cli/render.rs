@@ -18,7 +18,7 @@ fn or_unknown<T>(value: Option<T>, show: impl Fn(T) -> String) -> String {
     value.map_or_else(|| UNKNOWN.to_owned(), show)
 }
 
-fn peer_line(peer: &PeerStatus, paint: Paint) -> String {
+pub(super) fn peer_line(peer: &PeerStatus, paint: Paint) -> String {
     let up = if peer.up {
         paint.good("up")
     } else {
@@ -90,7 +90,7 @@ fn run_state(state: Option<&RunState>) -> String {
     }
 }
 
-fn rpo(guest: &GuestStatus) -> String {
+pub(super) fn rpo(guest: &GuestStatus) -> String {
     let now = or_unknown(guest.rpo_exposure_seconds, units::seconds);
     let target = or_unknown(guest.rpo_target_seconds, units::seconds);
     let breached = match (guest.rpo_exposure_seconds, guest.rpo_target_seconds) {
@@ -100,7 +100,7 @@ fn rpo(guest: &GuestStatus) -> String {
     format!("{now} / {target}{}", if breached { "  !" } else { "" })
 }
 
-fn pause(guest: &GuestStatus) -> String {
+pub(super) fn pause(guest: &GuestStatus) -> String {
     match (guest.pause_p50_seconds, guest.pause_p99_seconds) {
         (None, None) => UNKNOWN.to_owned(),
         (p50, p99) => {
@@ -111,14 +111,14 @@ fn pause(guest: &GuestStatus) -> String {
 }
 
 /// The first line of a point: number and age.
-fn last_point(guest: &GuestStatus) -> String {
+pub(super) fn last_point(guest: &GuestStatus) -> String {
     or_unknown(guest.last_point.as_ref(), |point| {
         format!("#{}", point.epoch)
     })
 }
 
 /// Points in the journal and how far they reach back.
-fn depth(guest: &GuestStatus, now: Timestamp) -> String {
+pub(super) fn depth(guest: &GuestStatus, now: Timestamp) -> String {
     let Some(points) = guest.points else {
         return UNKNOWN.to_owned();
     };
@@ -173,7 +173,7 @@ pub fn status(status: &SiteStatus, paint: Paint) -> String {
 }
 
 /// Why a guest is not simply fine.
-fn reasons(guest: &GuestStatus) -> Vec<String> {
+pub(super) fn reasons(guest: &GuestStatus) -> Vec<String> {
     let mut reasons = Vec::new();
     if let Some(RunState::Stopped(cause) | RunState::Failed(cause)) = &guest.run_state {
         reasons.push(format!("{}: {cause}", run_state(guest.run_state.as_ref())));

@@ -269,6 +269,9 @@ pub async fn run(
         | Verb::Config(_)
         | Verb::Plan(_)
         | Verb::Check { .. }
+        | Verb::Completions { .. }
+        | Verb::Man { .. }
+        | Verb::Top { .. }
         | Verb::Doctor => {
             unreachable!("these verbs are not sent here")
         }

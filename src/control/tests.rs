@@ -241,6 +241,7 @@ fn schemas_are_named_and_numbered() {
     all.extend(crate::cli::check::SCHEMAS);
     all.extend(crate::cli::pki::SCHEMAS);
     all.extend(crate::cli::doctor::SCHEMAS);
+    all.extend(crate::cli::manual::SCHEMAS);
     let unique: std::collections::BTreeSet<_> = all.iter().collect();
     assert_eq!(unique.len(), all.len());
     for schema in all {

@@ -8,15 +8,16 @@ use serde_json::Value;
 
 use crate::harness::{GUEST, Options, Pair, Ran, Site, kvm};
 
-/// Verbs that are no questions: the daemon, a monitor, the demo, measurements. They have tests of their
-/// own.
-const PROCESSES: [&str; 6] = [
+/// Verbs that are no questions: the daemon, a monitor, the demo, measurements, what needs a terminal.
+/// They have tests of their own.
+const PROCESSES: [&str; 7] = [
     "site",
     "vmm",
     "qemu-watchdog",
     "quiesce-guard",
     "demo",
     "bench",
+    "top",
 ];
 
 /// Where a verb is asked.
@@ -32,6 +33,8 @@ const VERBS: &[(At, &str, &[&str], &str)] = &[
     (At::A, "config show", &[], "config_show"),
     (At::A, "doctor", &[], "doctor"),
     (At::A, "pki status", &[], "pki_status"),
+    (At::A, "completions", &["bash"], "completions"),
+    (At::A, "man", &["NEW"], "man"),
     (At::A, "status", &[], "status"),
     (At::B, "status", &[GUEST], "status"),
     (At::A, "check", &[], "check"),
@@ -105,13 +108,16 @@ fn every_verb_is_asked_here() {
 
 /// The verb's words and arguments. `NEW` is a directory that is not there yet, `PLAN` a plan.
 fn arguments(pair: &Pair, verb: &str, more: &[&str]) -> Vec<String> {
-    let path = |name| pair.root().join(name).display().to_string();
+    let path = |name: &str| pair.root().join(name).display().to_string();
     let plan = format!("name = \"sample\"\n[[group]]\nname = \"g\"\nguests = [\"{GUEST}\"]\n");
     std::fs::write(path("sample.toml"), plan).unwrap();
     let words = verb.split(' ').chain(more.iter().copied());
     words
         .map(|word| match word {
-            "NEW" => path("new-pki"),
+            "NEW" => path(&format!(
+                "new-{}",
+                verb.split(' ').next().unwrap_or_default()
+            )),
             "PLAN" => path("sample.toml"),
             word => word.to_owned(),
         })

@@ -22,6 +22,7 @@
 //!   qemu/         stock QEMU: checkpoints, kills, resumed guests; watchdog; LIFEBOAT_QEMU_KILLS=200 for a
 //!                 long run of kills of its daemon, LIFEBOAT_LINUX_KILLS=50 for one of kills of a Linux guest
 //!                 with its daemon; LIFEBOAT_SEED=N to replay one
+//!   package       what the Debian package is made of
 //!   readme        README and command line say the same
 //! ```
 //!
@@ -42,6 +43,7 @@ mod monitor;
 mod moving;
 mod nbd;
 mod observability;
+mod package;
 mod plans;
 mod qemu;
 mod quiesce;

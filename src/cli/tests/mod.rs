@@ -77,7 +77,7 @@ fn lifeboat(args: &[&str], socket: Option<&Path>, typed: Option<&str>) -> Ran {
 }
 
 /// Compares with the stored output, or stores it.
-fn golden(name: &str, text: &str) {
+pub(super) fn golden(name: &str, text: &str) {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/data/cli")
         .join(name);
@@ -98,6 +98,8 @@ const CASES: &[(&str, &str, ExitCode)] = &[
     ("status-json", "status --json", ExitCode::Ok),
     ("status-one", "status web1", ExitCode::Ok),
     ("status-unknown", "status nobody", ExitCode::NotFound),
+    ("top", "top", ExitCode::Usage),
+    ("top-json", "top --json", ExitCode::Usage),
     // A plugin's exit codes: 0 ok, 1 warning, 2 critical, 3 unknown.
     ("check", "check", ExitCode::Usage),
     ("check-one", "check db1", ExitCode::Ok),
