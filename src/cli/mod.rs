@@ -28,6 +28,7 @@ pub mod output;
 pub mod pki;
 pub mod plan;
 pub mod render;
+mod run_text;
 pub mod site;
 pub mod text;
 pub mod top;

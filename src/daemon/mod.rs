@@ -31,6 +31,7 @@ mod qemu;
 pub mod quiesce;
 mod record;
 mod rehearsal;
+mod reload;
 mod standbys;
 mod status;
 mod supervisor;
