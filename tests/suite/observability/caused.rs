@@ -109,9 +109,9 @@ fn what_is_not_in_the_story_of_a_lost_site_fires_too() {
     }
     // A disk that the other site has to have too.
     let disk = "disks = [{ id = \"root\", path = \"root.img\" }";
-    let tools = format!("{disk}, {{ id = \"tools\", path = \"tools.img\", read_only = true }}");
+    let tools = format!("{disk}, {{ id = \"tools\", path = \"../tools.img\", read_only = true }}");
     pair.a.edit(disk, &tools);
-    let tools = pair.a.dir().join("tools.img");
+    let tools = pair.root().join("tools.img");
     fs::write(&tools, [0; 4096]).unwrap();
     // Drills that cannot pass.
     let drill = "[drill]\nevery = \"1m\"\nprobe_timeout = \"1ms\"\n[defaults.replication]";
@@ -170,7 +170,7 @@ fn what_is_not_in_the_story_of_a_lost_site_fires_too() {
     });
     prometheus.wait_for(&failing, &[]);
 
-    // It is gone there (and here, since both sites are on one host) when the site connects again.
+    // It is gone there (and here, since it is one file) when the site connects again.
     let away = tools.with_extension("away");
     fs::rename(&tools, &away).unwrap();
     let reconnect = |pair: &Pair| {
