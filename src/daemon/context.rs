@@ -6,6 +6,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use super::bandwidth::Limits;
+use super::quiesce::Quiesces;
 use super::warm::Warms;
 use crate::clock::Env;
 use crate::config::resolved::{
@@ -47,6 +48,8 @@ pub(super) struct SiteContext {
     pub warms: Warms,
     /// Of what is sent to each peer.
     pub limits: Limits,
+    /// Of guests whose applications are at rest.
+    pub quiesces: Quiesces,
     /// Replaced at a reload.
     pub dialers: RwLock<BTreeMap<SiteId, Arc<TlsDialer>>>,
 }

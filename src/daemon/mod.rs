@@ -191,6 +191,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         replication: config.replication,
         warms: warm::Warms::default(),
         limits,
+        quiesces: quiesce::Quiesces::default(),
         dialers: RwLock::new(transport.dialers),
     });
     let runs = RunBook::new(env, metrics.clone());
