@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::arrivals::Arrivals;
 use super::bandwidth::Limits;
+use super::quiesce::Quiesces;
 use super::warm::Warms;
 use crate::clock::Env;
 use crate::config::resolved::{
@@ -50,6 +51,8 @@ pub(super) struct SiteContext {
     pub arrivals: Arrivals,
     /// Of what is sent to each peer.
     pub limits: Limits,
+    /// Of guests whose applications are at rest.
+    pub quiesces: Quiesces,
     /// Replaced at a reload.
     pub dialers: RwLock<BTreeMap<SiteId, Arc<TlsDialer>>>,
 }

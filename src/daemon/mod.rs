@@ -195,6 +195,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         warms: warm::Warms::default(),
         arrivals: arrivals::Arrivals::default(),
         limits,
+        quiesces: quiesce::Quiesces::default(),
         dialers: RwLock::new(transport.dialers),
     });
     let runs = RunBook::new(env, metrics.clone());

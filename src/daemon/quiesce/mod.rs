@@ -16,12 +16,12 @@ mod guard;
 
 use std::collections::BTreeMap;
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::time::{Instant, timeout};
 
 use super::backend::Site;
@@ -45,6 +45,20 @@ const DURABLE_WITHIN: Duration = Duration::from_secs(60);
 const RELEASE_WITHIN: Duration = Duration::from_secs(70);
 /// How often the clock is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Guests are quiesced by one at a time: another's `after` would let go who is meant to hold still.
+#[derive(Default)]
+pub(super) struct Quiesces(Mutex<BTreeMap<GuestId, Arc<tokio::sync::Mutex<()>>>>);
+
+impl Quiesces {
+    async fn one(&self, guest: &GuestId) -> OwnedMutexGuard<()> {
+        let of_guest = {
+            let mut guests = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            guests.entry(guest.clone()).or_default().clone()
+        };
+        of_guest.lock_owned().await
+    }
+}
 
 /// Serves `lifeboat checkpoint`.
 pub(super) async fn checkpoint(
@@ -104,6 +118,7 @@ async fn consistent(
     handle: &Handle,
     quiesce: &QuiesceConfig,
 ) -> Result<Epoch, String> {
+    let _one = site.context.quiesces.one(guest).await;
     let agent = match quiesce.fsfreeze {
         true => Some(agent_socket(handle)?),
         false => None,
