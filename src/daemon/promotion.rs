@@ -436,6 +436,9 @@ pub(super) fn machine(
     Ok((hardware, state))
 }
 
+/// The file of each disk.
+type Files = Vec<(DiskId, PathBuf)>;
+
 /// Writes the disks; or adds what is missing to those that are `ready`, which show a point. The files,
 /// and that point.
 fn write_disks(
@@ -443,7 +446,7 @@ fn write_disks(
     promotion: &Promotion,
     ready: Option<ReadyDisks>,
     directory: PathBuf,
-) -> Result<(Vec<(DiskId, PathBuf)>, Option<Epoch>), ApiError> {
+) -> Result<(Files, Option<Epoch>), ApiError> {
     let (layout, point) = (&promotion.manifest.layout, promotion.point.epoch);
     if layout.regions().len() == layout.ram_regions() {
         return Ok((Vec::new(), None));

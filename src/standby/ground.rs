@@ -30,6 +30,9 @@ pub trait Leftover: Send + Sync + 'static {
     fn used(self: Box<Self>);
 }
 
+/// Ground that is being laid, and of what.
+type Begun = (Laying, Box<dyn Leftover>);
+
 /// The ground of the copy, made of `leftover` if there is none yet. Blocking work is done elsewhere.
 ///
 /// The inner error is for the primary: there is nothing to compare with.
@@ -78,7 +81,7 @@ impl<S: Store> Replica<S> {
         session: SessionId,
         epoch: Epoch,
         leftover: Option<Box<dyn Leftover>>,
-    ) -> Result<Option<(Laying, Box<dyn Leftover>)>, ReplicaError> {
+    ) -> Result<Option<Begun>, ReplicaError> {
         self.own(session)?;
         if self.ground().is_some() {
             return Ok(None);
