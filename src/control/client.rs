@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::codes::Reason;
+use super::facts::Facts;
 use super::server::{StartRequest, UnprotectRequest, VerifyRequest};
 use super::types::{
     ApiError, ConsoleInfo, Document, Done, DrillRequest, Envelope, ExportRequest, Exports,
@@ -51,6 +52,11 @@ impl Client {
     /// All of the site.
     pub async fn status(&self) -> Result<SiteStatus, ApiError> {
         self.get("/v1/status").await
+    }
+
+    /// What the hosts of the site and of its peers are like.
+    pub async fn facts(&self) -> Result<Facts, ApiError> {
+        self.get("/v1/facts").await
     }
 
     /// Starts a guest.

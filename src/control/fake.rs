@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::backend::Backend;
 use super::codes::Reason;
+use super::facts::Facts;
 use super::runs::{RunBook, RunHandle};
 use super::types::*;
 use crate::clock::{Clock, Env, Timestamp};
@@ -282,6 +283,10 @@ impl Backend for Fake {
                 not_after: Timestamp(NOW.0 + 76 * 86_400 * SECOND),
             }],
         })
+    }
+
+    async fn facts(&self) -> Result<Facts, ApiError> {
+        Ok(super::fake_facts::facts(NOW))
     }
 
     async fn guest_start(&self, guest: &GuestId, force: bool) -> Result<Done, ApiError> {

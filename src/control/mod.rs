@@ -15,8 +15,11 @@ pub mod client;
 pub mod codes;
 pub mod drills;
 pub mod exports;
+pub mod facts;
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+mod fake_facts;
 mod page;
 pub mod reports;
 pub mod runs;

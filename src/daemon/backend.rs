@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::context::{SiteContext, run_dir, writer_of};
 use super::drills::Drills;
 use super::exports;
+use super::facts::{self, FactBook};
 use super::leftover;
 use super::moving;
 use super::orders::{Handle, Order};
@@ -47,6 +48,7 @@ pub(super) struct Site {
     exports: Arc<exports::Exports>,
     pub drills: Arc<Drills>,
     pub rehearsals: Rehearsals,
+    pub facts: FactBook,
     material: Option<Arc<TlsMaterial>>,
     ready: AtomicBool,
 }
@@ -76,6 +78,7 @@ impl Site {
             exports: Arc::default(),
             drills,
             rehearsals: Rehearsals::default(),
+            facts: FactBook::default(),
             material,
             ready,
         }
@@ -99,6 +102,16 @@ impl Site {
         of_peer
             .filter_map(|(h, _)| h.primary.borrow().last_error.clone())
             .next()
+    }
+
+    /// What the sites that guests are replicated to last said of their hosts.
+    pub fn facts_heard(&self) -> Vec<(SiteId, facts::Heard)> {
+        let guests = self.guests();
+        let heard = guests.values().filter_map(|(handle, _)| {
+            let facts = handle.primary.borrow().facts.clone()?;
+            Some((handle.view.borrow().peer.clone()?, facts))
+        });
+        heard.collect()
     }
 
     fn guests(&self) -> MutexGuard<'_, BTreeMap<GuestId, (Handle, JoinHandle<()>)>> {
@@ -308,7 +321,7 @@ impl Site {
         super::listener::peer_status(self)
     }
 
-    fn certificates(&self) -> Vec<CertificateStatus> {
+    pub fn certificates(&self) -> Vec<CertificateStatus> {
         self.material
             .as_ref()
             .map_or_else(Vec::new, |m| super::listener::certificates(m))
@@ -348,6 +361,10 @@ impl Backend for Site {
             },
             certificates: self.certificates(),
         })
+    }
+
+    async fn facts(&self) -> Result<crate::control::facts::Facts, ApiError> {
+        Ok(facts::answer(self).await)
     }
 
     async fn guest_start(&self, guest: &GuestId, force: bool) -> Result<Done, ApiError> {

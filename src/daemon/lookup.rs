@@ -19,6 +19,7 @@ use crate::journal::DirStore;
 use crate::metrics::labels::Operation;
 use crate::page::{Layout, Region};
 use crate::standby::{Leftover, Lookup, Refusal};
+use crate::wire::facts::Facts;
 use crate::wire::message::{Open, Readiness, RefuseReason};
 
 impl Lookup<DirStore> for Site {
@@ -101,6 +102,10 @@ impl Lookup<DirStore> for Site {
 
     fn readiness(&self, guest: &GuestId) -> Option<watch::Receiver<Readiness>> {
         self.rehearsals.subscribe(guest)
+    }
+
+    fn facts(&self, peer: &SiteId) -> Option<watch::Receiver<Facts>> {
+        self.facts.subscribe(peer)
     }
 
     fn opened(&self, guest: &GuestId) {

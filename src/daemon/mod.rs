@@ -14,6 +14,7 @@ mod backend;
 mod context;
 mod drills;
 mod exports;
+mod facts;
 mod feeding;
 mod hardware;
 mod leftover;
@@ -204,6 +205,8 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         tasks.spawn(logged("metrics", serving));
     }
     standbys.open_all().await;
+    // Sessions begin with it.
+    facts::measure(&site).await;
     if let (Some(address), Some(material)) = (config.listen, &transport.material) {
         let (allowed, options) = (
             listener::allowed(&config),
@@ -221,6 +224,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
     tasks.spawn(refresh(site.clone()));
     tasks.spawn(drills::schedule(site.clone()));
     tasks.spawn(warm::tend(site.clone()));
+    tasks.spawn(facts::keep(site.clone()));
     site.set_ready();
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

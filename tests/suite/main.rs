@@ -7,8 +7,11 @@
 //!   link          a link that is cut, or stalls
 //!   kills         random kills; LIFEBOAT_KILLS=200 for a long run, LIFEBOAT_SEED=N to replay one
 //!   rot           flipped bits in a journal
+//!   doctor        two sites compared by what they tell each other
+//!   balance       load is evened out between two sites
 //!   bad_input     what an operator or a stranger can get wrong
 //!   monitor       one guest's process: cuts, kills of its daemon, restore, signals
+//!   bundle        what is in a bundle for support, and what is not
 //!   cli           every verb: its JSON, its exit codes
 //!   plans         a disaster in the order of a plan, cut off and resumed; evacuation
 //!   observability rules, dashboards, and what Prometheus sees of two sites
@@ -25,7 +28,10 @@
 //! Tests with guests print `skipped: NAME: WHY` and pass where there is no usable /dev/kvm.
 
 mod bad_input;
+mod balance;
+mod bundle;
 mod cli;
+mod doctor;
 mod drills;
 mod failover;
 mod flush;
