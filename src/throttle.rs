@@ -8,7 +8,7 @@
 //!
 //! It is a token bucket, kept as the instant at which the bytes that were let through so far would
 //! have been sent at the rate (`free_at`). A sender that comes later than that gives up to
-//! [`BURST`] of unused time back; one that comes earlier waits. Who comes first passes first, and
+//! `BURST` of unused time back; one that comes earlier waits. Who comes first passes first, and
 //! chunks are small, so senders take turns and nobody starves.
 //!
 //! * What may not wait (signs of life, control messages) is counted and let through at once: the

@@ -282,6 +282,27 @@ pub enum Verb {
         #[arg(long)]
         keep_going: bool,
     },
+    /// Propose moves of running, protected guests that even out the load of this site and its peers.
+    Balance {
+        /// Only to this site.
+        #[arg(long, value_name = "SITE")]
+        to: Option<SiteId>,
+        /// Do what is proposed, one move after the other.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Watch a replicated guest for a while, and say what its replication needs: bandwidth for its RPO
+    /// target, the smallest RPO, the size of its journal (with -c FILE).
+    Estimate {
+        /// The guest.
+        name: GuestId,
+        /// How long to watch it.
+        #[arg(long = "for", value_name = "DURATION", default_value = "30s", value_parser = units::duration)]
+        watch: Duration,
+        /// What the link carries per second, such as 12MiB (otherwise as measured).
+        #[arg(long, value_name = "SIZE", value_parser = units::size)]
+        bandwidth: Option<u64>,
+    },
     /// Resume a clone of a recovery point in isolation, ask it, and remove it. Nothing else notices.
     TestFailover {
         /// The guest.
@@ -371,7 +392,18 @@ pub enum Verb {
     #[command(subcommand)]
     Config(ConfigVerb),
     /// Look whether this host is fit for its configuration; each fault with its remedy.
-    Doctor,
+    Doctor {
+        /// Compare this site with a peer instead, by what their running daemons know of each other.
+        #[arg(long, value_name = "SITE")]
+        peer: Option<SiteId>,
+    },
+    /// Gather what somebody needs to know who is to help: versions, configuration, status, figures,
+    /// findings, the log. No keys, nothing of guests.
+    SupportBundle {
+        /// The archive, which must not be there yet.
+        #[arg(value_name = "FILE.tar.zst")]
+        file: PathBuf,
+    },
     /// Print what a shell needs to complete this program's arguments.
     #[command(hide = true)]
     Completions {

@@ -9,8 +9,10 @@
 //! Only this module and `main` print. Results go to stdout, everything else to stderr.
 
 pub mod args;
+pub mod balance;
 pub mod bandwidth;
 pub mod bench;
+pub mod bundle;
 pub mod check;
 pub mod config;
 pub mod confirm;
@@ -18,6 +20,7 @@ pub mod console;
 pub mod demo;
 pub mod doctor;
 pub mod drills;
+pub mod estimate;
 pub mod evacuate;
 mod events;
 pub mod follow;
@@ -162,7 +165,33 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
             let records = records(&global)?;
             runtime()?.block_on(plan::run(verb, &client, records, timeout, out))
         }
-        Verb::Doctor => runtime()?.block_on(doctor::run(file, out)),
+        Verb::SupportBundle { file: target } => {
+            let client = Client::new(socket(&global)?);
+            let done = runtime()?.block_on(bundle::run(&target, file, &client, out));
+            done.map(|()| ExitCode::Ok)
+        }
+        Verb::Estimate {
+            name,
+            watch,
+            bandwidth,
+        } => {
+            let loaded = file.map(|file| load(file, Files::Ignored)).transpose();
+            let loaded = loaded.map_err(|e| config::error(&e))?;
+            let request = estimate::Request {
+                guest: name,
+                watch,
+                bandwidth,
+                retention: loaded.map(|loaded| loaded.config.retention),
+            };
+            let client = Client::new(socket(&global)?);
+            let done = runtime()?.block_on(estimate::run(&request, &client, out));
+            done.map(|()| ExitCode::Ok)
+        }
+        Verb::Doctor { peer: Some(peer) } => {
+            let client = Client::new(socket(&global)?);
+            runtime()?.block_on(doctor::peer(&peer, &client, out))
+        }
+        Verb::Doctor { peer: None } => runtime()?.block_on(doctor::run(file, out)),
         Verb::Completions { shell } => {
             manual::completions(shell, out);
             Ok(ExitCode::Ok)

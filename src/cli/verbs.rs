@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::args::{GuestVerb, JournalVerb, Verb};
+use super::balance;
 use super::bandwidth;
 use super::confirm;
 use super::console;
@@ -186,6 +187,9 @@ pub async fn run(
             };
             evacuate::run(&request, client, timeout, out).await?;
         }
+        Verb::Balance { to, yes } => {
+            balance::run(to.as_ref(), yes, client, timeout, out).await?;
+        }
         Verb::TestFailover {
             name, stop: true, ..
         } => {
@@ -272,7 +276,9 @@ pub async fn run(
         | Verb::Completions { .. }
         | Verb::Man { .. }
         | Verb::Top { .. }
-        | Verb::Doctor => {
+        | Verb::Estimate { .. }
+        | Verb::SupportBundle { .. }
+        | Verb::Doctor { .. } => {
             unreachable!("these verbs are not sent here")
         }
     }

@@ -5,6 +5,7 @@ use std::future::Future;
 use super::bandwidth::{Bandwidth, BandwidthRequest};
 use super::checkpoint::{Checkpoint, CheckpointRequest};
 use super::events::Events;
+use super::facts::Facts;
 use super::types::{
     ApiError, ConsoleInfo, Done, DrillRequest, ExportRequest, Exports, FailoverRequest,
     JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
@@ -21,6 +22,9 @@ use crate::ids::{Epoch, GuestId, SiteId};
 pub trait Backend: Send + Sync + 'static {
     /// All of the site.
     fn status(&self) -> impl Future<Output = Result<SiteStatus, ApiError>> + Send;
+
+    /// What the hosts of this site and of its peers are like.
+    fn facts(&self) -> impl Future<Output = Result<Facts, ApiError>> + Send;
 
     /// Starts a guest that is active here. `force` starts it although the peer may own a higher
     /// generation and cannot be asked.

@@ -15,6 +15,7 @@ use super::bandwidth::{Bandwidth, BandwidthRequest};
 use super::checkpoint::{Checkpoint, CheckpointRequest};
 use super::codes::Reason;
 use super::events::Events;
+use super::facts::Facts;
 use super::server::{StartRequest, UnprotectRequest, VerifyRequest};
 use super::types::{
     ApiError, ConsoleInfo, Document, Done, DrillRequest, Envelope, ExportRequest, Exports,
@@ -56,6 +57,11 @@ impl Client {
     /// All of the site.
     pub async fn status(&self) -> Result<SiteStatus, ApiError> {
         self.get("/v1/status").await
+    }
+
+    /// What the hosts of the site and of its peers are like.
+    pub async fn facts(&self) -> Result<Facts, ApiError> {
+        self.get("/v1/facts").await
     }
 
     /// Starts a guest.

@@ -4,6 +4,8 @@
 //! with decides what becomes of verbs: `db1` is well, `web1` is late, `lost1` was fenced, `slow1`
 //! never ends a run, `torn1` has a damaged journal.
 
+mod samples;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,6 +14,7 @@ use super::bandwidth::{Bandwidth, BandwidthRequest};
 use super::checkpoint::{Checkpoint, CheckpointRequest};
 use super::codes::Reason;
 use super::events::Events;
+use super::facts::Facts;
 use super::runs::{RunBook, RunHandle};
 use super::types::*;
 use crate::clock::{Clock, Env, Timestamp};
@@ -49,7 +52,7 @@ impl Fake {
     }
 
     fn guest(&self, name: &GuestId) -> Result<GuestStatus, ApiError> {
-        let guests = guests().into_iter();
+        let guests = samples::guests().into_iter();
         let found = guests.into_iter().find(|guest| guest.name == *name);
         found.ok_or_else(|| ApiError::no_such_guest(name))
     }
@@ -140,114 +143,6 @@ fn export(guest: &GuestId, point: PointStatus, socket: PathBuf) -> ExportStatus 
     }
 }
 
-fn guests() -> Vec<GuestStatus> {
-    let db1 = GuestStatus {
-        name: "db1".parse().unwrap(),
-        role: Role::Active,
-        state: GuestState::Protected,
-        run_state: Some(RunState::Running),
-        pid: Some(4711),
-        peer: Some(site("site-b")),
-        generation: Generation(7),
-        rpo_target_seconds: Some(5.0),
-        rpo_exposure_seconds: Some(0.8),
-        last_point: Some(point_at(9120, 800)),
-        points: Some(412),
-        oldest_point_at: Some(before(86_400_000)),
-        pause_p50_seconds: Some(0.0012),
-        pause_p99_seconds: Some(0.0031),
-        backlog_bytes: 0,
-        inflight: 1,
-        sent_bytes: 4_400_000_000,
-        sync: Some(SyncStatus {
-            path: SyncPath::Delta,
-            reason: "the daemon was restarted".to_owned(),
-        }),
-        sync_progress: None,
-        last_drill: Some(DrillStatus {
-            point: Epoch(9042),
-            captured_at: before(104_000),
-            at: before(71_000),
-            rto_seconds: 1.32,
-        }),
-        drill_failure: None,
-        disk_news: None,
-        blocked_on: None,
-        obstacle: None,
-        differences: None,
-        command: None,
-        rollback_until: None,
-        warm: None,
-        machine: Some(MachineSummary {
-            checkpoints: None,
-            kind: "demo".to_owned(),
-            memory_bytes: 64 << 20,
-            vcpus: 2,
-            disks: vec![DiskSummary {
-                id: "root".parse().unwrap(),
-                bytes: 1 << 30,
-                read_only: false,
-            }],
-        }),
-    };
-    let web1 = GuestStatus {
-        name: "web1".parse().unwrap(),
-        state: GuestState::Degraded,
-        rpo_exposure_seconds: Some(41.0),
-        last_point: Some(point_at(8803, 41_000)),
-        drill_failure: Some(DrillFailure {
-            at: before(9_000),
-            why: "the clone said nothing for 60 s".to_owned(),
-        }),
-        backlog_bytes: 310 << 20,
-        inflight: 8,
-        blocked_on: Some("the link is slower than the guest writes".to_owned()),
-        obstacle: None,
-        differences: None,
-        command: None,
-        ..db1.clone()
-    };
-    let lost1 = GuestStatus {
-        name: "lost1".parse().unwrap(),
-        state: GuestState::Fenced,
-        run_state: Some(RunState::Stopped("site-b owns generation 8".to_owned())),
-        pid: None,
-        generation: Generation(8),
-        rpo_exposure_seconds: None,
-        last_point: None,
-        points: None,
-        oldest_point_at: None,
-        pause_p50_seconds: None,
-        pause_p99_seconds: None,
-        inflight: 0,
-        sync: None,
-        last_drill: None,
-        ..db1.clone()
-    };
-    let slow1 = GuestStatus {
-        name: "slow1".parse().unwrap(),
-        role: Role::Standby,
-        state: GuestState::InitialSync,
-        run_state: None,
-        sync_progress: Some(Progress {
-            done: 71,
-            total: 100,
-            unit: ProgressUnit::Bytes,
-        }),
-        machine: None,
-        ..lost1.clone()
-    };
-    let torn1 = GuestStatus {
-        name: "torn1".parse().unwrap(),
-        role: Role::Standby,
-        state: GuestState::Unprotected,
-        run_state: None,
-        machine: None,
-        ..lost1.clone()
-    };
-    vec![db1, lost1, slow1, torn1, web1]
-}
-
 impl Backend for Fake {
     async fn status(&self) -> Result<SiteStatus, ApiError> {
         let peer = PeerStatus {
@@ -272,7 +167,7 @@ impl Backend for Fake {
             version: "0.1.0".to_owned(),
             now: NOW,
             peers: vec![peer, down],
-            guests: guests(),
+            guests: samples::guests(),
             journal: StoreStatus {
                 path: PathBuf::from("/var/lib/lifeboat/journal"),
                 used_bytes: 7 << 30,
@@ -287,6 +182,10 @@ impl Backend for Fake {
                 not_after: Timestamp(NOW.0 + 76 * 86_400 * SECOND),
             }],
         })
+    }
+
+    async fn facts(&self) -> Result<Facts, ApiError> {
+        Ok(super::fake_facts::facts(NOW))
     }
 
     async fn guest_start(&self, guest: &GuestId, force: bool) -> Result<Done, ApiError> {

@@ -18,8 +18,11 @@ pub mod codes;
 pub mod drills;
 pub mod events;
 pub mod exports;
+pub mod facts;
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+mod fake_facts;
 mod page;
 pub mod reports;
 pub mod requests;

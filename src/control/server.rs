@@ -3,6 +3,7 @@
 //! | Method | Path | Body | Answer |
 //! |---|---|---|---|
 //! | GET | `/v1/status` | | `lifeboat.status/v1` |
+//! | GET | `/v1/facts` | | `lifeboat.facts/v1` |
 //! | POST | `/v1/guests/G/start` | `{"force": bool}` | `lifeboat.done/v1` |
 //! | POST | `/v1/guests/G/stop` | | `lifeboat.done/v1` |
 //! | GET | `/v1/guests/G/console` | | `lifeboat.console/v1` |
@@ -201,6 +202,7 @@ fn public_routes<B: Backend>() -> Router<Site<B>> {
 fn admin_router<B: Backend>(site: Site<B>) -> Router {
     public_routes()
         .route("/v1/status", get(status))
+        .route("/v1/facts", get(facts))
         .route("/v1/guests/{guest}/start", post(guest_start))
         .route("/v1/guests/{guest}/stop", post(guest_stop))
         .route("/v1/guests/{guest}/console", get(console))
@@ -358,6 +360,7 @@ macro_rules! verb {
 struct Nothing {}
 
 read!(status, "/v1/status", |backend| backend.status());
+read!(facts, "/v1/facts", |backend| backend.facts());
 read!(runs, "/v1/runs", |backend| backend.runs());
 read!(exports, "/v1/exports", |backend| backend.exports());
 read!(console, "/v1/guests/{guest}/console", |backend, guest| {

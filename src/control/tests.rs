@@ -235,12 +235,16 @@ fn reasons_have_words_statuses_and_exit_codes_of_the_table() {
 fn schemas_are_named_and_numbered() {
     let mut all: Vec<&str> = SCHEMAS.to_vec();
     all.extend(crate::cli::verbs::SCHEMAS);
+    all.extend(crate::control::facts::SCHEMAS);
     all.extend(crate::cli::config::SCHEMAS);
     all.extend(crate::cli::evacuate::SCHEMAS);
     all.extend(crate::cli::plan::SCHEMAS);
     all.extend(crate::cli::check::SCHEMAS);
     all.extend(crate::cli::pki::SCHEMAS);
     all.extend(crate::cli::doctor::SCHEMAS);
+    all.extend(crate::cli::balance::SCHEMAS);
+    all.extend(crate::cli::estimate::SCHEMAS);
+    all.extend(crate::cli::bundle::SCHEMAS);
     all.extend(crate::cli::manual::SCHEMAS);
     let unique: std::collections::BTreeSet<_> = all.iter().collect();
     assert_eq!(unique.len(), all.len());

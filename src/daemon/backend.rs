@@ -13,6 +13,7 @@ use super::context::{SiteContext, run_dir, writer_of};
 use super::drills::Drills;
 use super::events::EventBook;
 use super::exports;
+use super::facts::{self, FactBook};
 use super::moving;
 use super::orders::{Handle, Order};
 use super::promotion::Failover;
@@ -52,6 +53,7 @@ pub(super) struct Site {
     pub drills: Arc<Drills>,
     pub events: EventBook,
     pub rehearsals: Rehearsals,
+    pub facts: FactBook,
     pub(super) material: Option<Arc<TlsMaterial>>,
     ready: AtomicBool,
 }
@@ -82,6 +84,7 @@ impl Site {
             drills,
             events: EventBook::default(),
             rehearsals: Rehearsals::default(),
+            facts: FactBook::default(),
             material,
             ready,
         }
@@ -105,6 +108,16 @@ impl Site {
         of_peer
             .filter_map(|(h, _)| h.primary.borrow().last_error.clone())
             .next()
+    }
+
+    /// What the sites that guests are replicated to last said of their hosts.
+    pub fn facts_heard(&self) -> Vec<(SiteId, facts::Heard)> {
+        let guests = self.guests();
+        let heard = guests.values().filter_map(|(handle, _)| {
+            let facts = handle.primary.borrow().facts.clone()?;
+            Some((handle.view.borrow().peer.clone()?, facts))
+        });
+        heard.collect()
     }
 
     pub(super) fn guests(&self) -> MutexGuard<'_, BTreeMap<GuestId, (Handle, JoinHandle<()>)>> {
@@ -270,6 +283,10 @@ impl Backend for Site {
             },
             certificates: self.certificates(),
         })
+    }
+
+    async fn facts(&self) -> Result<crate::control::facts::Facts, ApiError> {
+        Ok(facts::answer(self).await)
     }
 
     async fn guest_start(&self, guest: &GuestId, force: bool) -> Result<Done, ApiError> {

@@ -23,6 +23,7 @@ use crate::metrics::labels::Operation;
 use crate::page::{Layout, Region};
 use crate::standby::{Leftover, Lookup, Refusal};
 use crate::vmm::MachineSpec;
+use crate::wire::facts::Facts;
 use crate::wire::message::{Open, Readiness, RefuseReason};
 
 impl Lookup<DirStore> for Site {
@@ -115,6 +116,10 @@ impl Lookup<DirStore> for Site {
 
     fn readiness(&self, guest: &GuestId) -> Option<watch::Receiver<Readiness>> {
         self.rehearsals.subscribe(guest)
+    }
+
+    fn facts(&self, peer: &SiteId) -> Option<watch::Receiver<Facts>> {
+        self.facts.subscribe(peer)
     }
 
     fn opened(&self, guest: &GuestId) {

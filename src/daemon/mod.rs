@@ -17,6 +17,7 @@ mod context;
 mod drills;
 mod events;
 mod exports;
+mod facts;
 mod feeding;
 mod fitness;
 mod hardware;
@@ -222,6 +223,8 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         tasks.spawn(logged("metrics", serving));
     }
     standbys.open_all().await;
+    // Sessions begin with it.
+    facts::measure(&site).await;
     if let (Some(address), Some(material)) = (config.listen, &transport.material) {
         let (allowed, options) = (
             listener::allowed(&config),
@@ -242,6 +245,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
     tasks.spawn(warm::tend(site.clone()));
     tasks.spawn(events::run(site.clone()));
     tasks.spawn(quiesce::schedule(site.clone()));
+    tasks.spawn(facts::keep(site.clone()));
     site.set_ready();
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

@@ -453,6 +453,11 @@ impl<G: Guest> Builder<'_, G> {
                 self.engine.publish(|s| s.readiness = readiness);
                 Ok(())
             }
+            Event::Facts(facts) => {
+                let heard = (self.engine.env.now(), *facts);
+                self.engine.publish(|s| s.facts = Some(Arc::new(heard)));
+                Ok(())
+            }
             // Asked for and taken in `compare`.
             Event::Fingerprints { .. } | Event::Incomparable(_) | Event::Ground { .. } => {
                 Err(SessionEnd::lost("the standby spoke out of turn"))

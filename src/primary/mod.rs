@@ -47,6 +47,7 @@ use crate::guest::{CutStrategy, RunState};
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::metrics::{GuestMetrics, PeerMetrics};
 use crate::throttle::Throttle;
+use crate::wire::facts::Facts;
 use crate::wire::message::Readiness;
 
 pub use driver::{Ownership, ask_owner, run};
@@ -236,6 +237,8 @@ pub struct PrimaryStatus {
     pub disk_news: Option<(Timestamp, String)>,
     /// What the standby last said of a failover there.
     pub readiness: Readiness,
+    /// What the standby's host last said of itself, and when it arrived.
+    pub facts: Option<Arc<(Timestamp, Facts)>>,
     /// What it waits for, in words; `None` when it waits for nothing but the next interval.
     pub blocked_on: Option<String>,
 }

@@ -16,6 +16,7 @@ use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, Generation, ImageRoot, SiteId};
 use crate::metrics::labels::ConnectResult;
 use crate::page::Layout;
+use crate::wire::facts::Facts;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
 use crate::wire::message::{Open, Opened, Readiness, RefuseReason, ToPrimary, ToStandby};
@@ -109,6 +110,7 @@ pub(super) enum Event {
     Incomparable(String),
     Ground { epoch: Epoch, root: ImageRoot },
     Readiness(Readiness),
+    Facts(Box<Facts>),
     End(SessionEnd),
 }
 
@@ -228,6 +230,7 @@ fn event(message: ToPrimary) -> Option<Event> {
         ToPrimary::Incomparable { text } => Event::Incomparable(text),
         ToPrimary::Ground { epoch, root } => Event::Ground { epoch, root },
         ToPrimary::Readiness(readiness) => Event::Readiness(readiness),
+        ToPrimary::Facts(facts) => Event::Facts(facts),
         ToPrimary::Fenced { generation, site } => {
             Event::End(SessionEnd::Fenced { generation, site })
         }

@@ -13,6 +13,7 @@ use crate::clock::Env;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::Store;
 use crate::page::Layout;
+use crate::wire::facts::Facts;
 use crate::wire::handshake::{self, Introduction};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
 use crate::wire::message::{Open, Readiness, RefuseReason, ToPrimary, ToStandby};
@@ -79,6 +80,11 @@ pub trait Lookup<S: Store>: Send + Sync + 'static {
         None
     }
 
+    /// Follows what a peer is told of this host; what is known when the session opens is told too.
+    fn facts(&self, _peer: &SiteId) -> Option<watch::Receiver<Facts>> {
+        None
+    }
+
     /// The guest will be handed over to this site soon: makes ready what takes time, and says why the
     /// guest cannot be taken.
     fn prepare(&self, _guest: &GuestId) -> impl Future<Output = Result<(), String>> + Send {
@@ -129,7 +135,8 @@ pub async fn serve<S: Store>(
             return (SessionEnd::Link(why.into()), None);
         }
     };
-    let end = match receive(&env, &mut opened, &site, &mut tx, &mut rx, lookup).await {
+    let receiving = receive(&env, &mut opened, (&site, &peer), &mut tx, &mut rx, lookup);
+    let end = match receiving.await {
         Ok(never) => match never {},
         Err(end) => end,
     };
@@ -219,13 +226,14 @@ async fn open<S: Store>(
 async fn receive<S: Store>(
     env: &Env,
     opened: &mut OpenSession<S>,
-    site: &SiteId,
+    (site, peer): (&SiteId, &SiteId),
     tx: &mut impl LinkTx<ToPrimary>,
     rx: &mut impl LinkRx<ToStandby>,
     lookup: &impl Lookup<S>,
 ) -> Result<std::convert::Infallible, SessionEnd> {
     let mut readiness = lookup.readiness(&opened.guest);
     let mut preparing = None;
+    let mut facts = lookup.facts(peer);
     loop {
         let message = tokio::select! {
             message = rx.recv() => message?,
@@ -237,6 +245,10 @@ async fn receive<S: Store>(
             }
             now = changed(&mut readiness) => {
                 tx.send(ToPrimary::Readiness(now)).await?;
+                continue;
+            }
+            now = changed(&mut facts) => {
+                tx.send(ToPrimary::Facts(Box::new(now))).await?;
                 continue;
             }
         };
@@ -286,13 +298,13 @@ async fn prepared<F: Future<Output = Result<(), String>> + Unpin>(
 }
 
 /// The next news; never, if there are none.
-async fn changed(readiness: &mut Option<watch::Receiver<Readiness>>) -> Readiness {
-    if let Some(news) = readiness
+async fn changed<T: Clone>(source: &mut Option<watch::Receiver<T>>) -> T {
+    if let Some(news) = source
         && news.changed().await.is_ok()
     {
         return news.borrow_and_update().clone();
     }
-    *readiness = None;
+    *source = None;
     std::future::pending().await
 }
 

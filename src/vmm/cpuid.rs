@@ -41,6 +41,35 @@ const FEATURES: [(u32, u32, usize, u32); 18] = [
     (0x8000_0021, 0, EAX, 0),
 ];
 
+/// A register of features: leaf, subleaf, register (0 to 3: eax to edx), bits.
+pub(crate) type Features = (u32, u32, u8, u32);
+
+/// The features that guests can be offered on this host, as its KVM says.
+pub(crate) fn offered() -> Result<Vec<Features>, VmmError> {
+    let kvm = kvm_ioctls::Kvm::new().map_err(|e| VmmError::kvm("/dev/kvm", e))?;
+    let supported = kvm
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(|e| VmmError::kvm("its list of CPU features", e))?;
+    let register = |(leaf, subleaf, register, free): (u32, u32, usize, u32)| {
+        let bits = find(&supported, leaf, subleaf)?[register] & !free;
+        Some((leaf, subleaf, register as u8, bits))
+    };
+    Ok(FEATURES.into_iter().filter_map(register).collect())
+}
+
+/// Where features of `used` are missing in `offered`, in words.
+pub(crate) fn missing(used: &[Features], offered: &[Features]) -> Vec<String> {
+    let lost = used.iter().filter_map(|&(leaf, subleaf, register, bits)| {
+        let there = offered
+            .iter()
+            .find(|o| (o.0, o.1, o.2) == (leaf, subleaf, register));
+        let lost = bits & !there.map_or(0, |o| o.3);
+        let name = REGISTERS.get(usize::from(register)).unwrap_or(&"?");
+        (lost != 0).then(|| format!("leaf {leaf:#x}.{subleaf} {name} bits {lost:#x}"))
+    });
+    lost.collect()
+}
+
 fn find(cpuid: &CpuId, leaf: u32, subleaf: u32) -> Option<[u32; 4]> {
     cpuid
         .as_slice()

@@ -22,6 +22,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::facts;
 use super::limits::{self, Bounds, HEADER_BYTES};
 use super::message::{Opened, Readiness, ToPrimary, ToStandby};
 use crate::clock::Timestamp;
@@ -198,6 +199,7 @@ mod kind {
     pub const INCOMPARABLE: u8 = 0x8c;
     pub const READINESS: u8 = 0x8d;
     pub const GROUND: u8 = 0x8e;
+    pub const FACTS: u8 = 0x8f;
     pub const RETURNED: u8 = 0x90;
 }
 
@@ -297,6 +299,7 @@ impl Message for ToPrimary {
             kind::INCOMPARABLE => Bounds::control(1, limits::TEXT_MESSAGE_BYTES_MAX),
             kind::PONG => Bounds::control(2, limits::SMALL_BYTES_MAX),
             kind::GROUND => Bounds::control(33, limits::SMALL_BYTES_MAX),
+            kind::FACTS => Bounds::control(20, facts::BYTES_MAX),
             kind::READINESS => Bounds::control(2, 2 * limits::TEXT_MESSAGE_BYTES_MAX),
             kind::PREPARED | kind::TAKEN => Bounds::control(1, limits::TEXT_MESSAGE_BYTES_MAX),
             _ => return None,
@@ -345,6 +348,7 @@ impl Message for ToPrimary {
                 };
                 (kind::READINESS, to_body(&cut))
             }
+            Self::Facts(facts) => (kind::FACTS, to_body(&facts.cut())),
             Self::Ground { epoch, root } => (kind::GROUND, to_body(&(epoch, root))),
             Self::Pong { nonce, at } => (kind::PONG, to_body(&(nonce, at))),
         };
@@ -409,6 +413,14 @@ impl Message for ToPrimary {
                 refused: exact(header, &body)?,
             },
             kind::READINESS => Self::Readiness(exact(header, &body)?),
+            kind::FACTS => {
+                let facts: Box<facts::Facts> = exact(header, &body)?;
+                facts.check().map_err(|why| WireError::Body {
+                    kind: header.kind,
+                    why: why.to_owned(),
+                })?;
+                Self::Facts(facts)
+            }
             kind::GROUND => {
                 let (epoch, root) = exact(header, &body)?;
                 Self::Ground { epoch, root }

@@ -30,11 +30,16 @@ pub struct Introduction {
 }
 
 impl Introduction {
+    /// This program and its version.
+    pub fn build() -> &'static str {
+        concat!("lifeboat ", env!("CARGO_PKG_VERSION"))
+    }
+
     /// This program, as `site`.
     pub fn new(site: SiteId) -> Self {
         Self {
             site,
-            build: concat!("lifeboat ", env!("CARGO_PKG_VERSION")).to_owned(),
+            build: Self::build().to_owned(),
             versions: Versions::OURS,
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::facts::Facts;
 use super::version::Versions;
 use crate::clock::Timestamp;
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId, SiteId};
@@ -288,6 +289,8 @@ pub enum ToPrimary {
     },
     /// What is known of a failover there; comes unasked, whenever it changes.
     Readiness(Readiness),
+    /// What the standby's host is like; comes unasked.
+    Facts(Box<Facts>),
     /// Before the answer to a `Compare` that names no point: what is compared is no recovery point, and
     /// the next frame may follow it.
     Ground {

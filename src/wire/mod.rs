@@ -18,6 +18,7 @@
 //! peer may send is bounded before anything is allocated ([`limits`]).
 
 pub mod codec;
+pub mod facts;
 pub mod handshake;
 pub mod limits;
 pub mod link;

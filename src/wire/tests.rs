@@ -6,6 +6,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::codec::{Encoded, Header, Message, WireError};
+use super::facts::{CpuBits, Facts, Running, Space};
 use super::handshake::{HandshakeError, Introduction, as_primary, as_standby};
 use super::limits::{CONTROL_BYTES_MAX, HEADER_BYTES, PART_BYTES_MAX};
 use super::link::{HandshakeFailure, LinkError, LinkRx, LinkTx, RetryClass};
@@ -196,6 +197,43 @@ fn to_primary() -> Vec<(&'static str, ToPrimary)> {
                 obstacle: Some("no bridge".into()),
                 differences: None,
             }),
+        ),
+        (
+            "facts",
+            ToPrimary::Facts(Box::new(Facts {
+                build: "lifeboat 0.1.0".into(),
+                versions: Versions { min: 1, max: 1 },
+                now: AT,
+                cpus: 8,
+                load_permille: 1_250,
+                memory: 32 << 30,
+                memory_available: 20 << 30,
+                state: Space {
+                    free: 1 << 40,
+                    capacity: 2 << 40,
+                },
+                journal: Space {
+                    free: 3 << 40,
+                    capacity: 4 << 40,
+                },
+                journal_floor: 1 << 30,
+                kvm_problem: Some("no /dev/kvm".into()),
+                cpu: "GenuineIntel Xeon".into(),
+                features: vec![CpuBits {
+                    leaf: 7,
+                    subleaf: 0,
+                    register: 1,
+                    bits: 0x8000_0001,
+                }],
+                certificate_until: Some(AT),
+                running: vec![Running {
+                    guest: "web".parse().unwrap(),
+                    memory: 1 << 30,
+                    cpu_permille: Some(700),
+                }],
+                allowed: vec!["db1".parse().unwrap()],
+                qemu: true,
+            })),
         ),
         ("pong", ToPrimary::Pong { nonce: 7, at: AT }),
     ]

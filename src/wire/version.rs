@@ -2,7 +2,7 @@
 //!
 //! | version | release | what changed |
 //! |---|---|---|
-//! | 1 | 0.1.0 | first: Hello, Open, Part, Ack, Abandon, Mismatch, Fenced, Ping, Prepare, Take, Compare, Mark |
+//! | 1 | 0.1.0 | first: Hello, Open, Part, Ack, Abandon, Mismatch, Fenced, Ping, Prepare, Take, Compare, Facts, Mark |
 //!
 //! Both sites name the range that they speak; the highest common version is used. Sites are
 //! upgraded one at a time, standby first, so a release speaks at least the version before its own.

@@ -11,8 +11,11 @@
 //!   kills         random kills; LIFEBOAT_KILLS=200 for a long run, LIFEBOAT_SEED=N to replay one
 //!   rot           flipped bits in a journal
 //!   aborts        moves and failovers cut off at each step; LIFEBOAT_ABORTS=all for all of them
+//!   doctor        two sites compared by what they tell each other
+//!   balance       load is evened out between two sites
 //!   bad_input     what an operator or a stranger can get wrong
 //!   monitor       one guest's process: cuts, kills of its daemon, restore, signals
+//!   bundle        what is in a bundle for support, and what is not
 //!   cli           every verb: its JSON, its exit codes
 //!   plans         a disaster in the order of a plan, cut off and resumed; evacuation
 //!   observability rules, dashboards, and what Prometheus sees of two sites
@@ -30,8 +33,11 @@
 
 mod aborts;
 mod bad_input;
+mod balance;
 mod bandwidth;
+mod bundle;
 mod cli;
+mod doctor;
 mod drills;
 mod events;
 mod failover;

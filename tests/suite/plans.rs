@@ -10,10 +10,11 @@ use serde_json::Value;
 
 use crate::harness::{GUEST, Options, Pair, Ran, Site, free_port, kill_now, kvm, wait};
 
-const OTHER: &str = "db2";
+/// The second guest.
+pub const OTHER: &str = "db2";
 
 /// Both guests run at site-a; the first one is protected.
-fn two_guests() -> Pair {
+pub fn two_guests() -> Pair {
     let more_a = format!(
         "\n[[guest]]\nname = \"{OTHER}\"\npeer = \"site-b\"\nmemory = \"64MiB\"\nvcpus = 1\n\
          boot = {{ demo = {{ working_set = \"4MiB\" }} }}\n"

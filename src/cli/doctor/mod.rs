@@ -1,10 +1,14 @@
 //! `lifeboat doctor`: is this host fit for its configuration? Each fault with its remedy.
 //!
+//! With `--peer` it asks the running daemon instead, and compares this site with that one by what their
+//! daemons tell each other.
+//!
 //! Nothing is changed, except that a small file is written below the journal's directory and
 //! removed again. Exit code 1 when something would keep the site from working.
 
 mod checks;
 mod host;
+pub(super) mod pair;
 
 use std::path::Path;
 
@@ -14,8 +18,10 @@ use super::config as cli_config;
 use super::output::Output;
 use super::text::Paint;
 use crate::config::{self, Files};
+use crate::control::client::Client;
 use crate::control::codes::ExitCode;
 use crate::control::types::{ApiError, Document};
+use crate::ids::SiteId;
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -77,6 +83,17 @@ struct Report {
     warnings: usize,
 }
 
+impl Report {
+    fn of(findings: Vec<Finding>) -> Self {
+        let count = |level| findings.iter().filter(|f| f.level == level).count();
+        Self {
+            failures: count(Level::Fail),
+            warnings: count(Level::Warn),
+            findings,
+        }
+    }
+}
+
 impl Document for Report {
     const SCHEMA: &'static str = "lifeboat.doctor/v1";
 }
@@ -86,7 +103,12 @@ pub const SCHEMAS: &[&str] = &[Report::SCHEMA];
 
 /// Runs all checks. The error was not printed yet.
 pub async fn run(file: Option<&Path>, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
-    let file = cli_config::named(file)?;
+    let findings = examine(cli_config::named(file)?).await;
+    Ok(report(findings, out))
+}
+
+/// What is found at this host.
+pub(super) async fn examine(file: &Path) -> Vec<Finding> {
     let mut findings = Vec::new();
     let config = match config::load(file, Files::Required) {
         Ok(loaded) => {
@@ -112,20 +134,37 @@ pub async fn run(file: Option<&Path>, out: &mut Output<'_>) -> Result<ExitCode, 
         }
         findings.push(checks::daemon(&config.admin_socket).await);
     }
-    let count = |level| findings.iter().filter(|f| f.level == level).count();
-    let report = Report {
-        failures: count(Level::Fail),
-        warnings: count(Level::Warn),
-        findings,
-    };
+    findings
+}
+
+/// `lifeboat doctor --peer SITE`: both sites compared by what their daemons say of their hosts. The
+/// error was not printed yet.
+pub async fn peer(
+    peer: &SiteId,
+    client: &Client,
+    out: &mut Output<'_>,
+) -> Result<ExitCode, ApiError> {
+    let (status, facts) = (client.status().await?, client.facts().await?);
+    let findings = pair::compare(&status, &facts, peer)?;
+    Ok(report(findings, out))
+}
+
+/// Shows what was found; the exit code.
+fn report(findings: Vec<Finding>, out: &mut Output<'_>) -> ExitCode {
+    let report = Report::of(findings);
     let failed = report.failures > 0;
     let paint = Paint(out.style.color);
     out.result(report, |report| text(report, paint));
-    Ok(if failed {
+    if failed {
         ExitCode::Failed
     } else {
         ExitCode::Ok
-    })
+    }
+}
+
+/// Findings as text, without colours.
+pub(super) fn plain(findings: Vec<Finding>) -> String {
+    text(&Report::of(findings), Paint(false))
 }
 
 fn text(report: &Report, paint: Paint) -> String {

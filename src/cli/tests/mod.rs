@@ -293,6 +293,22 @@ const CASES: &[(&str, &str, ExitCode)] = &[
         "evacuate --to site-c",
         ExitCode::Unreachable,
     ),
+    ("doctor-peer", "doctor --peer site-b", ExitCode::Failed),
+    ("doctor-peer-silent", "doctor --peer site-c", ExitCode::Ok),
+    (
+        "doctor-peer-unknown",
+        "doctor --peer site-x",
+        ExitCode::Usage,
+    ),
+    ("estimate-standby", "estimate slow1", ExitCode::Refused),
+    ("estimate-unknown", "estimate nobody", ExitCode::NotFound),
+    ("balance", "balance", ExitCode::Ok),
+    ("balance-json", "balance --json", ExitCode::Ok),
+    (
+        "balance-silent",
+        "balance --to site-c",
+        ExitCode::Unreachable,
+    ),
     ("verify", "verify db1", ExitCode::Ok),
     ("verify-difference", "verify torn1", ExitCode::Difference),
     (
