@@ -85,7 +85,7 @@ fn every_asset_of_the_package_is_there_or_can_be_made() {
         assert!(checked.success(), "{}", script.display());
         assert!(fs::read_to_string(&script).unwrap().contains("#DEBHELPER#"));
     }
-    let units = root().join(metadata["unit-scripts"].as_str().unwrap());
+    let units = root().join(metadata["systemd-units"]["unit-scripts"].as_str().unwrap());
     let unit = fs::read_to_string(units.join("lifeboat.service")).unwrap();
     let program = assets()
         .into_iter()
