@@ -32,6 +32,10 @@ use crate::vmm::spec::MachineSpec;
 /// How long a checkpoint of QEMU may stand still before the watchdog lets the guest run.
 const WATCHDOG_BOUND: Duration = Duration::from_millis(800);
 
+/// How often QEMU is attached to before the error counts, and the time between two attempts.
+const ATTACH_TRIES: u32 = 5;
+const ATTACH_AGAIN: Duration = Duration::from_millis(500);
+
 /// How to build a guest's machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -154,8 +158,18 @@ pub(super) async fn find(
 
 async fn attach(options: Options, run_dir: &Path) -> Result<AnyGuest, GuestError> {
     std::fs::create_dir_all(run_dir).map_err(|e| failed(run_dir.display(), e))?;
-    let guest = QemuGuest::attach(options).await?;
-    Ok(AnyGuest::Qemu(Box::new(guest)))
+    let mut tries = 1;
+    loop {
+        match QemuGuest::attach(options.clone()).await {
+            // On a busy host the watchdog may have let the guest run first.
+            Err(GuestError::Abandoned(why)) if tries < ATTACH_TRIES => {
+                tracing::warn!(why, "QEMU is attached to once more");
+                tries += 1;
+                tokio::time::sleep(ATTACH_AGAIN).await;
+            }
+            guest => return Ok(AnyGuest::Qemu(Box::new(guest?))),
+        }
+    }
 }
 
 fn options(

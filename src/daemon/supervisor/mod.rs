@@ -138,9 +138,12 @@ impl Supervisor {
         self.publish();
         // A QEMU that was never ours is left alone until it is to be.
         let looked_for = self.record.is_some() || self.qemu().is_none();
-        if looked_for && let Some(guest) = self.find().await? {
-            tracing::info!(guest = %self.guest, pid = guest.pid(), "found the guest running");
-            return self.adopted(guest).await;
+        if looked_for {
+            let found = self.find().await.inspect_err(|_| self.try_again())?;
+            if let Some(guest) = found {
+                tracing::info!(guest = %self.guest, pid = guest.pid(), "found the guest running");
+                return self.adopted(guest).await;
+            }
         }
         let autostart = self.config.as_ref().is_some_and(|c| c.autostart);
         let ours = match &self.record {
@@ -161,7 +164,20 @@ impl Supervisor {
                 self.start_later = Some(Instant::now() + START_AGAIN);
                 Err(error)
             }
+            Err(error) if error.reason == Reason::Failed => {
+                self.try_again();
+                Err(error)
+            }
             started => started.map(|_| ()),
+        }
+    }
+
+    /// A QEMU that was ours runs, and could not be attached to.
+    fn try_again(&mut self) {
+        let active = self.record.as_ref();
+        let active = active.is_some_and(|r| r.standing == Standing::Active);
+        if active && self.qemu().is_some() {
+            self.start_later = Some(Instant::now() + START_AGAIN);
         }
     }
 

@@ -73,6 +73,7 @@ use crate::bitmap::{PageBitmap, PageSet};
 const STOP_WITHIN: Duration = Duration::from_secs(60);
 
 /// How to attach to a guest.
+#[derive(Debug, Clone)]
 pub struct Options {
     /// Its QMP socket, which is ours alone.
     pub qmp: PathBuf,
