@@ -423,11 +423,19 @@ async fn daemon_that_ends() {
         _ => Mode::Colo,
     };
     // On a busy host the watchdog may end this too: a daemon tries again.
+    let mut tried = 0;
     let mut guest = loop {
         match QemuGuest::attach(vm::options_at(&victim, "vm", mode)).await {
             Err(GuestError::Abandoned(why)) => eprintln!("abandoned: {why}"),
             guest => break guest.unwrap(),
         }
+        // It may be killed while it tries, too.
+        tried += 1;
+        if tried == 4 {
+            say("attached");
+            say("cutting");
+        }
+        tokio::time::sleep(vm::AGAIN).await;
     };
     say("attached");
     let mut said = false;

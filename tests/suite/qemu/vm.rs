@@ -36,6 +36,8 @@ const DISKS: [(&str, &str, &str); 2] = [
 ];
 /// How long a checkpoint may stand still before the watchdog acts.
 pub const BOUND: Duration = Duration::from_millis(300);
+/// Time between two attempts to attach, as a daemon has it.
+pub const AGAIN: Duration = Duration::from_millis(500);
 /// Where tests/fetch-qemu10 puts it.
 const NEWER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/qemu10/root/usr");
 
@@ -233,7 +235,17 @@ impl Vm {
     }
 
     pub async fn attach(&self, mode: Mode) -> QemuGuest {
-        QemuGuest::attach(self.options(mode)).await.unwrap()
+        let mut tries = 1;
+        loop {
+            match QemuGuest::attach(self.options(mode)).await {
+                Err(GuestError::Abandoned(why)) if tries < 20 => {
+                    println!("attached to once more: {why}");
+                    tries += 1;
+                    tokio::time::sleep(AGAIN).await;
+                }
+                guest => return guest.unwrap(),
+            }
+        }
     }
 
     /// Everything the guest said.
