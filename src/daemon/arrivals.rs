@@ -48,9 +48,9 @@ pub(super) struct Arrival {
     directory: PathBuf,
 }
 
-fn directory(state_dir: &Path, guest: &GuestId) -> PathBuf {
-    guest_dir(state_dir, guest).join("disks").join("arriving")
-}
+/// Beginning of the names of directories. Each attempt has one of its own: the one before may not have
+/// noticed yet that nobody waits for it, and would write into the files of this one.
+const NAME: &str = "arriving-";
 
 impl Arrivals {
     fn guests(&self) -> MutexGuard<'_, BTreeMap<GuestId, (u64, Arrival)>> {
@@ -73,8 +73,12 @@ impl Arrivals {
 /// Makes ready for a guest what its newest point allows. What cannot be made ready is left to the
 /// takeover, whose error then counts.
 pub(super) async fn make_ready(site: &Arc<SiteContext>, guest: &GuestId, copy: Shared) {
+    static NUMBER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     site.arrivals.end(guest).await;
-    let directory = directory(&site.state_dir, guest);
+    let disks = guest_dir(&site.state_dir, guest).join("disks");
+    remove_all(&disks);
+    let directory = disks.join(format!("{NAME}{number}"));
     let to = directory.clone();
     let writing = site.env.offload(move || {
         let (journal, held) = {
@@ -123,8 +127,6 @@ pub(super) async fn make_ready(site: &Arc<SiteContext>, guest: &GuestId, copy: S
             Err(error) => tracing::warn!(%guest, %error, "no monitor waits for the guest"),
         }
     }
-    static NUMBER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-    let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let known = (number, arrival);
     let before = site.arrivals.guests().insert(guest.clone(), known);
     if let Some((_, before)) = before {
@@ -183,6 +185,15 @@ pub(super) fn tidy(state_dir: &Path) {
         .flatten()
         .flatten()
     {
-        remove(&entry.path().join("disks").join("arriving"));
+        remove_all(&entry.path().join("disks"));
+    }
+}
+
+/// Removes what attempts have left here. One that still writes keeps its files, without their names.
+fn remove_all(disks: &Path) {
+    for entry in std::fs::read_dir(disks).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(NAME) {
+            remove(&entry.path());
+        }
     }
 }

@@ -124,12 +124,17 @@ impl Supervisor {
         let Standing::Fenced { by, .. } = record.standing.clone() else {
             return Ok(());
         };
-        let (layout, machine) = self.shape()?;
-        let options = self.options(&by, record.generation)?;
-        let dialer = self.site.dialer(&by)?;
+        // Where it cannot be asked it is fenced yet, as its record says.
+        let Ok((layout, machine)) = self.shape() else {
+            return Ok(());
+        };
+        let (Ok(options), Ok(dialer)) =
+            (self.options(&by, record.generation), self.site.dialer(&by))
+        else {
+            return Ok(());
+        };
         match primary::ask_owner(&self.site.env, &*dialer, &options, &layout, &machine).await {
             Ownership::Returned { generation } => self.returned(generation),
-            // It is fenced yet, as its record says.
             _ => Ok(()),
         }
     }

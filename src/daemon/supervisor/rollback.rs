@@ -8,7 +8,7 @@ use super::super::record::{FailedOver, GuestRecord, Standing, guest_dir};
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
 use crate::control::types::ApiError;
-use crate::guest::Guest;
+use crate::guest::{Guest, GuestError};
 use crate::ids::{Generation, SiteId};
 
 impl Supervisor {
@@ -54,8 +54,19 @@ impl Supervisor {
                 self.guest
             )));
         }
-        if let Some(mut guest) = self.take().await {
-            guest.stop().await.map_err(failed)?;
+        // Also one that we have lost sight of: nothing of it may run when its owner is told.
+        let guest = match self.take().await {
+            None => self.find().await?,
+            taken => taken,
+        };
+        if let Some(mut guest) = guest {
+            match guest.stop().await {
+                Ok(()) | Err(GuestError::Gone(_)) => {}
+                Err(error) => {
+                    self.hold(guest);
+                    return Err(failed(error));
+                }
+            }
         }
         assert!(matches!(self.process, Process::Absent), "it was stopped");
         let discarded = record.generation;
