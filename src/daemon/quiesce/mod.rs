@@ -147,12 +147,13 @@ async fn consistent(
             .await
             .map_err(|_| "the checkpoint was given up".to_owned())
     };
-    // Dropped when time is up: a cut that comes later gets no mark.
-    let cut = timeout(quiesce.timeout, cut).await;
+    // Dropped when time is up: a cut that comes later gets no mark. Earlier than the guard lets the guest
+    // go, whose time began before ours.
+    let within = quiesce.timeout * 3 / 4;
+    let cut = timeout(within, cut).await;
     let frozen = began.elapsed();
     let released = guard.release().await;
-    let epoch =
-        cut.map_err(|_| format!("no checkpoint could be cut within {:?}", quiesce.timeout))??;
+    let epoch = cut.map_err(|_| format!("no checkpoint could be cut within {within:?}"))??;
     released?;
     tracing::info!(%guest, %epoch, ?frozen, "cut while its applications were quiesced");
     let durable = settled(answer).await?;
