@@ -25,6 +25,10 @@
 //!   anything else ................................. nothing
 //! ```
 //!
+//! QEMU flushes the guest's disks when it stops the guest, and answers nobody meanwhile. On a slow disk that
+//! takes longer than the bound and is nobody's fault: as long as the daemon lives, an answer that came late
+//! begins the bound anew, and one that does not come is waited for for as long as a silent daemon would be.
+//!
 //! A daemon that hangs holds up the guest's disks as well: a write is complete when its mirror has it.
 //! `migrate_cancel` is never used: when the migration has just become a COLO session, it leaves QEMU in
 //! a state that nothing ends.
@@ -51,7 +55,7 @@ use serde_json::json;
 use tokio::process::{Child, Command};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use super::disks::MIRROR;
 use super::probe;
@@ -75,8 +79,12 @@ const RESCUE_WITHIN: Duration = Duration::from_secs(60);
 const REST: Duration = Duration::from_millis(250);
 /// Time between two attempts.
 const RETRY: Duration = Duration::from_millis(20);
-/// How long QEMU's main loop may take to answer before it counts as blocked.
+/// How long QEMU's main loop may take to answer before it counts as blocked by a daemon that is silent.
 const ANSWER_WITHIN: Duration = Duration::from_secs(1);
+/// The same while the daemon says that it lives.
+const ANSWER_WITHIN_MAX: Duration = HANGS_AFTER;
+/// An answer that took longer was held up by what QEMU did itself.
+const BUSY_AFTER: Duration = Duration::from_millis(100);
 
 /// The daemon's end of the pipe. Dropping it ends the watchdog, which first makes sure that the guest
 /// runs outside of COLO.
@@ -154,12 +162,12 @@ fn tell(mut pipe: &UnixStream, what: u8) {
 }
 
 /// What QEMU says of itself.
-#[derive(Debug, Clone, Copy)]
-struct Seen<'a> {
+#[derive(Debug, Clone)]
+struct Seen {
     /// `query-status`.
-    status: &'a str,
+    status: String,
     /// `query-migrate`.
-    migration: &'a str,
+    migration: String,
     /// `query-colo-status`: it is the primary of a COLO session.
     colo: bool,
     /// It has the mark that the daemon stops it, see [`standstill`].
@@ -176,11 +184,11 @@ enum Action {
 }
 
 /// The table above. `open`: a pause had begun; `ended`: the daemon is gone.
-fn action(seen: Seen<'_>, open: bool, ended: bool) -> Action {
+fn action(seen: &Seen, open: bool, ended: bool) -> Action {
     if seen.marked && seen.status == "paused" && (open || ended) {
         return Action::Continue;
     }
-    let paused = matches!(seen.status, "colo" | "finish-migrate");
+    let paused = matches!(seen.status.as_str(), "colo" | "finish-migrate");
     if seen.colo || seen.migration == "colo" {
         return if ended || (open && paused) {
             Action::LeaveColo
@@ -189,10 +197,10 @@ fn action(seen: Seen<'_>, open: bool, ended: bool) -> Action {
         };
     }
     let idle = matches!(
-        seen.migration,
+        seen.migration.as_str(),
         "" | "none" | "completed" | "failed" | "cancelled"
     );
-    match seen.status {
+    match seen.status.as_str() {
         "postmigrate" if open => Action::Continue,
         // Its socket is closed: it fails by itself, or has sent everything and completes.
         _ if ended && (paused || !idle) => Action::LookAgain,
@@ -241,20 +249,35 @@ impl Watchdog {
         yank(self.connected().await?, false).await
     }
 
-    /// Looks and acts once; true if nothing (more) is to be done.
-    async fn rescue(&mut self, open: bool, ended: bool) -> Result<bool, QmpError> {
+    /// Looks and acts once, for a daemon that is gone; true if nothing (more) is to be done.
+    async fn rescue(&mut self, open: bool) -> Result<bool, QmpError> {
         let qmp = self.connected().await?;
-        let result = match timeout(ANSWER_WITHIN, look_and_act(qmp, open, ended)).await {
-            Ok(result) => result,
-            Err(_) => {
-                tracing::warn!("QEMU's main loop waits for the daemon: its connections are ended");
-                yank(qmp, true).await.map(|()| false)
-            }
+        let rescued = async {
+            let seen = look(qmp).await?;
+            act(qmp, &seen, action(&seen, open, true)).await
         };
+        let result = match timeout(ANSWER_WITHIN, rescued).await {
+            Ok(result) => result,
+            Err(_) => unblock(qmp).await.map(|()| false),
+        };
+        self.forget(&result);
+        result
+    }
+
+    /// The same for a daemon that makes no progress; it was heard last at `heard`. Ends when it says
+    /// anything but that it lives: what it said, `None` for the end.
+    async fn intervene(&mut self, told: &mut Told, heard: Instant) -> Result<Heard, QmpError> {
+        let qmp = self.connected().await?;
+        let result = stalled(qmp, told, heard).await;
+        self.forget(&result);
+        result
+    }
+
+    /// The daemon's monitor is for the next daemon; one that is gone is of no use.
+    fn forget<T>(&mut self, result: &Result<T, QmpError>) {
         if !self.own || matches!(result, Err(QmpError::Gone(_))) {
             self.qmp = None;
         }
-        result
     }
 }
 
@@ -291,16 +314,17 @@ async fn yank(qmp: &Qmp, migration: bool) -> Result<(), QmpError> {
     Ok(())
 }
 
-async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpError> {
-    let status = probe::status(qmp).await?;
-    let migration = probe::migration(qmp).await?.unwrap_or_default();
-    let seen = Seen {
-        status: &status,
-        migration: &migration,
+async fn look(qmp: &Qmp) -> Result<Seen, QmpError> {
+    Ok(Seen {
+        status: probe::status(qmp).await?,
+        migration: probe::migration(qmp).await?.unwrap_or_default(),
         colo: in_colo(qmp).await?,
         marked: standstill::is_marked(qmp).await?,
-    };
-    let action = action(seen, open, ended);
+    })
+}
+
+/// True if nothing (more) is to be done.
+async fn act(qmp: &Qmp, seen: &Seen, action: Action) -> Result<bool, QmpError> {
     let command = match action {
         Action::Nothing => return Ok(true),
         Action::LookAgain => return Ok(false),
@@ -309,8 +333,8 @@ async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpErr
         Action::EndMigration => "yank",
     };
     tracing::warn!(
-        status,
-        migration,
+        status = seen.status,
+        migration = seen.migration,
         command,
         "the guest was left alone in a checkpoint"
     );
@@ -328,6 +352,55 @@ async fn look_and_act(qmp: &Qmp, open: bool, ended: bool) -> Result<bool, QmpErr
         // Somebody else was faster, or it takes a moment: look again.
         Ok(_) | Err(QmpError::Refused { .. }) => Ok(false),
         Err(other) => Err(other),
+    }
+}
+
+/// QEMU's main loop does not answer.
+async fn unblock(qmp: &Qmp) -> Result<(), QmpError> {
+    tracing::warn!("QEMU's main loop waits for the daemon: its connections are ended");
+    yank(qmp, true).await
+}
+
+/// What the daemon says, a letter each.
+type Told = mpsc::Receiver<u8>;
+
+/// What became of a look at QEMU in the middle of a pause.
+#[derive(Debug, PartialEq, Eq)]
+enum Heard {
+    /// The daemon said this meanwhile.
+    Word(u8),
+    /// The daemon is gone.
+    End,
+    /// Nothing; it was heard last at this time.
+    Nothing(Instant),
+}
+
+/// See [`Watchdog::intervene`].
+async fn stalled(qmp: &Qmp, told: &mut Told, mut heard: Instant) -> Result<Heard, QmpError> {
+    let asked = Instant::now();
+    let mut acting = std::pin::pin!(async {
+        let seen = look(qmp).await?;
+        if asked.elapsed() < BUSY_AFTER {
+            act(qmp, &seen, action(&seen, true, false)).await?;
+        } else {
+            tracing::debug!(took = ?asked.elapsed(), "QEMU was busy itself: the bound begins anew");
+        }
+        Ok(())
+    });
+    loop {
+        let silent = (heard + ANSWER_WITHIN).max(asked + ANSWER_WITHIN);
+        tokio::select! {
+            biased;
+            word = told.recv() => match word {
+                Some(ALIVE) => heard = Instant::now(),
+                Some(word) => return Ok(Heard::Word(word)),
+                None => return Ok(Heard::End),
+            },
+            acted = &mut acting => return acted.map(|()| Heard::Nothing(heard)),
+            () = sleep_until(silent.min(asked + ANSWER_WITHIN_MAX)) => {
+                return unblock(qmp).await.map(|()| Heard::Nothing(heard));
+            }
+        }
     }
 }
 
@@ -370,26 +443,43 @@ pub fn run(
     Ok(())
 }
 
-async fn watch(mut told: mpsc::Receiver<u8>, mut watchdog: Watchdog, bound: Duration) {
+async fn watch(mut told: Told, mut watchdog: Watchdog, bound: Duration) {
     if watchdog.own
         && let Err(error) = watchdog.connected().await
     {
         tracing::warn!(%error, "the watchdog cannot use its monitor");
     }
     let mut open = false;
+    let mut heard = Instant::now();
     // When it acts next, if nothing is heard.
-    let mut stalls_at = Instant::now();
-    let mut hangs_at = Some(Instant::now() + HANGS_AFTER);
+    let mut stalls_at = heard;
+    let mut hangs_at = Some(heard + HANGS_AFTER);
     loop {
         let next = [open.then_some(stalls_at), hangs_at];
-        let heard = match next.into_iter().flatten().min() {
-            Some(at) => timeout_at(at, told.recv()).await,
-            None => Ok(told.recv().await),
+        let said = match next.into_iter().flatten().min() {
+            Some(at) => timeout_at(at, told.recv()).await.ok(),
+            None => Some(told.recv().await),
+        };
+        let said = match said {
+            Some(Some(word)) => Ok(Heard::Word(word)),
+            Some(None) => Ok(Heard::End),
+            None if open && stalls_at <= Instant::now() => {
+                let intervened = watchdog.intervene(&mut told, heard).await;
+                stalls_at = Instant::now() + bound;
+                intervened
+            }
+            None => {
+                // Once is enough, until it lives again.
+                hangs_at = None;
+                let dropped = watchdog.drop_mirrors().await;
+                dropped.map(|()| Heard::Nothing(heard))
+            }
         };
         let now = Instant::now();
-        match heard {
-            Ok(None) => break,
-            Ok(Some(word)) => {
+        match said {
+            Ok(Heard::End) => break,
+            Ok(Heard::Word(word)) => {
+                heard = now;
                 hangs_at = Some(now + HANGS_AFTER);
                 match word {
                     OPEN => open = true,
@@ -400,25 +490,21 @@ async fn watch(mut told: mpsc::Receiver<u8>, mut watchdog: Watchdog, bound: Dura
                     stalls_at = now + bound;
                 }
             }
-            Err(_) => {
-                let acted = if open && stalls_at <= now {
-                    stalls_at = now + bound;
-                    watchdog.rescue(open, false).await.map(drop)
-                } else {
-                    // Once is enough, until it lives again.
-                    hangs_at = None;
-                    watchdog.drop_mirrors().await
-                };
-                if let Err(error) = acted {
-                    tracing::warn!(%error, "the daemon hangs and QEMU cannot be asked");
+            Ok(Heard::Nothing(last)) => {
+                if last > heard {
+                    heard = last;
+                    hangs_at = Some(last + HANGS_AFTER);
                 }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the daemon hangs and QEMU cannot be asked");
             }
         }
     }
     sleep(REST).await;
     let deadline = Instant::now() + RESCUE_WITHIN;
     while Instant::now() < deadline {
-        match watchdog.rescue(open, true).await {
+        match watchdog.rescue(open).await {
             Ok(true) | Err(QmpError::Missing { .. }) => return,
             // The next daemon is there already, and looks after the guest.
             Err(QmpError::Busy(_)) => return,
@@ -465,29 +551,29 @@ mod tests {
         ];
         for (status, migration, colo, wanted) in cases {
             let seen = Seen {
-                status,
-                migration,
+                status: status.into(),
+                migration: migration.into(),
                 colo,
                 marked: false,
             };
             let found = [(true, false), (true, true), (false, true)]
-                .map(|(open, ended)| action(seen, open, ended));
+                .map(|(open, ended)| action(&seen, open, ended));
             assert_eq!(found, wanted, "{status} {migration} {colo}");
             // Without a pause and with its daemon alive, nothing is touched.
-            assert_eq!(action(seen, false, false), Nothing);
+            assert_eq!(action(&seen, false, false), Nothing);
             // What the daemon stopped goes on, in a session or not; what runs is as without the mark.
             let marked = Seen {
                 marked: true,
-                ..seen
+                ..seen.clone()
             };
             let wanted = match status {
                 "paused" => [Continue; 3],
                 _ => wanted,
             };
             let found = [(true, false), (true, true), (false, true)]
-                .map(|(open, ended)| action(marked, open, ended));
+                .map(|(open, ended)| action(&marked, open, ended));
             assert_eq!(found, wanted, "{status} {migration} {colo}, marked");
-            assert_eq!(action(marked, false, false), Nothing);
+            assert_eq!(action(&marked, false, false), Nothing);
         }
     }
 }

@@ -15,6 +15,7 @@ pub mod console;
 pub mod image;
 pub mod proxy;
 pub mod site;
+pub mod strace;
 
 use std::fs::{self, File};
 use std::net::TcpListener;

@@ -3,6 +3,7 @@
 mod daemon;
 mod demo;
 mod drill;
+mod flush;
 mod generations;
 mod hotplug;
 mod kills;
@@ -228,7 +229,7 @@ async fn nothing_is_lost_by_dropped_calls_lost_sessions_and_given_back_cuts() {
                 }
                 // A fuzzy round that is not finished.
                 2 => {
-                    guest.round(Contents::Dirty).await.unwrap();
+                    vm::round(&mut guest, Contents::Dirty).await.unwrap();
                     guest.next_chunk().await.unwrap();
                 }
                 // The session is lost: the next cut is abandoned or has entered anew.
@@ -339,7 +340,7 @@ async fn a_guest_in_the_wrong_state_is_refused() {
         drop(holder);
         // An operator's stop under a session is respected.
         let mut guest = vm.attach(Mode::Auto).await;
-        guest.round(Contents::All).await.unwrap();
+        vm::round(&mut guest, Contents::All).await.unwrap();
         qmp.call("stop", json!({})).await.unwrap();
         let error = guest.cut(CutStrategy::Auto).await.unwrap_err();
         assert!(
@@ -372,7 +373,7 @@ async fn a_guest_that_a_daemon_left_standing_goes_on() {
         let mut guest = vm.attach(Mode::Auto).await;
         vm.progress(said);
         // And by its watchdog, when it is gone itself.
-        guest.round(Contents::All).await.unwrap();
+        vm::round(&mut guest, Contents::All).await.unwrap();
         let said = leave_standing().await;
         drop(guest);
         let said = vm.progress(said);

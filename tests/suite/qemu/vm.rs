@@ -17,7 +17,7 @@ use lifeboat::guest::qemu::probe::Mode;
 use lifeboat::guest::qemu::restore::restore;
 use lifeboat::guest::qemu::warm::WarmQemu;
 use lifeboat::guest::qemu::{DiskOptions, MirrorOptions, Options, QemuGuest, WatchdogOptions};
-use lifeboat::guest::{Base, Contents, Cut, CutStrategy, Guest, GuestError};
+use lifeboat::guest::{Base, Contents, Cut, CutStrategy, Guest, GuestError, Round};
 use lifeboat::ids::{Epoch, Generation, JournalId};
 use lifeboat::page::{PAGE_SIZE, PageAddr};
 
@@ -279,6 +279,11 @@ impl Vm {
         let _ = self.child.wait();
     }
 
+    /// QEMU's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Memory that QEMU has.
     pub fn rss_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
@@ -368,14 +373,28 @@ pub async fn cut(guest: &mut impl Guest) -> Result<Cut, GuestError> {
     let mut tries = 0;
     loop {
         match guest.cut(CutStrategy::Auto).await {
-            Err(GuestError::Abandoned(why)) if tries < 10 => {
-                println!("a cut was abandoned: {why}");
-                guest.give_back().await?;
-                tries += 1;
-            }
+            Err(GuestError::Abandoned(why)) if tries < 10 => given_back(guest, why).await?,
             cut => return cut,
         }
+        tries += 1;
     }
+}
+
+/// A round, in the same way.
+pub async fn round(guest: &mut impl Guest, contents: Contents) -> Result<Round, GuestError> {
+    let mut tries = 0;
+    loop {
+        match guest.round(contents).await {
+            Err(GuestError::Abandoned(why)) if tries < 10 => given_back(guest, why).await?,
+            round => return round,
+        }
+        tries += 1;
+    }
+}
+
+async fn given_back(guest: &mut impl Guest, why: String) -> Result<(), GuestError> {
+    println!("abandoned, once more: {why}");
+    guest.give_back().await
 }
 
 impl Standby {
@@ -417,7 +436,7 @@ impl Standby {
 
     /// The first copy.
     pub async fn seed(&mut self, guest: &mut impl Guest) -> Result<(), GuestError> {
-        let round = guest.round(Contents::All).await?;
+        let round = round(guest, Contents::All).await?;
         assert!(!round.dirty.is_empty());
         let all = PageSet::full(&guest.info().layout);
         self.take(guest, &all, |_| true).await
@@ -435,14 +454,35 @@ impl Standby {
         keep: impl Fn(PageAddr) -> bool,
     ) -> Result<Cut, GuestError> {
         let cut = cut(guest).await?;
+        self.take_cut(guest, &cut, keep).await?;
+        Ok(cut)
+    }
+
+    async fn take_cut(
+        &mut self,
+        guest: &mut impl Guest,
+        cut: &Cut,
+        keep: impl Fn(PageAddr) -> bool,
+    ) -> Result<(), GuestError> {
         self.take(guest, &cut.dirty, keep).await?;
         self.devices = machine::devices(cut.device_state.clone()).unwrap();
-        Ok(cut)
+        Ok(())
     }
 
     /// A cut that is durable at once.
     pub async fn checkpoint(&mut self, guest: &mut impl Guest) -> Result<Cut, GuestError> {
         let cut = self.cut(guest).await?;
+        self.durable(guest, cut).await
+    }
+
+    /// The same at the first attempt.
+    pub async fn checkpoint_at_once(&mut self, guest: &mut impl Guest) -> Result<Cut, GuestError> {
+        let cut = guest.cut(CutStrategy::Auto).await?;
+        self.take_cut(guest, &cut, |_| true).await?;
+        self.durable(guest, cut).await
+    }
+
+    async fn durable(&mut self, guest: &mut impl Guest, cut: Cut) -> Result<Cut, GuestError> {
         self.epoch += 1;
         guest.settle(cut.id, base(self.epoch)).await?;
         Ok(cut)
