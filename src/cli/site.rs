@@ -39,7 +39,11 @@ pub(super) fn monitor(guest: &GuestId, run_dir: &Path) -> Result<ExitCode, ApiEr
 pub(super) fn watchdog(monitor: PathBuf, own: bool, bound_ms: u64) -> Result<ExitCode, ApiError> {
     logging::start_for_command(0);
     let bound = Duration::from_millis(bound_ms.max(1));
-    crate::guest::qemu::watchdog::run(input()?, monitor, own, bound).map_err(failed)?;
+    let daemon = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(failed)?;
+    crate::guest::qemu::watchdog::run(daemon.into(), monitor, own, bound).map_err(failed)?;
     Ok(ExitCode::Ok)
 }
 

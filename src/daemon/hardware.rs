@@ -23,7 +23,7 @@ use crate::guest::builtin::{BuiltinGuest, Unbooted};
 use crate::guest::qemu::command::{self, Rewrite, Sockets};
 use crate::guest::qemu::machine::Machine;
 use crate::guest::qemu::probe::Mode;
-use crate::guest::qemu::{DiskOptions, MirrorOptions, Options, QemuGuest, WatchdogOptions};
+use crate::guest::qemu::{self, DiskOptions, MirrorOptions, Options, QemuGuest, WatchdogOptions};
 use crate::guest::{Guest, GuestError};
 use crate::ids::{DiskId, GuestId};
 use crate::page::Layout;
@@ -130,8 +130,40 @@ pub(super) async fn find(
     hardware: Option<&Hardware>,
 ) -> Result<Option<AnyGuest>, GuestError> {
     let run_dir = site.run_dir(guest);
+    let Some(options) = qemu_options(site, guest, config, hardware) else {
+        let found = BuiltinGuest::adopt(&run_dir, guest).await?;
+        return Ok(found.map(|guest| AnyGuest::Builtin(Box::new(guest))));
+    };
+    // A socket that nobody listens on is left over.
+    if tokio::net::UnixStream::connect(&options.qmp).await.is_err() {
+        return Ok(None);
+    }
+    attach(options, &run_dir).await.map(Some)
+}
+
+/// Ends the guest's QEMU, if the guest stands still there because it was given away.
+pub(super) async fn end_migrated(
+    site: &SiteContext,
+    guest: &GuestId,
+    config: Option<&QemuConfig>,
+    hardware: Option<&Hardware>,
+) -> Result<(), GuestError> {
+    match qemu_options(site, guest, config, hardware) {
+        Some(options) => qemu::end_migrated(&options.qmp).await,
+        None => Ok(()),
+    }
+}
+
+/// How to attach to the guest, if it is one of QEMU.
+fn qemu_options(
+    site: &SiteContext,
+    guest: &GuestId,
+    config: Option<&QemuConfig>,
+    hardware: Option<&Hardware>,
+) -> Option<Options> {
+    let run_dir = site.run_dir(guest);
     // A guest that came here by failover runs in a QEMU of ours, whatever is configured.
-    let options = match (hardware, config) {
+    match (hardware, config) {
         (Some(Hardware::Qemu(machine)), _) => {
             let Sockets { qmp, watchdog, .. } = Sockets::within(&run_dir);
             let disks = machine.disks.iter().map(|d| (d.id.clone(), d.node.clone()));
@@ -144,16 +176,7 @@ pub(super) async fn find(
             Some(options(site, &run_dir, qmp, watchdog, c.mode, disks))
         }
         _ => None,
-    };
-    let Some(options) = options else {
-        let found = BuiltinGuest::adopt(&run_dir, guest).await?;
-        return Ok(found.map(|guest| AnyGuest::Builtin(Box::new(guest))));
-    };
-    // A socket that nobody listens on is left over.
-    if tokio::net::UnixStream::connect(&options.qmp).await.is_err() {
-        return Ok(None);
     }
-    attach(options, &run_dir).await.map(Some)
 }
 
 async fn attach(options: Options, run_dir: &Path) -> Result<AnyGuest, GuestError> {

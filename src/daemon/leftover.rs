@@ -129,11 +129,16 @@ pub(super) struct Left {
     disks: Vec<Option<File>>,
 }
 
+/// The machine as it ran here last.
+pub(super) fn machine(state_dir: &Path, guest: &GuestId) -> Option<Hardware> {
+    let bytes = durable::read(&machine_path(state_dir, guest), MACHINE_BYTES_MAX);
+    Hardware::from_bytes(&bytes.ok()??).ok()
+}
+
 impl Left {
     /// What is left of a guest of this layout, if there is anything.
     pub fn find(state_dir: &Path, guest: &GuestId, layout: &Layout) -> Option<Self> {
-        let bytes = durable::read(&machine_path(state_dir, guest), MACHINE_BYTES_MAX);
-        let machine = Hardware::from_bytes(&bytes.ok()??).ok()?;
+        let machine = machine(state_dir, guest)?;
         let memory = File::open(memory_path(state_dir, guest)).ok();
         let disks = layout.regions().iter().map(|region| match &region.kind {
             RegionKind::Ram { .. } => None,

@@ -139,14 +139,24 @@ impl Lookup<DirStore> for Site {
         let held = copy.clone();
         let room = env.offload(move || {
             let replica = lock(&held);
-            let layout = replica
-                .journal()
-                .layout()
-                .ok_or("there is no copy of it here")?;
-            room(layout, &state_dir, 0)
+            let journal = replica.journal();
+            let layout = journal.layout().ok_or("there is no copy of it here")?;
+            room(layout, &state_dir, 0)?;
+            let newest = journal.newest().ok_or("there is no recovery point")?.epoch;
+            let manifest = journal.manifest(newest).map_err(|e| e.to_string())?;
+            Hardware::from_bytes(&manifest.machine)
         });
-        room.await?;
-        make_ready(&self.context, guest, copy).await;
+        match room.await? {
+            Hardware::Builtin(_) => make_ready(&self.context, guest, copy).await,
+            Hardware::Qemu(_) if self.qemu_of(guest).is_none() => {
+                let text = format!(
+                    "site {} may not start a QEMU for the guest",
+                    self.context.site
+                );
+                return Err(text);
+            }
+            Hardware::Qemu(_) => self.context.warms.expect(guest).await,
+        }
         Ok(())
     }
 

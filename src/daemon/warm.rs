@@ -1,4 +1,5 @@
-//! QEMUs that wait warm for guests of other sites (`warm` of a peer): each is fed what becomes durable.
+//! QEMUs that wait warm for guests of other sites (`warm` of a peer, or while one is about to be moved
+//! here): each is fed what becomes durable.
 //!
 //! ```text
 //!   tend ─▶ keeper of a guest:
@@ -24,7 +25,7 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::backend::Site;
 use super::context::run_dir;
@@ -39,12 +40,17 @@ use crate::guest::qemu::qmp::Qmp;
 use crate::ids::{Epoch, GuestId};
 use crate::metrics::labels::Role;
 
+/// Time between two looks whether one is filled.
+const FILLED_EVERY: Duration = Duration::from_millis(50);
 /// Time between two looks at who is to have one.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Shortest and longest time until it is tried again.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
 /// How long a failover waits for one that has more to be fed.
 const TAKE_WITHIN: Duration = Duration::from_secs(5);
+/// How long one may take to be filled before a guest is moved into it, and how long it waits for it then.
+const FILLED_WITHIN: Duration = Duration::from_secs(600);
+const EXPECTED_FOR: Duration = Duration::from_secs(120);
 /// How long a left-over may take to end.
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
 
@@ -52,6 +58,8 @@ const QUIT_WITHIN: Duration = Duration::from_secs(10);
 #[derive(Default)]
 pub(super) struct Warms {
     guests: Mutex<BTreeMap<GuestId, Keeper>>,
+    /// Guests that are about to be moved here, and how long they are waited for.
+    expected: Mutex<BTreeMap<GuestId, Instant>>,
 }
 
 struct Keeper {
@@ -77,6 +85,36 @@ impl Warms {
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn expected(&self) -> MutexGuard<'_, BTreeMap<GuestId, Instant>> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_expected(&self, guest: &GuestId) -> bool {
+        let until = self.expected().get(guest).copied();
+        until.is_some_and(|until| until > Instant::now())
+    }
+
+    /// The guest is about to be moved here: a QEMU is filled for it. Returns when that is done, or cannot
+    /// be, or takes too long: the guest is then resumed in another one, which takes longer.
+    pub async fn expect(&self, guest: &GuestId) {
+        let deadline = Instant::now() + FILLED_WITHIN;
+        self.expected().insert(guest.clone(), deadline);
+        while Instant::now() < deadline {
+            match self.of(guest) {
+                Some(status) if status.fed.is_some() => break,
+                Some(WarmStatus {
+                    problem: Some(why), ..
+                }) => {
+                    tracing::warn!(%guest, why, "no QEMU waits for the guest, which is about to come");
+                    break;
+                }
+                _ => sleep(FILLED_EVERY).await,
+            }
+        }
+        let until = Instant::now() + EXPECTED_FOR;
+        self.expected().insert(guest.clone(), until);
+    }
+
     /// How the guest's QEMU is.
     pub fn of(&self, guest: &GuestId) -> Option<WarmStatus> {
         let guests = self.guests();
@@ -86,6 +124,7 @@ impl Warms {
     /// Takes the guest's QEMU, if there is one that gets to this point in time. Otherwise none is left,
     /// and the answer says why.
     pub async fn take(&self, guest: &GuestId, point: Epoch) -> Option<Result<FedQemu, String>> {
+        self.expected().remove(guest);
         let keeper = self.guests().remove(guest)?;
         let (reply, taken) = oneshot::channel();
         let asking = async {
@@ -102,6 +141,7 @@ impl Warms {
 
     /// Ends the guest's QEMU.
     pub async fn end(&self, guest: &GuestId) {
+        self.expected().remove(guest);
         let keeper = self.guests().remove(guest);
         if let Some(keeper) = keeper {
             keeper.end().await;
@@ -159,7 +199,9 @@ pub(super) async fn tend(site: Arc<Site>) {
             }
         }
         let config = site.config();
-        for guest in config.peers.values().flat_map(|peer| &peer.warm) {
+        let mut guests: Vec<GuestId> = site.context.warms.expected().keys().cloned().collect();
+        guests.extend(config.peers.values().flat_map(|peer| peer.warm.clone()));
+        for guest in &guests {
             if site.context.warms.of(guest).is_none()
                 && !promoting(&state_dir, guest)
                 && let Some(table) = wanted(&site, guest)
@@ -175,7 +217,8 @@ pub(super) async fn tend(site: Arc<Site>) {
 /// The table of its command line, if the guest is to have a QEMU here now.
 fn wanted(site: &Site, guest: &GuestId) -> Option<Vec<Rewrite>> {
     let config = site.config();
-    let asked = config.peers.values().any(|peer| peer.warm.contains(guest));
+    let asked = site.context.warms.is_expected(guest)
+        || config.peers.values().any(|peer| peer.warm.contains(guest));
     let copy = site.standbys.status(guest)?.ok()?;
     let standby = site.guest_status(guest).role == Role::Standby;
     (asked && standby && copy.newest.is_some()).then(|| site.qemu_of(guest))?

@@ -71,6 +71,14 @@ impl Guest for AnyGuest {
         any!(self, guest => guest.cut(strategy).await)
     }
 
+    async fn last_cut(&mut self, strategy: CutStrategy) -> Result<Cut, GuestError> {
+        any!(self, guest => guest.last_cut(strategy).await)
+    }
+
+    async fn disarm(&mut self) -> Result<(), GuestError> {
+        any!(self, guest => guest.disarm().await)
+    }
+
     fn disk_news(&mut self) -> Option<String> {
         any!(self, guest => guest.disk_news())
     }

@@ -213,6 +213,24 @@ pub trait Guest: Send + 'static {
         strategy: CutStrategy,
     ) -> impl Future<Output = Result<Cut, GuestError>> + Send;
 
+    /// The cut of a guest that is about to be given away: it stands still from the cut's instant until
+    /// `resume`. After an error it may or may not run.
+    fn last_cut(
+        &mut self,
+        strategy: CutStrategy,
+    ) -> impl Future<Output = Result<Cut, GuestError>> + Send {
+        async move {
+            self.pause().await?;
+            self.cut(strategy).await
+        }
+    }
+
+    /// After the last cut: from now on nothing that looks after the guest makes it run by itself, even
+    /// if this process dies; only `resume` does. An error says that it cannot be given away.
+    fn disarm(&mut self) -> impl Future<Output = Result<(), GuestError>> + Send {
+        async { Ok(()) }
+    }
+
     /// The next content of the current round or cut; `None` once all of it was handed out.
     /// Chunks may be held while more are asked for, up to the staging bound.
     fn next_chunk(&mut self) -> impl Future<Output = Result<Option<Chunk>, GuestError>> + Send;

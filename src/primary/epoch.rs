@@ -91,11 +91,13 @@ impl<G: Guest> Builder<'_, G> {
         }
 
         let started = Instant::now();
-        if last {
+        let strategy = self.engine.options.strategy;
+        let cut = if last {
             self.engine.handing = Handing::Paused(started);
-            self.engine.guest.pause().await?;
-        }
-        let cut = self.engine.guest.cut(self.engine.options.strategy).await?;
+            self.engine.guest.last_cut(strategy).await?
+        } else {
+            self.engine.guest.cut(strategy).await?
+        };
         self.engine.meters.guest.pause(cut.pause);
         if let Some(news) = self.engine.guest.disk_news() {
             tracing::error!(guest = %self.engine.options.guest, "{news}");

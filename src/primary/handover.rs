@@ -142,6 +142,9 @@ impl<G: Guest> Builder<'_, G> {
         let Handing::Paused(since) = self.engine.handing else {
             unreachable!("the last checkpoint pauses the guest");
         };
+        if let Err(error) = self.engine.guest.disarm().await {
+            return Ok(Err(error.to_string()));
+        }
         // From here on the owner may have recorded that the guest is given away: not a step back
         // without asking the standby.
         self.engine.handing = Handing::Offered(since);

@@ -136,6 +136,11 @@ impl Supervisor {
     async fn begin(&mut self) -> Result<(), ApiError> {
         self.record = record::load(&self.site.state_dir, &self.guest).map_err(failed)?;
         self.publish();
+        if self.in_doubt() && self.is_of_qemu() {
+            // It stands still, and attaching would let it run: its owner has to be known first.
+            self.resolve().await;
+            return Ok(());
+        }
         // A QEMU that was never ours is left alone until it is to be.
         let looked_for = self.record.is_some() || self.qemu().is_none();
         if looked_for {
@@ -367,6 +372,14 @@ impl Supervisor {
         match &self.config.as_ref()?.machine {
             MachineConfig::Qemu(qemu) => Some(qemu),
             MachineConfig::Builtin(_) => None,
+        }
+    }
+
+    /// True if it runs in QEMU at this site.
+    fn is_of_qemu(&self) -> bool {
+        match self.record.as_ref().and_then(|r| r.machine.as_ref()) {
+            Some(hardware) => matches!(hardware, Hardware::Qemu(_)),
+            None => self.qemu().is_some(),
         }
     }
 

@@ -5,7 +5,6 @@
 
 use tokio::sync::mpsc;
 
-use super::super::hardware::Hardware;
 use super::super::orders::{Moved, Reply};
 use super::super::record::{GuestRecord, Standing};
 use super::{Process, Supervisor, failed};
@@ -42,11 +41,8 @@ pub(super) async fn handover_event(moving: &mut Option<Moving>) -> HandoverEvent
 
 impl Supervisor {
     pub(super) async fn hand_over(&mut self, reply: Reply<Moved>) {
-        let qemu = matches!(self.view.borrow().machine, Some(Hardware::Qemu(_)));
         let refused = match &self.process {
             _ if self.moving.is_some() => "the guest is being moved already",
-            // Its watchdog would let it run when this daemon dies while the other site has it.
-            _ if qemu => "a guest of QEMU cannot be moved live yet",
             Process::Protecting { commands, .. } => {
                 let (sender, events) = mpsc::channel(4);
                 if commands.send(Command::HandOver(sender)).await.is_ok() {
@@ -227,6 +223,13 @@ impl Supervisor {
             self.process = Process::Absent;
             self.publish();
             return Ok(());
+        }
+        if matches!(self.process, Process::Absent) && self.is_of_qemu() {
+            // It stands still since the daemon before this one; attaching lets it run.
+            if let Some(guest) = self.find().await? {
+                self.hold(guest);
+            }
+            return self.protect_if_wanted();
         }
         if let Process::Held(guest) = &mut self.process {
             match guest.resume().await {

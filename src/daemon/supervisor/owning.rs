@@ -222,7 +222,10 @@ impl Supervisor {
     /// Stops what runs here of a guest that another site owns, and keeps its memory for the way back.
     pub(super) async fn end_here(&mut self) -> Result<(), ApiError> {
         let Some(mut guest) = self.take().await else {
-            return Ok(());
+            // One that was given away before this daemon began was never attached to.
+            let hardware = self.record.as_ref().and_then(|r| r.machine.as_ref());
+            let ended = hardware::end_migrated(&self.site, &self.guest, self.qemu(), hardware);
+            return ended.await.map_err(failed);
         };
         leftover::keep_memory(&self.site.state_dir, &self.guest, &mut guest).await;
         guest.stop().await.map_err(failed)
@@ -308,6 +311,7 @@ impl Supervisor {
         }
         let known = self.record.as_ref().and_then(|r| r.machine.clone());
         let known = known.or_else(|| self.view.borrow().machine.clone());
+        let known = known.or_else(|| leftover::machine(&self.site.state_dir, &self.guest));
         shape(&known.ok_or_else(|| ApiError::no_such_guest(&self.guest))?)
     }
 

@@ -22,10 +22,24 @@ use crate::guest::GuestError;
 
 /// Time after which a copy that does not converge may stop the guest for longer.
 const RAISE_AFTER: Duration = Duration::from_secs(10);
+/// For the last cut of a move, which is to be short: so many ms at first, and that time.
+const LAST_DOWNTIME_MS: u64 = 20;
+const LAST_RAISE_AFTER: Duration = Duration::from_secs(2);
 /// How long after the end of its stream a migration may take to complete.
 const COMPLETE_WITHIN: Duration = Duration::from_secs(20);
 /// Time between two looks at it.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
+
+/// What becomes of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// It runs on.
+    No,
+    /// It was paused, and stays so.
+    Paused,
+    /// It runs, and stands still from the cut on. The watchdog lets it run if this process dies.
+    Last,
+}
 
 /// See the module.
 pub(super) struct Plain {
@@ -50,8 +64,8 @@ impl Plain {
         Some(result)
     }
 
-    /// Makes a checkpoint; with `hold` the guest stays paused.
-    pub async fn cut(&mut self, context: &Arc<Context>, hold: bool) -> Result<Taken, GuestError> {
+    /// Makes a checkpoint.
+    pub async fn cut(&mut self, context: &Arc<Context>, hold: Hold) -> Result<Taken, GuestError> {
         self.rest().await;
         self.running = Some(tokio::spawn(checkpoint(context.clone(), hold)));
         let result = self.finish().await.expect("it was just begun");
@@ -73,7 +87,7 @@ impl Plain {
     }
 }
 
-async fn checkpoint(context: Arc<Context>, hold: bool) -> Result<Taken, GuestError> {
+async fn checkpoint(context: Arc<Context>, hold: Hold) -> Result<Taken, GuestError> {
     context.idle().await?;
     context.prepare(Method::Migrate).await?;
     let lifeline = context.lifeline().await?;
@@ -87,7 +101,7 @@ async fn checkpoint(context: Arc<Context>, hold: bool) -> Result<Taken, GuestErr
             if matches!(
                 probe::status(&context.qmp).await.as_deref(),
                 Ok("postmigrate")
-            ) && !hold
+            ) && hold != Hold::Paused
             {
                 context.qmp.call("cont", json!({})).await?;
             }
@@ -96,20 +110,29 @@ async fn checkpoint(context: Arc<Context>, hold: bool) -> Result<Taken, GuestErr
         taken => taken,
     };
     if let Some(lifeline) = &lifeline {
-        lifeline.over();
+        match hold {
+            Hold::Last if result.is_ok() => lifeline.keep(),
+            _ => lifeline.over(),
+        }
     }
     result
 }
 
-async fn migrated(context: &Arc<Context>, hold: bool) -> Result<Taken, GuestError> {
+async fn migrated(context: &Arc<Context>, hold: Hold) -> Result<Taken, GuestError> {
     let mut events = context.qmp.events();
     let lifeline = context.lifeline().await?;
     let socket = context.migrate().await?;
     let mut session = Session::start(socket, Method::Migrate, context.shared.clone(), lifeline)
         .map_err(|error| GuestError::Failed(format!("no thread for QEMU: {error}")))?;
-    let mut downtime = DOWNTIME_MS;
+    let (mut downtime, raise_after) = match hold {
+        Hold::Last => (LAST_DOWNTIME_MS, LAST_RAISE_AFTER),
+        _ => (DOWNTIME_MS, RAISE_AFTER),
+    };
+    if hold == Hold::Last {
+        context.set("downtime-limit", downtime).await?;
+    }
     let devices = loop {
-        match timeout(RAISE_AFTER, session.told()).await {
+        match timeout(raise_after, session.told()).await {
             Ok(Told::Stream { devices }) => break devices,
             Ok(Told::Failed(why)) => return Err(GuestError::Abandoned(why)),
             Ok(_) => {}
@@ -136,11 +159,11 @@ async fn migrated(context: &Arc<Context>, hold: bool) -> Result<Taken, GuestErro
         }
     }
     let disks = context.shared.disks.cut();
-    let (captured_at, pause) = if hold {
-        (before_now(Duration::ZERO), ended.elapsed())
-    } else {
+    let (captured_at, pause) = if hold == Hold::No {
         context.qmp.call("cont", json!({})).await?;
         context.pause(&mut events, ended.elapsed()).await?
+    } else {
+        (before_now(ended.elapsed()), ended.elapsed())
     };
     Ok(Taken {
         devices,

@@ -33,6 +33,7 @@ pub mod cpu;
 mod disks;
 mod handout;
 pub mod isolated;
+mod lifeline;
 pub mod machine;
 mod migrate;
 mod monitor;
@@ -46,7 +47,7 @@ pub mod stream;
 pub mod warm;
 pub mod watchdog;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,7 +60,7 @@ pub use self::disks::{DiskOptions, MirrorOptions};
 use self::disks::{Disks, Which};
 use self::handout::{CHUNKS_LENT_MAX, Handout};
 use self::machine::Machine;
-use self::migrate::Plain;
+use self::migrate::{Hold, Plain};
 use self::monitor::{Context, Taken, run_state};
 use self::probe::{Choice, Method, Mode};
 use self::qmp::{Qmp, QmpError};
@@ -119,7 +120,18 @@ pub struct QemuGuest {
     /// Paused by us.
     paused: bool,
     /// Stopped by a cut, and not yet let run.
-    held: bool,
+    held: Held,
+}
+
+/// How a cut left the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    /// As it was.
+    No,
+    /// Paused in a COLO session.
+    InSession,
+    /// Stopped by a migration: nobody makes it run but a `cont`.
+    Migrated,
 }
 
 impl QemuGuest {
@@ -169,7 +181,7 @@ impl QemuGuest {
         match &mut source {
             Source::Colo(colo) => colo.enter(&context).await?,
             Source::Plain(plain) => {
-                plain.cut(&context, false).await?;
+                plain.cut(&context, Hold::No).await?;
                 context.shared.disks.give_back();
             }
         }
@@ -201,7 +213,7 @@ impl QemuGuest {
             current: None,
             lent: Arc::new(Semaphore::new(CHUNKS_LENT_MAX)),
             paused: false,
-            held: false,
+            held: Held::No,
         })
     }
 
@@ -253,13 +265,49 @@ impl QemuGuest {
         content.store.take(id, disks)
     }
 
+    /// What became of a cut.
+    async fn cut_is(
+        &mut self,
+        taken: Result<Taken, GuestError>,
+        held: Held,
+    ) -> Result<Cut, GuestError> {
+        let (qmp, shared) = (&self.context.qmp, &self.context.shared);
+        if shared.changed() {
+            let text = "the guest's memory is not what it was (hotplug): it is attached to anew";
+            return Err(GuestError::Gone(text.into()));
+        }
+        let Taken {
+            devices,
+            disks,
+            captured_at,
+            pause,
+        } = taken?;
+        self.held = held;
+        if !shared.disks.in_sync(qmp).await? {
+            shared.disks.give_back();
+            let text = "the mirror of a disk failed; it starts over";
+            return Err(GuestError::Abandoned(text.into()));
+        }
+        let id = self.next_id();
+        let dirty = self.take(id, disks);
+        self.current = Some(Handout::new(dirty.clone()));
+        Ok(Cut {
+            id,
+            dirty,
+            device_state: machine::device_state(&devices),
+            captured_at,
+            pause,
+            strategy: CutStrategy::StopAndCopy,
+        })
+    }
+
     /// The guest is as we left it: running, or paused by us.
     async fn check_state(&self) -> Result<(), GuestError> {
         let status = probe::status(&self.context.qmp).await?;
         match (status.as_str(), self.paused) {
             // Between checkpoints only a moment's state.
             ("running" | "colo" | "finish-migrate", false) => Ok(()),
-            ("paused", true) if !self.held => Ok(()),
+            ("paused", true) if self.held == Held::No => Ok(()),
             (other, _) => Err(GuestError::State(run_state(other))),
         }
     }
@@ -272,7 +320,7 @@ impl Guest for QemuGuest {
 
     async fn state(&mut self) -> Result<RunState, GuestError> {
         let status = probe::status(&self.context.qmp).await?;
-        Ok(if self.held {
+        Ok(if self.held != Held::No {
             RunState::Paused
         } else {
             run_state(&status)
@@ -302,39 +350,50 @@ impl Guest for QemuGuest {
         self.current = None;
         self.check_state().await?;
         self.mirrored().await?;
-        let (qmp, shared) = (&self.context.qmp, &self.context.shared);
         let hold = self.paused;
-        let taken = match &mut self.source {
-            Source::Colo(colo) => colo.cut(&self.context, hold).await,
-            Source::Plain(plain) => plain.cut(&self.context, hold).await,
+        let (taken, held) = match &mut self.source {
+            Source::Colo(colo) => (colo.cut(&self.context, hold).await, Held::InSession),
+            Source::Plain(plain) => {
+                let how = if hold { Hold::Paused } else { Hold::No };
+                (plain.cut(&self.context, how).await, Held::Migrated)
+            }
         };
-        if shared.changed() {
-            let text = "the guest's memory is not what it was (hotplug): it is attached to anew";
-            return Err(GuestError::Gone(text.into()));
+        self.cut_is(taken, if hold { held } else { Held::No }).await
+    }
+
+    /// By a migration, whatever the mode is: QEMU makes a guest in COLO run when its daemon dies, and
+    /// one that was migrated stands still.
+    async fn last_cut(&mut self, _: CutStrategy) -> Result<Cut, GuestError> {
+        self.current = None;
+        self.check_state().await?;
+        self.mirrored().await?;
+        let mut once = Plain::new();
+        let plain = match &mut self.source {
+            Source::Colo(colo) => {
+                colo.leave(&self.context).await?;
+                &mut once
+            }
+            Source::Plain(plain) => plain,
+        };
+        standstill::mark(&self.context.qmp).await?;
+        let taken = plain.cut(&self.context, Hold::Last).await;
+        if taken.is_err() {
+            standstill::unmark(&self.context.qmp).await?;
         }
-        let Taken {
-            devices,
-            disks,
-            captured_at,
-            pause,
-        } = taken?;
-        self.held = hold;
-        if !shared.disks.in_sync(qmp).await? {
-            shared.disks.give_back();
-            let text = "the mirror of a disk failed; it starts over";
-            return Err(GuestError::Abandoned(text.into()));
+        self.cut_is(taken, Held::Migrated).await
+    }
+
+    async fn disarm(&mut self) -> Result<(), GuestError> {
+        if let Some(lifeline) = self.context.lifeline().await? {
+            let given = lifeline.give().await;
+            given.map_err(|e| GuestError::Failed(format!("the watchdog does not answer: {e}")))?;
         }
-        let id = self.next_id();
-        let dirty = self.take(id, disks);
-        self.current = Some(Handout::new(dirty.clone()));
-        Ok(Cut {
-            id,
-            dirty,
-            device_state: machine::device_state(&devices),
-            captured_at,
-            pause,
-            strategy: CutStrategy::StopAndCopy,
-        })
+        match probe::status(&self.context.qmp).await?.as_str() {
+            "postmigrate" if self.held == Held::Migrated => Ok(()),
+            other => Err(GuestError::Failed(format!(
+                "the guest does not stand still any more, it is {other}"
+            ))),
+        }
     }
 
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
@@ -392,28 +451,53 @@ impl Guest for QemuGuest {
 
     async fn resume(&mut self) -> Result<(), GuestError> {
         match &self.source {
-            Source::Colo(colo) if self.held => colo.release(),
+            Source::Colo(colo) if self.held == Held::InSession => colo.release(),
             _ => {
                 self.context.qmp.call("cont", json!({})).await?;
             }
         }
+        if self.held == Held::Migrated {
+            standstill::unmark(&self.context.qmp).await?;
+            if let Some(lifeline) = self.context.lifeline().await? {
+                lifeline.over();
+            }
+        }
         self.paused = false;
-        self.held = false;
+        self.held = Held::No;
         Ok(())
     }
 
     async fn stop(&mut self) -> Result<(), GuestError> {
         self.current = None;
-        match self.context.qmp.call("quit", json!({})).await {
-            // Its answer may not come through any more.
-            Ok(_) | Err(QmpError::Gone(_)) => {}
-            Err(other) => return Err(other.into()),
-        }
-        let closed = timeout(STOP_WITHIN, self.context.qmp.closed()).await;
-        closed.map_err(|_| {
-            let seconds = STOP_WITHIN.as_secs();
-            GuestError::Failed(format!("QEMU is not gone {seconds} s after its quit"))
-        })
+        quit(&self.context.qmp).await
+    }
+}
+
+/// Returns when it is gone.
+async fn quit(qmp: &Qmp) -> Result<(), GuestError> {
+    match qmp.call("quit", json!({})).await {
+        // Its answer may not come through any more.
+        Ok(_) | Err(QmpError::Gone(_)) => {}
+        Err(other) => return Err(other.into()),
+    }
+    let closed = timeout(STOP_WITHIN, qmp.closed()).await;
+    closed.map_err(|_| {
+        let seconds = STOP_WITHIN.as_secs();
+        GuestError::Failed(format!("QEMU is not gone {seconds} s after its quit"))
+    })
+}
+
+/// Ends the QEMU with this monitor if its guest was migrated, which is how one stands still that was given
+/// to another site. Any other is left alone.
+pub async fn end_migrated(monitor: &Path) -> Result<(), GuestError> {
+    let qmp = match Qmp::connect(monitor).await {
+        Ok(qmp) => qmp,
+        Err(QmpError::Missing { .. }) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    match probe::status(&qmp).await?.as_str() {
+        "postmigrate" => quit(&qmp).await,
+        _ => Ok(()),
     }
 }
 

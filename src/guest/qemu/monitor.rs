@@ -16,10 +16,11 @@ use tokio::sync::broadcast::{Receiver, error::RecvError};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::WatchdogOptions;
+use super::lifeline::Lifeline;
 use super::probe::{self, Method, X_COLO};
 use super::qmp::{Event, Qmp, QmpError};
 use super::session::Shared;
-use super::watchdog::{self, Lifeline};
+use super::watchdog;
 use crate::bitmap::PageBitmap;
 use crate::clock::{Clock, SystemClock, Timestamp};
 use crate::guest::{GuestError, RunState};

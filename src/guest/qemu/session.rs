@@ -24,11 +24,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc as told;
 
 use super::disks::Disks;
+use super::lifeline::Lifeline;
 use super::machine;
 use super::probe::Method;
 use super::store::Store;
 use super::stream::{ColoMessage, Ending, Head, Pages, StreamError, StreamReader};
-use super::watchdog::Lifeline;
 use crate::bitmap::PageBitmap;
 use crate::page::{PAGE_SIZE, PageAddr};
 

@@ -5,6 +5,8 @@
 //!
 //!   paused and marked: its daemon has died there. Whoever sees it first (the watchdog, the next daemon)
 //!                      says cont and unmarks
+//!   migrated, marked:  stopped by us for a move that did not come to the offer (if it had, the guest's
+//!                      owner would not attach to it): the same
 //!   paused, no mark:   its operator's will
 //! ```
 //!
@@ -38,6 +40,14 @@ pub(super) async fn is_marked(qmp: &Qmp) -> Result<bool, QmpError> {
     Ok(objects.iter().any(|object| object.name == MARK))
 }
 
+/// Sets the mark.
+pub(super) async fn mark(qmp: &Qmp) -> Result<(), QmpError> {
+    // One could be there that was not removed in time.
+    unmark(qmp).await?;
+    let mark = json!({ "qom-type": "throttle-group", "id": MARK });
+    qmp.call("object-add", mark).await.map(drop)
+}
+
 /// Removes the mark, if it is there.
 pub(super) async fn unmark(qmp: &Qmp) -> Result<(), QmpError> {
     match qmp.call("object-del", json!({ "id": MARK })).await {
@@ -49,7 +59,7 @@ pub(super) async fn unmark(qmp: &Qmp) -> Result<(), QmpError> {
 /// Lets a guest run that an earlier daemon has left standing.
 pub(super) async fn recover(qmp: &Qmp) -> Result<(), QmpError> {
     if is_marked(qmp).await? {
-        if probe::status(qmp).await? == "paused" {
+        if matches!(probe::status(qmp).await?.as_str(), "paused" | "postmigrate") {
             tracing::warn!("the guest was left standing by an earlier daemon");
             qmp.call("cont", json!({})).await?;
         }
@@ -71,10 +81,7 @@ pub(super) async fn during<T>(
         return Ok(what.await?);
     }
     let lifeline = context.lifeline().await?;
-    // One could be there that was not removed in time.
-    unmark(qmp).await?;
-    let mark = json!({ "qom-type": "throttle-group", "id": MARK });
-    qmp.call("object-add", mark).await?;
+    mark(qmp).await?;
     if let Some(lifeline) = &lifeline {
         lifeline.open();
     }

@@ -6,7 +6,10 @@
 //!   'o'  a pause may begin            nothing after 'o' or 'p' for the bound ─▶ look, and act
 //!   'p'  it goes on, bytes arrive     nothing at all for 5 s                 ─▶ drop the mirrors
 //!   'c'  it is over                   the pipe ends                          ─▶ look, act, end
+//!   'k'  it stands still for a move   nothing at all after 'k' for 5 s       ─▶ look, and act
 //!   'h'  the daemon lives, every 0.5 s
+//!   'g'  it is about to be given to another site: it is over for us. The answer is 'g' too, and from then
+//!        on only the guest's owner makes it run, whatever becomes of the daemon
 //! ```
 //!
 //! COLO has no timeout of its own: if its peer vanishes between REPLY and LOADED, the guest stays paused
@@ -42,33 +45,21 @@
 //! one client at a time, it connects when it acts, and gets through only when the daemon is dead.
 
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::json;
-use tokio::process::{Child, Command};
-use tokio::sync::{Mutex, mpsc};
-use tokio::task::AbortHandle;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use super::disks::MIRROR;
+use super::lifeline::{ALIVE, GIVEN, KEPT, OPEN, OVER};
 use super::probe;
 use super::qmp::{Qmp, QmpError};
 use super::standstill;
 
-const OPEN: u8 = b'o';
-const PROGRESS: u8 = b'p';
-const OVER: u8 = b'c';
-const ALIVE: u8 = b'h';
-
-/// How often the daemon says that it lives.
-const ALIVE_EVERY: Duration = Duration::from_millis(500);
 /// Silence after which it counts as hanging.
 const HANGS_AFTER: Duration = Duration::from_secs(5);
 
@@ -85,81 +76,6 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(1);
 const ANSWER_WITHIN_MAX: Duration = HANGS_AFTER;
 /// An answer that took longer was held up by what QEMU did itself.
 const BUSY_AFTER: Duration = Duration::from_millis(100);
-
-/// The daemon's end of the pipe. Dropping it ends the watchdog, which first makes sure that the guest
-/// runs outside of COLO.
-pub struct Lifeline {
-    pipe: Arc<UnixStream>,
-    child: Mutex<Child>,
-    alive: AbortHandle,
-}
-
-impl Drop for Lifeline {
-    fn drop(&mut self) {
-        self.alive.abort();
-        // The task may hold the socket for a moment longer.
-        let _ = self.pipe.shutdown(Shutdown::Both);
-    }
-}
-
-impl Lifeline {
-    /// Starts the watchdog of a guest: `exe` is this program, `monitor` a monitor of the guest, which
-    /// is the watchdog's `own` or the daemon's. `bound` is how long a checkpoint may stand still.
-    pub fn spawn(exe: &Path, monitor: &Path, own: bool, bound: Duration) -> io::Result<Self> {
-        let (ours, theirs) = UnixStream::pair()?;
-        // A watchdog that does not read may not hold up a checkpoint.
-        ours.set_nonblocking(true)?;
-        let child = Command::new(exe)
-            .args(["qemu-watchdog", "--bound-ms"])
-            .arg(bound.as_millis().to_string())
-            .arg("--monitor")
-            .arg(monitor)
-            .args(own.then_some("--own"))
-            .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::null())
-            // Signals for the daemon's group are not for it.
-            .process_group(0)
-            .spawn()?;
-        let pipe = Arc::new(ours);
-        let ours = pipe.clone();
-        let alive = tokio::spawn(async move {
-            loop {
-                tell(&ours, ALIVE);
-                sleep(ALIVE_EVERY).await;
-            }
-        });
-        Ok(Self {
-            pipe,
-            child: Mutex::new(child),
-            alive: alive.abort_handle(),
-        })
-    }
-
-    /// True if the process has ended.
-    pub async fn is_dead(&self) -> bool {
-        !matches!(self.child.lock().await.try_wait(), Ok(None))
-    }
-
-    /// A pause of the guest may begin.
-    pub(super) fn open(&self) {
-        tell(&self.pipe, OPEN);
-    }
-
-    /// It goes on.
-    pub(super) fn progress(&self) {
-        tell(&self.pipe, PROGRESS);
-    }
-
-    /// It is over, or meant to last.
-    pub(super) fn over(&self) {
-        tell(&self.pipe, OVER);
-    }
-}
-
-fn tell(mut pipe: &UnixStream, what: u8) {
-    // A watchdog that is dead or slow: the guest goes first. The adapter looks at its next cut.
-    let _ = pipe.write(&[what]);
-}
 
 /// What QEMU says of itself.
 #[derive(Debug, Clone)]
@@ -229,6 +145,8 @@ struct Watchdog {
     monitor: PathBuf,
     own: bool,
     qmp: Option<Qmp>,
+    /// To the daemon.
+    output: UnixStream,
 }
 
 impl Watchdog {
@@ -406,13 +324,9 @@ async fn stalled(qmp: &Qmp, told: &mut Told, mut heard: Instant) -> Result<Heard
 
 /// The process: until `input` ends, which is the other end of a [`Lifeline`]. `own` says that the
 /// monitor is for it alone.
-pub fn run(
-    mut input: impl Read + Send + 'static,
-    monitor: PathBuf,
-    own: bool,
-    bound: Duration,
-) -> io::Result<()> {
+pub fn run(mut input: UnixStream, monitor: PathBuf, own: bool, bound: Duration) -> io::Result<()> {
     let (tell, told) = mpsc::channel(64);
+    let output = input.try_clone()?;
     std::thread::Builder::new()
         .name("pipe".into())
         .spawn(move || {
@@ -435,6 +349,7 @@ pub fn run(
         monitor,
         own,
         qmp: None,
+        output,
     };
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -449,13 +364,13 @@ async fn watch(mut told: Told, mut watchdog: Watchdog, bound: Duration) {
     {
         tracing::warn!(%error, "the watchdog cannot use its monitor");
     }
-    let mut open = false;
+    let (mut open, mut kept) = (false, false);
     let mut heard = Instant::now();
     // When it acts next, if nothing is heard.
     let mut stalls_at = heard;
     let mut hangs_at = Some(heard + HANGS_AFTER);
     loop {
-        let next = [open.then_some(stalls_at), hangs_at];
+        let next = [(open || kept).then_some(stalls_at), hangs_at];
         let said = match next.into_iter().flatten().min() {
             Some(at) => timeout_at(at, told.recv()).await.ok(),
             None => Some(told.recv().await),
@@ -463,7 +378,7 @@ async fn watch(mut told: Told, mut watchdog: Watchdog, bound: Duration) {
         let said = match said {
             Some(Some(word)) => Ok(Heard::Word(word)),
             Some(None) => Ok(Heard::End),
-            None if open && stalls_at <= Instant::now() => {
+            None if (open || kept) && stalls_at <= Instant::now() => {
                 let intervened = watchdog.intervene(&mut told, heard).await;
                 stalls_at = Instant::now() + bound;
                 intervened
@@ -482,11 +397,19 @@ async fn watch(mut told: Told, mut watchdog: Watchdog, bound: Duration) {
                 heard = now;
                 hangs_at = Some(now + HANGS_AFTER);
                 match word {
-                    OPEN => open = true,
-                    OVER => open = false,
+                    OPEN => (open, kept) = (true, false),
+                    OVER => (open, kept) = (false, false),
+                    KEPT => (open, kept) = (false, true),
+                    GIVEN => {
+                        (open, kept) = (false, false);
+                        // A daemon that is gone does not give it to anybody.
+                        let _ = watchdog.output.write_all(&[GIVEN]);
+                    }
                     _ => {}
                 }
-                if word != ALIVE {
+                if kept {
+                    stalls_at = now + HANGS_AFTER;
+                } else if word != ALIVE {
                     stalls_at = now + bound;
                 }
             }
@@ -504,7 +427,7 @@ async fn watch(mut told: Told, mut watchdog: Watchdog, bound: Duration) {
     sleep(REST).await;
     let deadline = Instant::now() + RESCUE_WITHIN;
     while Instant::now() < deadline {
-        match watchdog.rescue(open).await {
+        match watchdog.rescue(open || kept).await {
             Ok(true) | Err(QmpError::Missing { .. }) => return,
             // The next daemon is there already, and looks after the guest.
             Err(QmpError::Busy(_)) => return,

@@ -273,6 +273,11 @@ impl Vm {
         fs::read_to_string(self.dir.join(format!("{}.log", self.name))).unwrap_or_default()
     }
 
+    /// Waits until it has ended by itself.
+    pub fn ends(&mut self) {
+        wait("QEMU ends", || self.child.try_wait().unwrap());
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
