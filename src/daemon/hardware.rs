@@ -154,6 +154,19 @@ pub(super) async fn end_migrated(
     }
 }
 
+/// Ends the guest's QEMU if it waits for a guest that nobody gives it any more.
+pub(super) async fn end_waiting(
+    site: &SiteContext,
+    guest: &GuestId,
+    config: Option<&QemuConfig>,
+    hardware: Option<&Hardware>,
+) -> Result<(), GuestError> {
+    match qemu_options(site, guest, config, hardware) {
+        Some(options) => qemu::end_waiting(&options.qmp).await,
+        None => Ok(()),
+    }
+}
+
 /// How to attach to the guest, if it is one of QEMU.
 fn qemu_options(
     site: &SiteContext,

@@ -51,6 +51,11 @@ impl Lookup<DirStore> for Site {
         }
         let failed = |why: String| Refusal::Refused(RefuseReason::JournalFailed, why);
         let standing = self.standing(guest).await.map_err(failed)?;
+        let resuming = standing.as_ref().map(|r| &r.standing);
+        if matches!(resuming, Some(Standing::Resuming { .. })) {
+            let text = "it is not known yet whether the guest was resumed here";
+            return Err(failed(text.into()));
+        }
         let rolled_back = standing.as_ref().map(|record| record.standing.clone());
         if let Some(record) = standing.filter(|r| r.standing == Standing::Active) {
             if record.generation > open.generation {
@@ -265,7 +270,10 @@ impl Site {
         let demoting = self.context.env.offload(move || {
             let mut replica = lock(&copy);
             Ok::<_, record::RecordError>(match record::load(&state_dir, &guest)? {
-                Some(r) if r.standing == Standing::Active => false,
+                Some(GuestRecord {
+                    standing: Standing::Active | Standing::Resuming { .. },
+                    ..
+                }) => false,
                 Some(r) if matches!(r.standing, Standing::Promoting { .. }) => {
                     !replica.promoted() && r.generation < generation
                 }

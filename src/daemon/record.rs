@@ -40,6 +40,12 @@ pub enum Standing {
         /// From this point.
         point: Epoch,
     },
+    /// A QEMU was told to resume the guest, and it is not known yet whether it does. After a crash in
+    /// this moment that is found out before anybody is told who the owner is.
+    Resuming {
+        /// From this point.
+        point: Epoch,
+    },
     /// It was the owner until it learned of a higher generation.
     Fenced {
         /// Who holds it.

@@ -83,7 +83,7 @@ impl Known<'_> {
     fn role(&self) -> Role {
         match self.record().map(|r| &r.standing) {
             Some(Standing::Active | Standing::Offered { .. }) => Role::Active,
-            Some(Standing::Promoting { .. }) => Role::Standby,
+            Some(Standing::Promoting { .. } | Standing::Resuming { .. }) => Role::Standby,
             // It is a standby as before, whether something arrives or not.
             Some(Standing::RolledBack { .. }) => Role::Standby,
             Some(Standing::Fenced { .. } | Standing::Moved { .. }) => match &self.copy {

@@ -227,7 +227,12 @@ fn wanted(site: &Site, guest: &GuestId) -> Option<Vec<Rewrite>> {
 /// A failover is on its way: it does not want another QEMU beside its own.
 fn promoting(state_dir: &Path, guest: &GuestId) -> bool {
     let record = record::load(state_dir, guest).ok().flatten();
-    record.is_some_and(|r| matches!(r.standing, Standing::Promoting { .. }))
+    record.is_some_and(|r| {
+        matches!(
+            r.standing,
+            Standing::Promoting { .. } | Standing::Resuming { .. }
+        )
+    })
 }
 
 fn keeper(site: &Site, guest: &GuestId, table: Vec<Rewrite>) -> Keeper {

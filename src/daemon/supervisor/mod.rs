@@ -136,6 +136,9 @@ impl Supervisor {
     async fn begin(&mut self) -> Result<(), ApiError> {
         self.record = record::load(&self.site.state_dir, &self.guest).map_err(failed)?;
         self.publish();
+        if self.is_resuming() {
+            return self.settle().await;
+        }
         if self.in_doubt() && self.is_of_qemu() {
             // It stands still, and attaching would let it run: its owner has to be known first.
             self.resolve().await;
@@ -375,6 +378,12 @@ impl Supervisor {
         }
     }
 
+    /// True if it is to be found out whether a QEMU resumed the guest.
+    fn is_resuming(&self) -> bool {
+        let standing = self.record.as_ref().map(|r| &r.standing);
+        matches!(standing, Some(Standing::Resuming { .. }))
+    }
+
     /// True if it runs in QEMU at this site.
     fn is_of_qemu(&self) -> bool {
         match self.record.as_ref().and_then(|r| r.machine.as_ref()) {
@@ -482,6 +491,12 @@ impl Supervisor {
     async fn look(&mut self) {
         if self.in_doubt() {
             return self.resolve().await;
+        }
+        if self.is_resuming() {
+            if let Err(error) = self.settle().await {
+                self.problem(error.to_string());
+            }
+            return;
         }
         match &mut self.process {
             Process::Protecting { .. } => return,

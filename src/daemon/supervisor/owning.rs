@@ -108,6 +108,10 @@ impl Supervisor {
                     self.guest
                 )))
             }
+            Standing::Resuming { .. } => {
+                let text = "it is being found out whether the guest was resumed here";
+                Err(ApiError::new(Reason::WrongState, text))
+            }
             Standing::Promoting { point } => Err(ApiError::new(
                 Reason::WrongState,
                 format!("a failover from point #{point} was begun here and not finished"),
@@ -263,6 +267,13 @@ impl Supervisor {
             {
                 above
             }
+            Some(GuestRecord {
+                standing: Standing::Resuming { .. },
+                ..
+            }) => {
+                let text = "it is being found out whether the guest was resumed here";
+                return Err(ApiError::new(Reason::WrongState, text));
+            }
             Some(r) if r.standing == Standing::Active => {
                 let text = "this site owns the guest already";
                 return Err(ApiError::new(Reason::WrongState, text)
@@ -342,12 +353,16 @@ impl Supervisor {
         let ready = hardware::ready(&site, &self.guest, &hardware, state, memory, process).await;
         let ready = ready.map_err(failed)?;
         // It stands still until the record says that it may run here.
-        let resumed = match self.save(record) {
+        let resumed = match self.save(self.about_to_resume(&record, before.as_ref())) {
             Ok(()) => ready.run(&site, &self.guest).await.map_err(failed),
             Err(error) => {
                 ready.end().await;
                 Err(error)
             }
+        };
+        let resumed = match resumed {
+            Ok(guest) => self.resumed(record, guest).await,
+            Err(error) => Err(error),
         };
         match resumed {
             Ok(guest) => {
@@ -363,6 +378,63 @@ impl Supervisor {
                     self.save(before)?;
                 }
                 Err(error)
+            }
+        }
+    }
+
+    /// The record with which a guest is let run. One of our monitor waits for it, whatever becomes of this
+    /// daemon; QEMU gets its memory from this daemon and may not get all of it.
+    fn about_to_resume(&self, owner: &GuestRecord, before: Option<&GuestRecord>) -> GuestRecord {
+        match (&owner.machine, before.map(|r| &r.standing)) {
+            (Some(Hardware::Qemu(_)), Some(Standing::Promoting { point })) => GuestRecord {
+                standing: Standing::Resuming { point: *point },
+                ..owner.clone()
+            },
+            _ => owner.clone(),
+        }
+    }
+
+    /// It runs: the record says so.
+    async fn resumed(
+        &mut self,
+        owner: GuestRecord,
+        mut guest: AnyGuest,
+    ) -> Result<AnyGuest, ApiError> {
+        if self.record.as_ref() == Some(&owner) {
+            return Ok(guest);
+        }
+        match self.save(owner) {
+            Ok(()) => Ok(guest),
+            Err(error) => {
+                guest.stop().await.map_err(failed)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Finds out whether the QEMU runs that the daemon before this one told to resume the guest.
+    pub(super) async fn settle(&mut self) -> Result<(), ApiError> {
+        let Some(mut record) = self.record.clone() else {
+            return Ok(());
+        };
+        let Standing::Resuming { point } = record.standing else {
+            return Ok(());
+        };
+        let hardware = record.machine.as_ref();
+        let ended = hardware::end_waiting(&self.site, &self.guest, self.qemu(), hardware);
+        ended.await.map_err(failed)?;
+        match self.find().await? {
+            Some(guest) => {
+                record.standing = Standing::Active;
+                self.save(record)?;
+                self.adopted(guest).await
+            }
+            None => {
+                tracing::warn!(guest = %self.guest, %point, "the guest was not resumed when the last daemon ended");
+                record.standing = Standing::Promoting { point };
+                record.machine = None;
+                record.failover = None;
+                self.save(record)
             }
         }
     }

@@ -53,7 +53,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use self::colo::Colo;
 pub use self::disks::{DiskOptions, MirrorOptions};
@@ -70,6 +70,10 @@ use super::{
 };
 use crate::bitmap::{PageBitmap, PageSet};
 
+/// How long a QEMU whose guest was written to it may take until the guest runs, and the time between two
+/// looks.
+const LOADED_WITHIN: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// How long a QEMU that was told to quit may take (it flushes disks).
 const STOP_WITHIN: Duration = Duration::from_secs(60);
 
@@ -121,6 +125,8 @@ pub struct QemuGuest {
     paused: bool,
     /// Stopped by a cut, and not yet let run.
     held: Held,
+    /// Makes the last cut of a move.
+    last: Plain,
 }
 
 /// How a cut left the guest.
@@ -130,7 +136,7 @@ enum Held {
     No,
     /// Paused in a COLO session.
     InSession,
-    /// Stopped by a migration: nobody makes it run but a `cont`.
+    /// Stopped by a migration, or about to be: nobody makes it run but a `cont`.
     Migrated,
 }
 
@@ -214,6 +220,7 @@ impl QemuGuest {
             lent: Arc::new(Semaphore::new(CHUNKS_LENT_MAX)),
             paused: false,
             held: Held::No,
+            last: Plain::new(),
         })
     }
 
@@ -367,19 +374,14 @@ impl Guest for QemuGuest {
         self.current = None;
         self.check_state().await?;
         self.mirrored().await?;
-        let mut once = Plain::new();
-        let plain = match &mut self.source {
-            Source::Colo(colo) => {
-                colo.leave(&self.context).await?;
-                &mut once
-            }
-            Source::Plain(plain) => plain,
-        };
-        standstill::mark(&self.context.qmp).await?;
-        let taken = plain.cut(&self.context, Hold::Last).await;
-        if taken.is_err() {
-            standstill::unmark(&self.context.qmp).await?;
+        match &mut self.source {
+            Source::Colo(colo) => colo.leave(&self.context).await?,
+            Source::Plain(plain) => plain.rest().await,
         }
+        standstill::mark(&self.context.qmp).await?;
+        // Also if nobody waits for it any more: `resume` knows then what is to be done.
+        self.held = Held::Migrated;
+        let taken = self.last.cut(&self.context, Hold::Last).await;
         self.cut_is(taken, Held::Migrated).await
     }
 
@@ -450,6 +452,8 @@ impl Guest for QemuGuest {
     }
 
     async fn resume(&mut self) -> Result<(), GuestError> {
+        // One that was begun comes to its end, and the guest to a standstill.
+        self.last.rest().await;
         match &self.source {
             Source::Colo(colo) if self.held == Held::InSession => colo.release(),
             _ => {
@@ -490,14 +494,37 @@ async fn quit(qmp: &Qmp) -> Result<(), GuestError> {
 /// Ends the QEMU with this monitor if its guest was migrated, which is how one stands still that was given
 /// to another site. Any other is left alone.
 pub async fn end_migrated(monitor: &Path) -> Result<(), GuestError> {
-    let qmp = match Qmp::connect(monitor).await {
-        Ok(qmp) => qmp,
-        Err(QmpError::Missing { .. }) => return Ok(()),
-        Err(error) => return Err(error.into()),
-    };
-    match probe::status(&qmp).await?.as_str() {
-        "postmigrate" => quit(&qmp).await,
+    match connected(monitor).await? {
+        Some(qmp) if probe::status(&qmp).await? == "postmigrate" => quit(&qmp).await,
         _ => Ok(()),
+    }
+}
+
+/// Ends the QEMU with this monitor if it waits for a guest that whoever began to give it to it does not
+/// finish: one that got all of it runs in a moment. Any other is left alone.
+pub async fn end_waiting(monitor: &Path) -> Result<(), GuestError> {
+    let Some(qmp) = connected(monitor).await? else {
+        return Ok(());
+    };
+    let deadline = Instant::now() + LOADED_WITHIN;
+    loop {
+        match probe::status(&qmp).await {
+            Ok(status) if status != "inmigrate" => return Ok(()),
+            // It did not get all of it.
+            Err(QmpError::Gone(_)) => return Ok(()),
+            Err(error) => return Err(error.into()),
+            Ok(_) if Instant::now() > deadline => return quit(&qmp).await,
+            Ok(_) => sleep(LOOK_EVERY).await,
+        }
+    }
+}
+
+/// `None` if nobody listens there.
+async fn connected(monitor: &Path) -> Result<Option<Qmp>, GuestError> {
+    match Qmp::connect(monitor).await {
+        Ok(qmp) => Ok(Some(qmp)),
+        Err(QmpError::Missing { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 
