@@ -23,7 +23,7 @@ use super::engine::{Engine, Handing, InFlight};
 use super::plan::{Plan, SyncPath};
 use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
-use super::{Asked, Compression, Phase, Progress};
+use super::{Asked, Compression, Phase, Progress, together};
 use crate::bitmap::PageSet;
 use crate::frame::{Codec, EncodeStats, FINGERPRINT_PAGES_MAX, Fingerprints, FrameStart, Manifest};
 use crate::guest::{Contents, Guest, GuestError, RunState};
@@ -83,6 +83,15 @@ impl<G: Guest> Builder<'_, G> {
             // A guest whose applications stand still would do so for the whole copy.
             self.engine.asked.clear();
         }
+        if everything || last {
+            let why = match last {
+                true => "it is being moved",
+                false => "its first copy, or a comparison, is under way",
+            };
+            if let Some(turn) = self.engine.turn.take() {
+                turn.fail(why);
+            }
+        }
         // Whoever has stopped waiting is not hurried for.
         self.engine.asked.retain(Asked::is_wanted);
         let hurry = self.engine.asked.iter().any(|asked| asked.cut.is_some());
@@ -90,12 +99,18 @@ impl<G: Guest> Builder<'_, G> {
             self.rounds(everything, full, known).await?;
         }
 
+        let mut turn = self.gather().await?;
         let started = Instant::now();
         if last {
             self.engine.handing = Handing::Paused(started);
             self.engine.guest.pause().await?;
         }
-        let cut = self.engine.guest.cut(self.engine.options.strategy).await?;
+        let strategy = self.engine.options.strategy;
+        let (guest, standing) = (&mut self.engine.guest, &mut self.engine.standing);
+        let cut = match &mut turn {
+            Some(turn) => together::cut(guest, standing, strategy, turn).await?,
+            None => guest.cut(strategy).await?,
+        };
         self.engine.meters.guest.pause(cut.pause);
         if let Some(news) = self.engine.guest.disk_news() {
             tracing::error!(guest = %self.engine.options.guest, "{news}");
@@ -117,6 +132,7 @@ impl<G: Guest> Builder<'_, G> {
             marked |= quiesced == Some(true);
             asked.push(each.durable);
         }
+        asked.extend(turn.as_mut().and_then(|turn| turn.durable.take()));
         self.engine.coder.add(&cut.dirty);
         let reading = Instant::now();
         self.take(Taking::Cut, Ship::All, 0).await?;
@@ -147,6 +163,11 @@ impl<G: Guest> Builder<'_, G> {
             .for_each(|part| self.queue.push(ToStandby::Part(part)));
         if marked {
             self.queue.push(ToStandby::Mark { epoch });
+        }
+        if let Some(mut turn) = turn
+            && let Some(mark) = turn.mark().await
+        {
+            self.queue.push(ToStandby::Group { epoch, mark });
         }
         self.head = Head {
             epoch,

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::monitor::{Context, DOWNTIME_MS, DOWNTIME_MS_MAX, Taken, before_now};
 use super::probe::{self, Method};
-use super::session::{Session, Told};
+use super::session::{Hold, Session, Told};
 use crate::guest::GuestError;
 
 /// Time after which a copy that does not converge may stop the guest for longer.
@@ -50,8 +50,8 @@ impl Plain {
         Some(result)
     }
 
-    /// Makes a checkpoint; with `hold` the guest stays paused.
-    pub async fn cut(&mut self, context: &Arc<Context>, hold: bool) -> Result<Taken, GuestError> {
+    /// Makes a checkpoint; a guest that is held stays paused.
+    pub async fn cut(&mut self, context: &Arc<Context>, hold: Hold) -> Result<Taken, GuestError> {
         self.rest().await;
         self.running = Some(tokio::spawn(checkpoint(context.clone(), hold)));
         let result = self.finish().await.expect("it was just begun");
@@ -73,7 +73,7 @@ impl Plain {
     }
 }
 
-async fn checkpoint(context: Arc<Context>, hold: bool) -> Result<Taken, GuestError> {
+async fn checkpoint(context: Arc<Context>, hold: Hold) -> Result<Taken, GuestError> {
     context.idle().await?;
     context.prepare(Method::Migrate).await?;
     let lifeline = context.lifeline().await?;
@@ -87,7 +87,7 @@ async fn checkpoint(context: Arc<Context>, hold: bool) -> Result<Taken, GuestErr
             if matches!(
                 probe::status(&context.qmp).await.as_deref(),
                 Ok("postmigrate")
-            ) && !hold
+            ) && hold != Hold::Lasting
             {
                 context.qmp.call("cont", json!({})).await?;
             }
@@ -95,13 +95,14 @@ async fn checkpoint(context: Arc<Context>, hold: bool) -> Result<Taken, GuestErr
         }
         taken => taken,
     };
-    if let Some(lifeline) = &lifeline {
+    // What is held briefly is over when it is let go.
+    if let Some(lifeline) = lifeline.filter(|_| hold != Hold::Briefly || result.is_err()) {
         lifeline.over();
     }
     result
 }
 
-async fn migrated(context: &Arc<Context>, hold: bool) -> Result<Taken, GuestError> {
+async fn migrated(context: &Arc<Context>, hold: Hold) -> Result<Taken, GuestError> {
     let mut events = context.qmp.events();
     let lifeline = context.lifeline().await?;
     let socket = context.migrate().await?;
@@ -136,7 +137,7 @@ async fn migrated(context: &Arc<Context>, hold: bool) -> Result<Taken, GuestErro
         }
     }
     let disks = context.shared.disks.cut();
-    let (captured_at, pause) = if hold {
+    let (captured_at, pause) = if hold != Hold::No {
         (before_now(Duration::ZERO), ended.elapsed())
     } else {
         context.qmp.call("cont", json!({})).await?;

@@ -63,7 +63,7 @@ use self::migrate::Plain;
 use self::monitor::{Context, Taken, run_state};
 use self::probe::{Choice, Method, Mode};
 use self::qmp::{Qmp, QmpError};
-use self::session::Shared;
+use self::session::{Hold, Shared};
 use super::{
     Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round, RunState,
 };
@@ -169,7 +169,7 @@ impl QemuGuest {
         match &mut source {
             Source::Colo(colo) => colo.enter(&context).await?,
             Source::Plain(plain) => {
-                plain.cut(&context, false).await?;
+                plain.cut(&context, Hold::No).await?;
                 context.shared.disks.give_back();
             }
         }
@@ -217,7 +217,7 @@ impl QemuGuest {
 
     /// Ends the session in good order: the guest runs on outside of COLO.
     pub async fn detach(mut self) -> Result<(), GuestError> {
-        if self.paused {
+        if self.paused || self.held {
             self.resume().await?;
         }
         match &mut self.source {
@@ -251,6 +251,46 @@ impl QemuGuest {
         let mut content = self.context.shared.content();
         let content = content.as_mut().expect("its table was read");
         content.store.take(id, disks)
+    }
+
+    async fn cut_with(&mut self, hold: Hold) -> Result<Cut, GuestError> {
+        self.current = None;
+        self.check_state().await?;
+        self.mirrored().await?;
+        // Whoever drops this call in the middle has something to release.
+        self.held = hold == Hold::Briefly;
+        let (qmp, shared) = (&self.context.qmp, &self.context.shared);
+        let taken = match &mut self.source {
+            Source::Colo(colo) => colo.cut(&self.context, hold).await,
+            Source::Plain(plain) => plain.cut(&self.context, hold).await,
+        };
+        if shared.changed() {
+            let text = "the guest's memory is not what it was (hotplug): it is attached to anew";
+            return Err(GuestError::Gone(text.into()));
+        }
+        let Taken {
+            devices,
+            disks,
+            captured_at,
+            pause,
+        } = taken?;
+        self.held = hold != Hold::No;
+        if !shared.disks.in_sync(qmp).await? {
+            shared.disks.give_back();
+            let text = "the mirror of a disk failed; it starts over";
+            return Err(GuestError::Abandoned(text.into()));
+        }
+        let id = self.next_id();
+        let dirty = self.take(id, disks);
+        self.current = Some(Handout::new(dirty.clone()));
+        Ok(Cut {
+            id,
+            dirty,
+            device_state: machine::device_state(&devices),
+            captured_at,
+            pause,
+            strategy: CutStrategy::StopAndCopy,
+        })
     }
 
     /// The guest is as we left it: running, or paused by us.
@@ -299,42 +339,35 @@ impl Guest for QemuGuest {
     }
 
     async fn cut(&mut self, _: CutStrategy) -> Result<Cut, GuestError> {
-        self.current = None;
-        self.check_state().await?;
-        self.mirrored().await?;
-        let (qmp, shared) = (&self.context.qmp, &self.context.shared);
-        let hold = self.paused;
-        let taken = match &mut self.source {
-            Source::Colo(colo) => colo.cut(&self.context, hold).await,
-            Source::Plain(plain) => plain.cut(&self.context, hold).await,
+        let hold = match self.paused {
+            true => Hold::Lasting,
+            false => Hold::No,
         };
-        if shared.changed() {
-            let text = "the guest's memory is not what it was (hotplug): it is attached to anew";
-            return Err(GuestError::Gone(text.into()));
+        self.cut_with(hold).await
+    }
+
+    async fn cut_held(&mut self, _: CutStrategy, _: Duration) -> Result<Cut, GuestError> {
+        if self.paused || self.held {
+            return Err(GuestError::Abandoned("the guest is paused".into()));
         }
-        let Taken {
-            devices,
-            disks,
-            captured_at,
-            pause,
-        } = taken?;
-        self.held = hold;
-        if !shared.disks.in_sync(qmp).await? {
-            shared.disks.give_back();
-            let text = "the mirror of a disk failed; it starts over";
-            return Err(GuestError::Abandoned(text.into()));
+        let cut = self.cut_with(Hold::Briefly).await;
+        if cut.is_err() && self.held {
+            self.release().await?;
         }
-        let id = self.next_id();
-        let dirty = self.take(id, disks);
-        self.current = Some(Handout::new(dirty.clone()));
-        Ok(Cut {
-            id,
-            dirty,
-            device_state: machine::device_state(&devices),
-            captured_at,
-            pause,
-            strategy: CutStrategy::StopAndCopy,
-        })
+        cut
+    }
+
+    async fn release(&mut self) -> Result<bool, GuestError> {
+        if !self.held || self.paused {
+            return Ok(false);
+        }
+        if let Source::Plain(plain) = &mut self.source {
+            plain.rest().await;
+        }
+        // The watchdog may have let it run, or whoever else has its monitor.
+        let held = probe::status(&self.context.qmp).await? != "running";
+        self.resume().await?;
+        Ok(held)
     }
 
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
@@ -395,6 +428,9 @@ impl Guest for QemuGuest {
             Source::Colo(colo) if self.held => colo.release(),
             _ => {
                 self.context.qmp.call("cont", json!({})).await?;
+                if let Some(lifeline) = self.context.lifeline().await? {
+                    lifeline.over();
+                }
             }
         }
         self.paused = false;
