@@ -133,6 +133,7 @@ pub async fn run(
         } => {
             let mut request = FailoverRequest {
                 point: point.map(Epoch),
+                group: None,
                 fenced_by_operator,
                 dry_run,
             };
@@ -203,6 +204,7 @@ pub async fn run(
             ..
         } => {
             let request = DrillRequest {
+                group: None,
                 point: point.map(Epoch),
                 keep_seconds: keep.map(|keep| keep.as_secs_f64()),
                 probe,

@@ -146,6 +146,11 @@ impl Site {
         handle
     }
 
+    /// The supervisor of a guest, if there is one.
+    pub fn supervisor_of(&self, guest: &GuestId) -> Option<Handle> {
+        self.guests().get(guest).map(|(handle, _)| handle.clone())
+    }
+
     pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Release);
     }
@@ -251,9 +256,10 @@ impl Site {
     pub async fn prepare_failover(
         &self,
         guest: &GuestId,
-        request: FailoverRequest,
+        mut request: FailoverRequest,
     ) -> Result<ReadyFailover, ApiError> {
         let asked = Instant::now();
+        request.point = self.point_asked(guest, request.point, request.group.as_ref())?;
         let copy = self.copy(guest).await?;
         let config = self.config();
         let failover = Failover {

@@ -49,6 +49,8 @@ pub struct Kept {
     pub members: u16,
     /// The newest instant that is complete.
     pub newest: Option<Instant>,
+    /// All that are, in no order.
+    pub complete: Vec<Instant>,
 }
 
 /// The points of all guests that are one of a group's.
@@ -77,13 +79,11 @@ pub fn groups(points: &Points) -> BTreeMap<GroupId, Kept> {
             continue;
         }
         let kept = groups.entry(mark.group.clone()).or_default();
-        if kept
-            .newest
-            .as_ref()
-            .is_none_or(|newest| instant.follows(newest))
-        {
-            kept.newest = Some(instant);
+        let newest = kept.newest.as_ref();
+        if newest.is_none_or(|newest| instant.follows(newest)) {
+            kept.newest = Some(instant.clone());
         }
+        kept.complete.push(instant);
     }
     groups
 }
