@@ -106,6 +106,12 @@ name_type!(
 );
 
 name_type!(
+    /// Guests that are cut at one instant.
+    GroupId,
+    "group"
+);
+
+name_type!(
     /// A plan, or a group of guests in it.
     PlanName,
     "plan or group"
@@ -172,6 +178,76 @@ number_type!(
     /// everywhere. The first owner is generation 1.
     Generation
 );
+
+/// Most members of a group.
+pub const GROUP_MEMBERS_MAX: u16 = 64;
+/// Longest name of a group, in bytes: it is in the tag of a point.
+pub const GROUP_NAME_BYTES_MAX: usize = 31;
+
+/// One instant of a group: all points with the same mark show it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "(GroupId, u64, u16)", into = "(GroupId, u64, u16)")]
+pub struct GroupMark {
+    /// The group.
+    pub group: GroupId,
+    /// Which instant: never the same for two of them.
+    pub number: u64,
+    /// So many guests have a point of it. Who lost the primary knows by this whether all are there.
+    pub members: u16,
+}
+
+/// What cannot be a mark of a group, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("group {group}, number {number}, {members} members: this is no mark of a group's point")]
+pub struct ImpossibleMark {
+    group: GroupId,
+    number: u64,
+    members: u16,
+}
+
+impl TryFrom<(GroupId, u64, u16)> for GroupMark {
+    type Error = ImpossibleMark;
+
+    fn try_from((group, number, members): (GroupId, u64, u16)) -> Result<Self, ImpossibleMark> {
+        let named = group.as_str().len() <= GROUP_NAME_BYTES_MAX;
+        if !named || number > COUNT_MAX || !(2..=GROUP_MEMBERS_MAX).contains(&members) {
+            return Err(ImpossibleMark {
+                group,
+                number,
+                members,
+            });
+        }
+        Ok(Self {
+            group,
+            number,
+            members,
+        })
+    }
+}
+
+impl From<GroupMark> for (GroupId, u64, u16) {
+    fn from(mark: GroupMark) -> Self {
+        (mark.group, mark.number, mark.members)
+    }
+}
+
+/// The tag of a point: `group/NAME/NUMBER/MEMBERS`.
+impl fmt::Display for GroupMark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "group/{}/{}/{}", self.group, self.number, self.members)
+    }
+}
+
+impl GroupMark {
+    /// The mark that a tag is, if it is one.
+    pub fn of_tag(tag: &str) -> Option<Self> {
+        let mut fields = tag.strip_prefix("group/")?.split('/');
+        let group: GroupId = fields.next()?.parse().ok()?;
+        let (number, members) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+        let mark = Self::try_from((group, number, members)).ok()?;
+        (fields.next().is_none() && mark.to_string() == tag).then_some(mark)
+    }
+}
 
 /// Identity of one journal, made at random when it is created. A base that was recorded against
 /// another journal is no base.
@@ -241,6 +317,33 @@ mod tests {
             assert!(error.contains("no count"), "{error}");
         }
         assert_eq!(serde_json::to_string(&Generation(7)).unwrap(), "7");
+    }
+
+    #[test]
+    fn a_mark_of_a_group_is_the_tag_that_it_makes_and_no_other() {
+        let name = "x".repeat(GROUP_NAME_BYTES_MAX);
+        for group in ["shop", &name] {
+            let mark = GroupMark::try_from((group.parse().unwrap(), 1_764_352_678_123_456, 64));
+            let tag = mark.clone().unwrap().to_string();
+            assert!(tag.len() <= 63, "{tag}");
+            assert_eq!(GroupMark::of_tag(&tag), mark.ok());
+        }
+        for bad in [
+            "group/shop/7",
+            "group/shop/7/1",
+            "group/shop/7/65",
+            "group/shop/7/2/",
+            "group/shop/07/2",
+            "group/shop/+7/2",
+            "group/shop/-7/2",
+            "group//7/2",
+            "group/SHOP/7/2",
+            &format!("group/{name}x/7/2"),
+            "group/shop/9223372036854775808/2",
+            "application-consistent",
+        ] {
+            assert_eq!(GroupMark::of_tag(bad), None, "{bad}");
+        }
     }
 
     #[test]

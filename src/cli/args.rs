@@ -11,7 +11,7 @@ use super::{bandwidth, bench};
 use crate::config::units;
 use crate::control::codes::EXIT_CODES;
 use crate::control::drills::Probe;
-use crate::ids::{DiskId, GuestId, PlanName, SiteId};
+use crate::ids::{DiskId, GroupId, GuestId, PlanName, SiteId};
 use crate::plan::steps::Mode;
 
 const STYLES: Styles = Styles::styled()
@@ -212,10 +212,14 @@ pub enum Verb {
         #[arg(long)]
         consistent: bool,
     },
-    /// Resume a guest at this site from a recovery point.
+    /// Resume a guest, or all guests of a group, at this site from a recovery point.
     Failover {
         /// The guest.
-        name: GuestId,
+        #[arg(required_unless_present = "group")]
+        name: Option<GuestId>,
+        /// All guests of this group, from the newest instant of which this site has a point of each.
+        #[arg(long, value_name = "GROUP", conflicts_with_all = ["name", "point", "consistent"])]
+        group: Option<GroupId>,
         /// From the newest point that was cut while the guest's applications were quiesced.
         #[arg(long, conflicts_with = "point")]
         consistent: bool,

@@ -175,6 +175,7 @@ pub async fn run(
         act: Act::Move {
             to: Some(request.to.clone()),
         },
+        consistent: None,
         parallel: request.parallel,
         keep_going: request.keep_going,
         within: None,

@@ -24,6 +24,7 @@ pub mod estimate;
 pub mod evacuate;
 mod events;
 pub mod follow;
+pub mod groups;
 pub mod logging;
 pub mod manual;
 pub mod operator;

@@ -200,6 +200,7 @@ fn batch<'a>(client: &'a Client, mode: Mode, fenced: bool, to: Option<&SiteId>) 
     Batch {
         client,
         act: act(mode, fenced, to),
+        consistent: None,
         parallel: 1,
         keep_going: false,
         within: None,
@@ -213,7 +214,7 @@ async fn dry_run(order: &PlanRun, client: &Client, out: &mut Output<'_>) -> Resu
     let status = client.status().await?;
     let batch = batch(client, mode, order.fenced_by_operator, to);
     let guests: Vec<&GuestId> = plan.guests().collect();
-    let guests = prospects(&guests, &batch, &status)?;
+    let guests = prospects(&guests, &plan, &batch, &status)?;
     let refused = fenced(client, &batch.act, &guests).await.err();
     let losses = guests.iter().map(|guest| guest.loss_seconds);
     let shown = DryRun {
@@ -318,7 +319,7 @@ async fn carry_out(
     let status = client.status().await?;
     let batch = batch(client, mode, fenced_by_operator, to.as_ref());
     let left = left(&plan, before.as_ref(), &skip);
-    let guests = prospects(&left, &batch, &status)?;
+    let guests = prospects(&left, &plan, &batch, &status)?;
     fenced(client, &batch.act, &guests).await?;
     ask(order, &plan, mode, &guests, &status, out)?;
 

@@ -1,5 +1,6 @@
 //! Documents as text for people.
 
+use super::groups;
 use super::text::{Paint, Toned, facts, table};
 use super::units;
 use crate::clock::Timestamp;
@@ -169,6 +170,9 @@ pub fn status(status: &SiteStatus, paint: Paint) -> String {
         for reason in reasons(guest) {
             text += &format!("  {}: {reason}\n", guest.name);
         }
+    }
+    for group in &status.groups {
+        text += &groups::line(group);
     }
     text
 }

@@ -12,6 +12,7 @@ use super::console;
 use super::evacuate;
 use super::events;
 use super::follow::follow;
+use super::groups;
 use super::output::Output;
 use super::render;
 use super::text::Paint;
@@ -123,33 +124,31 @@ pub async fn run(
         }
         Verb::Failover {
             name,
-            consistent: true,
-            fenced_by_operator,
-            dry_run,
-            yes,
-            ..
-        } => {
-            let request = FailoverRequest {
-                point: Some(newest_consistent(client, &name).await?),
-                fenced_by_operator,
-                dry_run,
-            };
-            failover(client, &name, request, yes, timeout, out).await?;
-        }
-        Verb::Failover {
-            name,
-            consistent: false,
+            group,
+            consistent,
             point,
             fenced_by_operator,
             dry_run,
             yes,
         } => {
-            let request = FailoverRequest {
+            let mut request = FailoverRequest {
                 point: point.map(Epoch),
+                group: None,
                 fenced_by_operator,
                 dry_run,
             };
-            failover(client, &name, request, yes, timeout, out).await?;
+            match (name, group) {
+                (Some(name), _) => {
+                    if consistent {
+                        request.point = Some(newest_consistent(client, &name).await?);
+                    }
+                    failover(client, &name, request, yes, timeout, out).await?;
+                }
+                (None, Some(group)) => {
+                    groups::failover(client, &group, request, yes, timeout, out).await?;
+                }
+                (None, None) => unreachable!("the arguments name one of the two"),
+            }
         }
         Verb::Events { follow, since } => events::run(follow, since, client, out).await?,
         Verb::Bandwidth { site, limit, lasts } => {
@@ -205,6 +204,7 @@ pub async fn run(
             ..
         } => {
             let request = DrillRequest {
+                group: None,
                 point: point.map(Epoch),
                 keep_seconds: keep.map(|keep| keep.as_secs_f64()),
                 probe,

@@ -14,6 +14,7 @@ pub mod bandwidth;
 mod check;
 mod error;
 pub mod events;
+mod group;
 pub mod quiesce;
 pub mod resolved;
 mod schema;

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 pub use super::bandwidth::BandwidthConfig;
 pub use super::events::EventsConfig;
+pub use super::group::GroupConfig;
 pub use super::quiesce::QuiesceConfig;
 use crate::guest::CutStrategy;
 use crate::guest::qemu::command::Rewrite;
 use crate::guest::qemu::probe::Mode;
-use crate::ids::{DiskId, GuestId, SiteId};
+use crate::ids::{DiskId, GroupId, GuestId, SiteId};
 
 /// Everything that a site is told.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +53,8 @@ pub struct SiteConfig {
     pub rollback_window: Duration,
     /// The guests whose home is here, by name.
     pub guests: BTreeMap<GuestId, GuestConfig>,
+    /// Those of them that are cut at one instant, by the group's name.
+    pub groups: BTreeMap<GroupId, GroupConfig>,
 }
 
 /// Logging.

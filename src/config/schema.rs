@@ -35,6 +35,7 @@ table!(
         drill: Drill,
         events: Events,
         guest: Vec<Spanned<Guest>>,
+        group: Vec<Spanned<Group>>,
     }
 );
 table!(
@@ -197,6 +198,15 @@ table!(
         autostart: Maybe<bool>,
         replication: Replication,
         quiesce: Option<Spanned<Quiesce>>,
+    }
+);
+table!(
+    /// `[[group]]`
+    Group {
+        name: Maybe<String>,
+        guests: Vec<Spanned<String>>,
+        every: Maybe<String>,
+        pause_max: Maybe<String>,
     }
 );
 table!(

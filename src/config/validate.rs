@@ -125,6 +125,7 @@ pub(super) fn site(raw: schema::File, file: PathBuf, check: &mut Check<'_>) -> O
     let fencing = raw.fencing.and_then(|raw| fencing(check, raw));
     let events = super::events::validate(check, raw.events);
     let guests = guests::all(check, raw.guest, &peers, &defaults);
+    let groups = super::group::all(check, raw.group, &guests);
     let rollback_window = check.parsed(
         "failover.rollback_window",
         raw.failover.rollback_window,
@@ -150,6 +151,7 @@ pub(super) fn site(raw: schema::File, file: PathBuf, check: &mut Check<'_>) -> O
         drill,
         rollback_window: rollback_window.value,
         guests,
+        groups,
     })
 }
 

@@ -10,7 +10,7 @@ use super::types::{
     ApiError, ConsoleInfo, Done, DrillRequest, ExportRequest, Exports, FailoverRequest,
     JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
 };
-use crate::ids::{Epoch, GuestId, SiteId};
+use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 
 /// The site as its admin API sees it. Implemented by the daemon, and by a fake in tests.
 ///
@@ -66,6 +66,14 @@ pub trait Backend: Send + Sync + 'static {
         guest: &GuestId,
         request: FailoverRequest,
     ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Resumes all members of a group here, from the newest instant of which it has a point of each; one
+    /// run a member. Members that went on from it already are left out.
+    fn failover_group(
+        &self,
+        group: &GroupId,
+        request: FailoverRequest,
+    ) -> impl Future<Output = Result<Runs, ApiError>> + Send;
 
     /// Ends the time in which a failover to here can be rolled back.
     fn commit(&self, guest: &GuestId) -> impl Future<Output = Result<Done, ApiError>> + Send;

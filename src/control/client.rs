@@ -22,7 +22,7 @@ use super::types::{
     FailoverRequest, JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs,
     SiteStatus,
 };
-use crate::ids::{Epoch, GuestId, SiteId};
+use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 
 /// Largest answer that is taken: some 50 000 recovery points.
 const ANSWER_BYTES_MAX: usize = 32 << 20;
@@ -107,6 +107,16 @@ impl Client {
         request: &FailoverRequest,
     ) -> Result<Run, ApiError> {
         self.post(&verb(guest, "failover"), request).await
+    }
+
+    /// Resumes all members of a group here: one run a member.
+    pub async fn failover_group(
+        &self,
+        group: &GroupId,
+        request: &FailoverRequest,
+    ) -> Result<Runs, ApiError> {
+        let path = format!("/v1/groups/{group}/failover");
+        self.post(&path, request).await
     }
 
     /// Ends the time in which a failover can be rolled back.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::time;
 use super::types::PointStatus;
 use crate::clock::Timestamp;
-use crate::ids::Epoch;
+use crate::ids::{Epoch, GroupId};
 
 /// What to try.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -16,6 +16,9 @@ pub struct DrillRequest {
     /// This point; the newest one when missing.
     #[serde(default)]
     pub point: Option<Epoch>,
+    /// Its point of the newest instant that all members of this group have in common.
+    #[serde(default)]
+    pub group: Option<GroupId>,
     /// Let the clone run on for so long afterwards, in seconds.
     #[serde(default)]
     pub keep_seconds: Option<f64>,

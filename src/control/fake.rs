@@ -19,7 +19,7 @@ use super::runs::{RunBook, RunHandle};
 use super::types::*;
 use crate::clock::{Clock, Env, Timestamp};
 use crate::guest::RunState;
-use crate::ids::{Epoch, Generation, GuestId, SiteId};
+use crate::ids::{Epoch, Generation, GroupId, GuestId, SiteId};
 use crate::metrics::Metrics;
 use crate::metrics::labels::{GuestState, Operation, Role};
 
@@ -181,6 +181,7 @@ impl Backend for Fake {
                 serial: "1a2b".to_owned(),
                 not_after: Timestamp(NOW.0 + 76 * 86_400 * SECOND),
             }],
+            groups: Vec::new(),
         })
     }
 
@@ -324,6 +325,23 @@ impl Backend for Fake {
             };
             run.finish(Ok(RunResult::Failover(result)));
         })
+    }
+
+    async fn failover_group(
+        &self,
+        group: &GroupId,
+        request: FailoverRequest,
+    ) -> Result<Runs, ApiError> {
+        if group.as_str() != "shop" {
+            let message = format!("no guest has a point of a group \"{group}\" here");
+            return Err(ApiError::new(Reason::NoSuchPoint, message));
+        }
+        let mut runs = Vec::new();
+        for guest in ["db1", "web1"] {
+            let guest = guest.parse().unwrap();
+            runs.push(self.failover(&guest, request.clone()).await?);
+        }
+        Ok(Runs { runs })
     }
 
     async fn test_failover(&self, guest: &GuestId, request: DrillRequest) -> Result<Run, ApiError> {

@@ -23,6 +23,7 @@ pub mod facts;
 pub(crate) mod fake;
 #[cfg(test)]
 mod fake_facts;
+pub mod groups;
 mod page;
 pub mod reports;
 pub mod requests;

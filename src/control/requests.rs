@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Epoch, SiteId};
+use crate::ids::{Epoch, GroupId, SiteId};
 
 /// What to protect a guest with; what is missing comes from the configuration.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -32,6 +32,9 @@ pub struct MoveRequest {
 pub struct FailoverRequest {
     /// From this point; the newest one when missing.
     pub point: Option<Epoch>,
+    /// From the guest's point of the newest instant that all members of this group have in common.
+    #[serde(default)]
+    pub group: Option<GroupId>,
     /// The operator says that the other site cannot run the guest.
     #[serde(default)]
     pub fenced_by_operator: bool,

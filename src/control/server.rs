@@ -11,6 +11,7 @@
 //! | POST | `/v1/guests/G/unprotect` | `{"purge": bool}` | `lifeboat.done/v1` |
 //! | GET | `/v1/guests/G/points` | | `lifeboat.points/v1` |
 //! | POST | `/v1/guests/G/failover` | `FailoverRequest` | `lifeboat.run/v1`, 202 |
+//! | POST | `/v1/groups/NAME/failover` | `FailoverRequest` | `lifeboat.runs/v1`, 202 |
 //! | POST | `/v1/guests/G/commit` | - | `lifeboat.done/v1` |
 //! | POST | `/v1/guests/G/rollback` | - | `lifeboat.done/v1` |
 //! | POST | `/v1/guests/G/move` | `MoveRequest` | `lifeboat.run/v1`, 202 |
@@ -35,6 +36,7 @@
 //! half way; who asked is logged.
 
 use std::future::Future;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use axum::Router;
@@ -61,7 +63,7 @@ use super::types::{
     ApiError, Document, DrillRequest, Envelope, ExportRequest, FailoverRequest, MoveRequest,
     ProtectRequest, Run, RunId,
 };
-use crate::ids::{Epoch, GuestId, SiteId};
+use crate::ids::{Epoch, GroupId, GuestId, NameError, SiteId};
 use crate::metrics::Metrics;
 
 /// Largest body of a request.
@@ -212,6 +214,7 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/guests/{guest}/rollback", post(roll_back))
         .route("/v1/guests/{guest}/points", get(points))
         .route("/v1/guests/{guest}/failover", post(failover))
+        .route("/v1/groups/{group}/failover", post(failover_group))
         .route("/v1/guests/{guest}/move", post(move_guest))
         .route("/v1/guests/{guest}/test-failover", post(test_failover))
         .route(
@@ -262,24 +265,31 @@ impl<B: Backend> Site<B> {
     }
 
     /// A verb that changes something: in a task of its own, logged.
-    async fn verb<T, F>(
+    async fn verb<T, F, N>(
         &self,
         route: &'static str,
         caller: Caller,
-        guest: &str,
+        name: &str,
         success: StatusCode,
-        work: impl FnOnce(Arc<B>, GuestId) -> F,
+        work: impl FnOnce(Arc<B>, N) -> F,
     ) -> Response
     where
+        N: FromStr<Err = NameError>,
         T: Document + Serialize + Send + 'static,
         F: Future<Output = Result<T, ApiError>> + Send + 'static,
     {
-        let guest = match guest_id(guest) {
-            Ok(guest) => guest,
+        let named = match named(name) {
+            Ok(named) => named,
             Err(error) => return self.answer::<T>(route, Err(error), success),
         };
-        tracing::info!(%guest, route, uid = caller.uid, pid = caller.pid, "asked by the operator");
-        let task = tokio::spawn(work(Arc::clone(&self.backend), guest));
+        tracing::info!(
+            name,
+            route,
+            uid = caller.uid,
+            pid = caller.pid,
+            "asked by the operator"
+        );
+        let task = tokio::spawn(work(Arc::clone(&self.backend), named));
         let result = task.await.unwrap_or_else(|error| {
             tracing::error!(route, %error, "an admin verb panicked");
             Err(
@@ -295,9 +305,9 @@ fn to_json<T: Document + Serialize>(document: T) -> Vec<u8> {
     serde_json::to_vec(&Envelope::new(document)).expect("documents have no keys but strings")
 }
 
-fn guest_id(name: &str) -> Result<GuestId, ApiError> {
+fn named<N: FromStr<Err = NameError>>(name: &str) -> Result<N, ApiError> {
     let parsed = name.parse();
-    parsed.map_err(|error: crate::ids::NameError| ApiError::new(Reason::Usage, error.to_string()))
+    parsed.map_err(|error: NameError| ApiError::new(Reason::Usage, error.to_string()))
 }
 
 /// The body, or its default when there is none.
@@ -324,7 +334,7 @@ macro_rules! read {
             Path(guest): Path<String>,
         ) -> Response {
             let $backend = &site.backend;
-            let result = match guest_id(&guest) {
+            let result = match named::<GuestId>(&guest) {
                 Ok($guest) => $call.await,
                 Err(error) => Err(error),
             };
@@ -487,6 +497,20 @@ verb!(
     |backend, guest, _request| backend.journal_rebuild(&guest)
 );
 
+async fn failover_group<B: Backend>(
+    State(site): State<Site<B>>,
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    Path(group): Path<String>,
+    bytes: Bytes,
+) -> Response {
+    let request = body::<FailoverRequest>(&bytes);
+    let work = move |backend: Arc<B>, group: GroupId| async move {
+        backend.failover_group(&group, request?).await
+    };
+    let (route, success) = ("/v1/groups/{group}/failover", StatusCode::ACCEPTED);
+    site.verb(route, caller, &group, success, work).await
+}
+
 async fn run<B: Backend>(State(site): State<Site<B>>, Path(id): Path<String>) -> Response {
     let result = site.backend.run(&RunId(id)).await;
     site.answer("/v1/runs/{id}", result, StatusCode::OK)
@@ -515,10 +539,7 @@ async fn bandwidth<B: Backend>(
         pid = caller.pid,
         "bandwidth asked by the operator"
     );
-    let parsed: Result<SiteId, ApiError> = peer
-        .parse()
-        .map_err(|error: crate::ids::NameError| ApiError::new(Reason::Usage, error.to_string()));
-    let result = match (parsed, body::<BandwidthRequest>(&bytes)) {
+    let result = match (named::<SiteId>(&peer), body::<BandwidthRequest>(&bytes)) {
         (Ok(peer), Ok(request)) => site.backend.bandwidth(&peer, request).await,
         (Err(error), _) | (_, Err(error)) => Err(error),
     };

@@ -14,6 +14,7 @@ pub use super::drills::{
     DrillFailure, DrillReport, DrillRequest, DrillStatus, KeptClone, Probe, ProbeReport,
 };
 pub use super::exports::{ExportRequest, ExportStatus, ExportedDisk, Exports};
+pub use super::groups::{GroupMiss, GroupPointStatus, GroupStatus};
 pub use super::reports::{
     FailoverReport, JournalCheckReport, JournalRebuildReport, MoveReport, ProtectReport, RunResult,
     TakeReport, VerifyReport,
@@ -91,6 +92,9 @@ pub struct SiteStatus {
     pub journal: StoreStatus,
     /// Certificates in use.
     pub certificates: Vec<CertificateStatus>,
+    /// Groups of guests that are cut at one instant, by name.
+    #[serde(default)]
+    pub groups: Vec<GroupStatus>,
 }
 
 /// The link to one peer.

@@ -14,9 +14,10 @@ use super::drills::Drills;
 use super::events::EventBook;
 use super::exports;
 use super::facts::{self, FactBook};
+use super::groups::{self, Groups};
 use super::moving;
 use super::orders::{Handle, Order};
-use super::promotion::Failover;
+use super::promotion::{Failover, ReadyFailover};
 use super::quiesce;
 use super::record;
 use super::rehearsal::Rehearsals;
@@ -36,7 +37,7 @@ use crate::control::types::{
     FailoverRequest, GuestStatus, JournalStat, MoveRequest, Outcome, Points, ProtectRequest,
     Reloaded, Run, RunId, Runs, SiteStatus, StoreStatus,
 };
-use crate::ids::{Epoch, GuestId, SiteId};
+use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 use crate::metrics::labels::Operation;
 use crate::transport::TlsMaterial;
 
@@ -54,6 +55,7 @@ pub(super) struct Site {
     pub events: EventBook,
     pub rehearsals: Rehearsals,
     pub facts: FactBook,
+    pub groups: Groups,
     pub(super) material: Option<Arc<TlsMaterial>>,
     ready: AtomicBool,
 }
@@ -85,6 +87,7 @@ impl Site {
             events: EventBook::default(),
             rehearsals: Rehearsals::default(),
             facts: FactBook::default(),
+            groups: Groups::default(),
             material,
             ready,
         }
@@ -141,6 +144,11 @@ impl Site {
         let (handle, task) = supervisor::spawn(self.context.clone(), guest.clone(), config);
         guests.insert(guest.clone(), (handle.clone(), task));
         handle
+    }
+
+    /// The supervisor of a guest, if there is one.
+    pub fn supervisor_of(&self, guest: &GuestId) -> Option<Handle> {
+        self.guests().get(guest).map(|(handle, _)| handle.clone())
     }
 
     pub fn set_ready(&self) {
@@ -201,6 +209,7 @@ impl Site {
         self.names()
             .iter()
             .for_each(|guest| drop(self.guest_status(guest)));
+        self.refresh_groups();
         let metrics = &self.context.metrics;
         if let Some((free, capacity)) = super::space(&config.journal.path) {
             metrics.set_journal_space(free, capacity, config.journal.min_free.of(capacity));
@@ -243,6 +252,35 @@ impl Site {
         self.standbys.copy(guest).await.map_err(failed)
     }
 
+    /// A failover whose run has begun, and which nobody carries out yet.
+    pub async fn prepare_failover(
+        &self,
+        guest: &GuestId,
+        mut request: FailoverRequest,
+    ) -> Result<ReadyFailover, ApiError> {
+        let asked = Instant::now();
+        request.point = self.point_asked(guest, request.point, request.group.as_ref())?;
+        let copy = self.copy(guest).await?;
+        let config = self.config();
+        let failover = Failover {
+            site: self.context.clone(),
+            guest: guest.clone(),
+            copy,
+            handle: self.supervisor(guest),
+            from: writer_of(&config, guest),
+            fencing: config.fencing.clone(),
+            qemu: self.qemu_of(guest),
+            rollback_window: config.rollback_window,
+            request,
+            asked,
+        };
+        let run = self.runs.begin(Operation::Failover, guest)?;
+        if !failover.request.dry_run {
+            self.rehearsals.end(guest);
+        }
+        Ok(ReadyFailover { failover, run })
+    }
+
     pub fn certificates(&self) -> Vec<CertificateStatus> {
         self.material
             .as_ref()
@@ -282,6 +320,7 @@ impl Backend for Site {
                 min_free_bytes: config.journal.min_free.of(capacity_bytes),
             },
             certificates: self.certificates(),
+            groups: self.group_status(),
         })
     }
 
@@ -366,26 +405,15 @@ impl Backend for Site {
     }
 
     async fn failover(&self, guest: &GuestId, request: FailoverRequest) -> Result<Run, ApiError> {
-        let asked = Instant::now();
-        let copy = self.copy(guest).await?;
-        let config = self.config();
-        let failover = Failover {
-            site: self.context.clone(),
-            guest: guest.clone(),
-            copy,
-            handle: self.supervisor(guest),
-            from: writer_of(&config, guest),
-            fencing: config.fencing.clone(),
-            qemu: self.qemu_of(guest),
-            rollback_window: config.rollback_window,
-            request,
-            asked,
-        };
-        let run = self.runs.begin(Operation::Failover, guest)?;
-        if !failover.request.dry_run {
-            self.rehearsals.end(guest);
-        }
-        Ok(failover.spawn(run))
+        Ok(self.prepare_failover(guest, request).await?.spawn())
+    }
+
+    async fn failover_group(
+        &self,
+        group: &GroupId,
+        request: FailoverRequest,
+    ) -> Result<Runs, ApiError> {
+        groups::failover::begin(self, group, request).await
     }
 
     async fn commit(&self, guest: &GuestId) -> Result<Done, ApiError> {

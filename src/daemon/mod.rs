@@ -20,6 +20,7 @@ mod exports;
 mod facts;
 mod feeding;
 mod fitness;
+mod groups;
 mod hardware;
 mod leftover;
 mod listener;
@@ -245,6 +246,7 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
     tasks.spawn(warm::tend(site.clone()));
     tasks.spawn(events::run(site.clone()));
     tasks.spawn(quiesce::schedule(site.clone()));
+    tasks.spawn(groups::schedule(site.clone()));
     tasks.spawn(facts::keep(site.clone()));
     site.set_ready();
     // Without systemd there is nobody to tell.

@@ -13,7 +13,7 @@ use crate::device_state::DeviceState;
 use crate::guest::RunState;
 use crate::guest::builtin::Unbooted;
 use crate::ids::{Epoch, Generation, SiteId};
-use crate::primary::{Asked, PrimaryStatus};
+use crate::primary::{Asked, PrimaryStatus, Turn};
 
 /// Where an answer goes.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
@@ -64,6 +64,8 @@ pub(super) enum Order {
     HandOver { reply: Reply<Moved> },
     /// Make a checkpoint now. Answered when the primary role has been told.
     Checkpoint { asked: Asked, reply: Reply<()> },
+    /// Make one together with other guests. Answered when the primary role has been told.
+    Together { turn: Turn, reply: Reply<()> },
     /// The configuration changed.
     Configure(Option<Box<GuestConfig>>),
     /// The daemon ends; guests live on.

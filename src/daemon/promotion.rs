@@ -47,6 +47,19 @@ pub(super) struct Failover {
     pub asked: Instant,
 }
 
+/// A failover and its run, before it begins.
+pub(super) struct ReadyFailover {
+    pub failover: Failover,
+    pub run: RunHandle,
+}
+
+impl ReadyFailover {
+    /// Starts it.
+    pub fn spawn(self) -> Run {
+        self.failover.spawn(self.run)
+    }
+}
+
 pub(super) fn failed(error: impl std::fmt::Display) -> ApiError {
     ApiError::new(Reason::Failed, error.to_string())
 }

@@ -71,6 +71,7 @@ impl Site {
         for (key, changed) in [
             ("peer", old.peers != new.peers),
             ("guest", old.guests != new.guests),
+            ("group", old.groups != new.groups),
             ("journal", old.journal != new.journal),
             (
                 "defaults",

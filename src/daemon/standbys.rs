@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::groups::kept;
 use crate::clock::{Env, Timestamp};
 use crate::config::resolved::SiteConfig;
-use crate::ids::GuestId;
+use crate::ids::{Epoch, GuestId};
 use crate::journal::{DirStore, JournalOptions, SledCatalogue};
 use crate::metrics::Metrics;
 use crate::standby::{Replica, ReplicaError, ReplicaOptions, ReplicaStatus};
@@ -222,6 +223,16 @@ impl Standbys {
         }
     }
 
+    /// Points that are one of a group's, of all copies.
+    pub fn group_points(&self) -> kept::Points {
+        let copies = self.copies();
+        let open = copies.iter().filter_map(|(guest, copy)| match copy {
+            Copy::Open { status, .. } => Some((guest.clone(), status.borrow().groups.clone())),
+            Copy::Failed { .. } => None,
+        });
+        open.filter(|(_, points)| !points.is_empty()).collect()
+    }
+
     /// What recovery found when the journal was opened.
     pub fn notes(&self, guest: &GuestId) -> Vec<String> {
         match self.copies().get(guest) {
@@ -264,9 +275,23 @@ impl Standbys {
                     Copy::Failed { .. } => None,
                 })
                 .collect();
+            let points = self.group_points();
+            let groups = kept::groups(&points);
             for (guest, replica) in open {
                 let now = self.inner.env.now();
-                let worked = self.inner.env.offload(move || steps(&replica, now)).await;
+                let seen = points.get(&guest).and_then(|points| points.last());
+                let seen = seen.map_or(Epoch(0), |point| point.epoch);
+                let newest = self
+                    .status(&guest)
+                    .and_then(Result::ok)
+                    .and_then(|s| s.newest);
+                let newest_at = newest.map(|newest| newest.captured_at);
+                let spared = kept::spared(&groups, &points, &guest, newest_at);
+                let step = move || {
+                    lock(&replica).spare(spared, seen);
+                    steps(&replica, now)
+                };
+                let worked = self.inner.env.offload(step).await;
                 match worked {
                     Ok(()) => {}
                     Err(error) if error.needs_reopen() => self.reopen(&guest, &error).await,

@@ -1,5 +1,7 @@
 //! A guest of any kind, for those who do not care which.
 
+use std::time::Duration;
+
 use super::RunState;
 use super::builtin::BuiltinGuest;
 use super::builtin::stopped::StoppedGuest;
@@ -77,6 +79,18 @@ impl Guest for AnyGuest {
 
     async fn disarm(&mut self) -> Result<(), GuestError> {
         any!(self, guest => guest.disarm().await)
+    }
+
+    async fn cut_held(
+        &mut self,
+        strategy: CutStrategy,
+        within: Duration,
+    ) -> Result<Cut, GuestError> {
+        any!(self, guest => guest.cut_held(strategy, within).await)
+    }
+
+    async fn release(&mut self) -> Result<bool, GuestError> {
+        any!(self, guest => guest.release().await)
     }
 
     fn disk_news(&mut self) -> Option<String> {

@@ -83,6 +83,8 @@ struct Inner {
     /// The last one was abandoned and `next_chunk` has not said so yet.
     abandoned: bool,
     staged_pages: u32,
+    /// It stands still since a cut, until it is let go.
+    held: bool,
     /// Number of the adapter that is connected; 0 for none.
     owner: u64,
     owners: u64,
@@ -161,6 +163,7 @@ impl FakeMachine {
             current: None,
             abandoned: false,
             staged_pages: 0,
+            held: false,
             owner: 0,
             owners: 0,
         };
@@ -224,6 +227,11 @@ impl FakeMachine {
         let abandoned = self.shared.lock().abandon_handout();
         self.shared.changed.notify_waiters();
         abandoned
+    }
+
+    /// A hold is over because its time is up (this guest has no clock for it). True if there was one.
+    pub fn end_hold(&self) -> bool {
+        self.shared.lock().end_hold()
     }
 
     /// Its description.
@@ -324,6 +332,14 @@ impl Inner {
         let dirty = std::mem::replace(&mut self.dirty, PageSet::new(layout));
         self.debts.push((self.last_cut, dirty.clone()));
         (self.last_cut, dirty)
+    }
+
+    fn end_hold(&mut self) -> bool {
+        let held = std::mem::take(&mut self.held);
+        if held && self.state == RunState::Paused {
+            self.state = RunState::Running;
+        }
+        held
     }
 
     fn abandon_handout(&mut self) -> bool {

@@ -6,6 +6,7 @@
 //!   │
 //!   │    cut(strategy)      pause ─ save devices ─ harvest ─ make content readable ─ resume
 //!   └────────────────────▶  next_chunk()* ─▶ None          (content of the instant of the pause)
+//!        cut_held           the same without the resume, which is `release` or a time limit's
 //!
 //!  every harvested bit is a debt:   settle(id, base)  forgets the debts up to `id`
 //!                                   give_back()       makes all debts dirty again
@@ -230,6 +231,20 @@ pub trait Guest: Send + 'static {
     fn disarm(&mut self) -> impl Future<Output = Result<(), GuestError>> + Send {
         async { Ok(()) }
     }
+
+    /// As [`cut`](Self::cut), but the guest stands still from the cut on, until
+    /// [`release`](Self::release), for at most `within`, and no longer than this adapter (and its
+    /// process) lives. A guest that does not run, or cannot be held, is refused with
+    /// [`GuestError::Abandoned`]. After an error it runs.
+    fn cut_held(
+        &mut self,
+        strategy: CutStrategy,
+        within: Duration,
+    ) -> impl Future<Output = Result<Cut, GuestError>> + Send;
+
+    /// Lets a guest run that stands still since `cut_held`; true if it did so without a break until
+    /// now. Others are left as they are.
+    fn release(&mut self) -> impl Future<Output = Result<bool, GuestError>> + Send;
 
     /// The next content of the current round or cut; `None` once all of it was handed out.
     /// Chunks may be held while more are asked for, up to the staging bound.

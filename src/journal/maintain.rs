@@ -15,6 +15,7 @@
 //!
 //! Every step is atomic: a merged frame is durable before the frames it replaces are forgotten.
 
+use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
 use super::catalogue::FrameInfo;
@@ -96,6 +97,12 @@ impl<S: Store> Journal<S> {
         })
     }
 
+    /// Keeps these points as if they were pinned, from now on and until the journal is closed, and no
+    /// others that this was said of before.
+    pub fn spare(&mut self, points: BTreeSet<Epoch>) {
+        self.spared = points;
+    }
+
     /// True if the journal has no space to grow: an operator should know.
     pub fn is_full(&self) -> bool {
         self.pressed
@@ -133,7 +140,7 @@ impl<S: Store> Journal<S> {
         let judged: Vec<_> = self
             .points
             .iter()
-            .map(|p| (p.durable_at, self.marks.pinned(p.epoch)))
+            .map(|p| (p.durable_at, p.pinned || self.spared.contains(&p.epoch)))
             .collect();
         let verdicts = judge(&judged, &retention);
         if let Some(to) = self.fold_target(&verdicts).filter(|_| !held) {

@@ -21,6 +21,16 @@ impl<S: Store> Journal<S> {
 
     /// Adds a tag of 1 to 63 printable characters to a point.
     pub fn tag(&mut self, epoch: Epoch, tag: &str) -> Result<(), JournalError> {
+        self.replace_tags(epoch, tag, &[])
+    }
+
+    /// Adds a tag to a point, and removes others of any points, in one step.
+    pub fn replace_tags(
+        &mut self,
+        epoch: Epoch,
+        tag: &str,
+        old: &[(Epoch, String)],
+    ) -> Result<(), JournalError> {
         if tag.is_empty() || tag.len() > TAG_BYTES_MAX || tag.chars().any(char::is_control) {
             return Err(JournalError::Mark(format!(
                 "a tag has 1 to {TAG_BYTES_MAX} printable characters"
@@ -32,8 +42,16 @@ impl<S: Store> Journal<S> {
                 "epoch {epoch} has {TAGS_MAX} tags already"
             )));
         }
-        self.change_point(epoch, |m| {
-            m.tags.insert(tag.to_owned());
+        self.usable()?;
+        self.frame(epoch)?;
+        self.change(|marks| {
+            for (of, tag) in old {
+                if let Some(marked) = marks.points.get_mut(of) {
+                    marked.tags.remove(tag);
+                }
+            }
+            let marked = marks.points.entry(epoch).or_default();
+            marked.tags.insert(tag.to_owned());
         })
     }
 

@@ -49,10 +49,6 @@ pub(super) struct Marks {
 }
 
 impl Marks {
-    pub fn pinned(&self, epoch: Epoch) -> bool {
-        self.points.get(&epoch).is_some_and(|m| m.pinned)
-    }
-
     /// Numbers these marks as the successor of record `stored`: a count, then a checksum of the content.
     pub fn number_after(&mut self, stored: u64) {
         let count = (stored.max(self.number) >> 32) + 1;

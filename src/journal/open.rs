@@ -1,5 +1,7 @@
 //! Opening a journal, and its state.
 
+use std::collections::BTreeSet;
+
 use super::catalogue::{Catalogue, FrameInfo, Hints};
 use super::commit::Pending;
 use super::error::JournalError;
@@ -32,6 +34,8 @@ pub struct Journal<S: Store> {
     pub(super) highest: Epoch,
     pub(super) marks: Marks,
     pub(super) marks_at: Option<Loc>,
+    /// Points that somebody else than the retention needs.
+    pub(super) spared: BTreeSet<Epoch>,
     pub(super) pending: Option<Pending>,
     pub(super) fold: Option<Fold>,
     /// Dropped before the lock: nobody can change what a view reads before it has ended.
@@ -128,6 +132,7 @@ impl<S: Store> Journal<S> {
             points: Vec::new(),
             marks: Marks::default(),
             marks_at: None,
+            spared: BTreeSet::new(),
             pending: None,
             fold: None,
             holds: Holds::default(),

@@ -88,6 +88,10 @@ pub(super) struct Families {
     pub(super) link_received_at: GaugeVec,
     pub(super) link_clock_offset: GaugeVec,
     pub(super) link_connects: IntCounterVec,
+
+    pub(super) group_point_at: GaugeVec,
+    pub(super) group_interval: GaugeVec,
+    pub(super) group_barriers: IntCounterVec,
 }
 
 struct Maker<'a>(&'a Registry);
@@ -392,6 +396,21 @@ impl Families {
                 "lifeboat_link_connects_total",
                 "Attempts to connect to the peer by result.",
                 &["peer", "result"],
+            ),
+            group_point_at: make.gauges(
+                "lifeboat_group_point_timestamp_seconds",
+                "The newest instant of which all members of the group have a durable point; absent before.",
+                &["group"],
+            ),
+            group_interval: make.gauges(
+                "lifeboat_group_interval_seconds",
+                "Time from one cut of the group to the next, as configured; only where it is cut.",
+                &["group"],
+            ),
+            group_barriers: make.counters(
+                "lifeboat_group_barriers_total",
+                "Attempts to cut all members of the group at one instant, by result.",
+                &["group", "result"],
             ),
         }
     }

@@ -30,7 +30,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn remove<T: MetricVecBuilder>(family: &MetricVec<T>, labels: &[&str]) {
+pub(super) fn remove<T: MetricVecBuilder>(family: &MetricVec<T>, labels: &[&str]) {
     // The one error is "no such series", which is what is wanted.
     let _ = family.remove_label_values(labels);
 }

@@ -56,6 +56,16 @@ label!(
 );
 
 label!(
+    /// What came of an attempt to cut a group at one instant.
+    BarrierResult {
+        /// All members were cut, and all points are durable.
+        Made = "made",
+        /// A member was late or failed.
+        Missed = "missed",
+    }
+);
+
+label!(
     /// How well a guest is protected, as this site knows it.
     GuestState {
         /// Nobody asked for protection, or no peer is configured.

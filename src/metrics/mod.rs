@@ -11,6 +11,7 @@
 //! computes the lag from the clock, so that it grows when replication hangs.
 
 mod families;
+mod group;
 mod guest;
 pub mod labels;
 mod log;
@@ -26,10 +27,11 @@ use prometheus::process_collector::ProcessCollector;
 use prometheus::{Registry, TextEncoder};
 
 use crate::clock::{Env, Timestamp};
-use crate::ids::{GuestId, SiteId};
+use crate::ids::{GroupId, GuestId, SiteId};
 use families::Families;
 use labels::{HookResult, Label, Operation, OperationResult, PerLabel, TlsFailure};
 
+pub use group::GroupMetrics;
 pub use guest::{GuestMetrics, PeerMetrics};
 pub use log::LogCounter;
 
@@ -52,6 +54,7 @@ struct Shared {
 struct Members {
     guests: BTreeMap<GuestId, GuestMetrics>,
     peers: BTreeMap<SiteId, PeerMetrics>,
+    groups: BTreeMap<GroupId, GroupMetrics>,
 }
 
 impl Metrics {
@@ -115,6 +118,25 @@ impl Metrics {
         if let Some(metrics) = self.members().peers.remove(peer) {
             metrics.remove();
         }
+    }
+
+    /// The handle of a group; made with its series when there is none yet.
+    pub fn group(&self, group: &GroupId) -> GroupMetrics {
+        let mut members = self.members();
+        let made = members.groups.entry(group.clone());
+        made.or_insert_with(|| GroupMetrics::new(group, &self.shared.families))
+            .clone()
+    }
+
+    /// The series of groups that are not known any more go.
+    pub fn retain_groups(&self, known: impl Fn(&GroupId) -> bool) {
+        self.members().groups.retain(|group, metrics| {
+            let known = known(group);
+            if !known {
+                metrics.remove();
+            }
+            known
+        });
     }
 
     /// The configuration was loaded, or could not be and the old one stays.

@@ -75,6 +75,9 @@ fn busy() -> Metrics {
     g.set_points(3, Some(Timestamp(SECOND)));
     g.verification(VerifyResult::Ok, Timestamp(SECOND));
     g.fence_rejection();
+    let group = metrics.group(&"shop".parse().unwrap());
+    group.barrier(BarrierResult::Made);
+    group.set(Some(10.0), Some(Timestamp(SECOND)));
     let peer = metrics.peer(&"site-b".parse().unwrap());
     peer.set_up(true);
     peer.connect(ConnectResult::Ok);

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   name, description, to, parallel = 1, timeout = "5m"
-//!   [[group]]          name, priority = 100, depends_on = [], guests = [], parallel, timeout
+//!   [[group]]          name, priority = 100, depends_on = [], guests = [], parallel, timeout,
+//!                      consistent = "NAME": guests that were cut at one instant go on from it
 //!   [[group.before]]   hook = [argv] | message = "" | prompt = ""      timeout, modes
 //!   [[group.probe]]    tcp = "HOST:PORT" | http = "URL", status = N | command = [argv]
 //!                      | serial = "TEXT", guest = "NAME"               timeout, modes
@@ -26,7 +27,7 @@ use super::order::{Node, order};
 use super::probe::{Question, Url, host_port};
 use super::steps::{Action, Group, Mode, Plan, Step};
 use crate::config::{Files, Place, Problem, units};
-use crate::ids::{GuestId, PlanName};
+use crate::ids::{GroupId, GuestId, PlanName};
 
 /// Largest file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -87,6 +88,7 @@ struct RawGroup {
     priority: Option<i64>,
     #[serde(default)]
     guests: Vec<Spanned<String>>,
+    consistent: Option<Spanned<String>>,
     parallel: Option<Spanned<i64>>,
     timeout: Option<Spanned<String>>,
     #[serde(default)]
@@ -316,6 +318,10 @@ impl Check<'_> {
             .map(|guest| self.name(&format!("{key}guests"), guest))
             .collect();
         let guests: Vec<GuestId> = guests.into_iter().flatten().collect();
+        let consistent: Option<Option<GroupId>> = match &raw.consistent {
+            None => Some(None),
+            Some(group) => self.name(&format!("{key}consistent"), group).map(Some),
+        };
         let before = self.actions(&format!("{key}before"), &raw.before, timeout);
         let after = self.actions(&format!("{key}after"), &raw.after, timeout);
         let probes = self.probes(&format!("{key}probe"), &raw.probe, &guests, timeout);
@@ -328,6 +334,7 @@ impl Check<'_> {
             parallel,
             timeout,
             guests,
+            consistent: consistent?,
             before,
             probes,
             after,

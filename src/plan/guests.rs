@@ -23,7 +23,7 @@ use crate::control::types::{
     RunStatus, SiteStatus,
 };
 use crate::guest::RunState;
-use crate::ids::{Epoch, GuestId, SiteId};
+use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 use crate::metrics::labels::{Operation, Role};
 
 /// How often the daemon is asked for a run.
@@ -88,6 +88,8 @@ pub struct Batch<'a> {
     pub client: &'a Client,
     /// The verb.
     pub act: Act,
+    /// With a failover or a drill: from the newest instant that all members of this group have.
+    pub consistent: Option<GroupId>,
     /// Guests at a time, at least one.
     pub parallel: usize,
     /// A failure does not keep the next ones from being begun.
@@ -199,6 +201,7 @@ impl Batch<'_> {
         match &self.act {
             Act::Failover { fenced_by_operator } => {
                 let request = FailoverRequest {
+                    group: self.consistent.clone(),
                     fenced_by_operator: *fenced_by_operator,
                     ..FailoverRequest::default()
                 };
@@ -212,7 +215,10 @@ impl Batch<'_> {
                 self.client.move_guest(guest, &request).await
             }
             Act::Test => {
-                let request = DrillRequest::default();
+                let request = DrillRequest {
+                    group: self.consistent.clone(),
+                    ..DrillRequest::default()
+                };
                 self.client.test_failover(guest, &request).await
             }
         }

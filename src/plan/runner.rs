@@ -223,6 +223,7 @@ impl Runner<'_> {
         let batch = Batch {
             client: self.client,
             act: self.act.clone(),
+            consistent: group.consistent.clone(),
             parallel: group.parallel,
             keep_going: false,
             within: Some(group.timeout),

@@ -3,12 +3,12 @@
 use serde::Serialize;
 
 use super::guests::{Act, Batch, find, is_running, peer_is_up, wait};
-use super::steps::Mode;
+use super::steps::{Mode, Plan};
 use crate::control::client::Client;
 use crate::control::codes::Reason;
 use crate::control::reports::UNFENCED;
 use crate::control::types::{ApiError, FailoverRequest, GuestStatus, RunResult, SiteStatus};
-use crate::ids::{Epoch, GuestId, SiteId};
+use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 use crate::metrics::labels::Role;
 
 /// What a run would do to one guest.
@@ -46,6 +46,7 @@ pub fn unknown<'a>(
 /// Judges whether the guests can be treated so here, and says what that would mean for each.
 pub fn prospects(
     guests: &[&GuestId],
+    plan: &Plan,
     batch: &Batch<'_>,
     status: &SiteStatus,
 ) -> Result<Vec<Prospect>, ApiError> {
@@ -68,16 +69,45 @@ pub fn prospects(
             fits(guest, &batch.act, status)?;
         }
         let age = guest.last_point.as_ref().map(|point| point.age_seconds);
-        let exposure = guest.rpo_exposure_seconds.or(age).unwrap_or_default();
+        let mut exposure = guest.rpo_exposure_seconds.or(age).unwrap_or_default();
+        let mut point = guest.last_point.as_ref().map(|point| point.epoch);
+        let to_a_point = !matches!(batch.act, Act::Move { .. });
+        if let Some(group) = plan
+            .consistent(&guest.name)
+            .filter(|_| to_a_point && !already)
+        {
+            let common = common(group, guest, status)?;
+            (point, exposure) = (Some(common.0), common.1);
+        }
         let lossless = already || matches!(batch.act, Act::Move { .. });
         prospects.push(Prospect {
             guest: guest.name.clone(),
             already,
-            point: guest.last_point.as_ref().map(|point| point.epoch),
+            point,
             loss_seconds: if lossless { 0.0 } else { exposure },
         });
     }
     Ok(prospects)
+}
+
+/// The guest's point of the newest instant of its group, and its age.
+fn common(
+    group: &GroupId,
+    guest: &GuestStatus,
+    status: &SiteStatus,
+) -> Result<(Epoch, f64), ApiError> {
+    let mut groups = status.groups.iter().filter(|known| known.name == *group);
+    let newest = groups.next().and_then(|group| group.newest.as_ref());
+    let point = newest.and_then(|at| Some((*at.points.get(&guest.name)?, at.age_seconds)));
+    point.ok_or_else(|| {
+        let message = format!(
+            "guest \"{}\" has no point that all members of group \"{group}\" have in common at {}",
+            guest.name, status.site
+        );
+        ApiError::new(Reason::NoSuchPoint, message).hint(
+            "\"lifeboat status\" shows the groups; without `consistent` in the plan each guest goes on from its newest point",
+        )
+    })
 }
 
 /// Whether a guest can be treated so.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::probe::Question;
-use crate::ids::{GuestId, PlanName, SiteId};
+use crate::ids::{GroupId, GuestId, PlanName, SiteId};
 
 /// What a run of a plan does with its guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +78,8 @@ pub struct Group {
     pub parallel: usize,
     /// How long each guest may take.
     pub timeout: Duration,
+    /// They go on from the newest instant that all members of this group of guests have.
+    pub consistent: Option<GroupId>,
     /// In order.
     pub guests: Vec<GuestId>,
     /// Before the guests, after them, and once the probes were answered.
@@ -165,6 +167,13 @@ impl Group {
 }
 
 impl Plan {
+    /// The group of guests whose common instant a guest goes on from.
+    pub fn consistent(&self, guest: &GuestId) -> Option<&GroupId> {
+        let mut groups = self.groups.iter();
+        let its = groups.find(|group| group.guests.contains(guest));
+        its?.consistent.as_ref()
+    }
+
     /// Every guest, in order.
     pub fn guests(&self) -> impl Iterator<Item = &GuestId> {
         self.groups.iter().flat_map(|group| &group.guests)

@@ -37,6 +37,7 @@ pub async fn run<G: Guest, D: Dialer>(
             break Outcome::GuestEnded(state);
         }
         let end = attempt(&mut engine, dialer, &mut orders, &mut backoff).await;
+        let end = let_go(&mut engine, end).await;
         let end = match handed(&mut engine, end).await {
             Ok(end) => end,
             Err(outcome) => break outcome,
@@ -80,6 +81,18 @@ pub async fn run<G: Guest, D: Dialer>(
         s.phase = Phase::Connecting;
     });
     (outcome, engine.guest)
+}
+
+/// A session that ended in the middle of a cut together with others leaves nobody standing.
+async fn let_go<G: Guest>(engine: &mut Engine<G>, end: SessionEnd) -> SessionEnd {
+    if !std::mem::take(&mut engine.standing) {
+        return end;
+    }
+    match engine.guest.release().await {
+        Ok(_) => end,
+        // What is worse than the end of a session.
+        Err(error) => error.into(),
+    }
 }
 
 /// What the session's end means for a guest that was being given away; `Err` ends the role.
@@ -216,6 +229,7 @@ async fn pause(orders: &mut Orders, wait: std::time::Duration) -> bool {
                 }
                 // Without a link there is none to be made.
                 Some(Command::Checkpoint(asked)) => drop(asked),
+                Some(Command::Together(turn)) => turn.fail("there is no link to the standby"),
                 // Nobody can give orders any more; protection goes on.
                 None => {
                     sleep(until.saturating_duration_since(Instant::now())).await;

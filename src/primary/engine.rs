@@ -9,6 +9,7 @@ use super::coder::Coder;
 use super::handover::Handover;
 use super::pacing::Pacing;
 use super::plan::{Memory, Plan, plan};
+use super::together::Turn;
 use super::{Acked, Asked, Compression, Meters, PrimaryOptions, PrimaryStatus};
 use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
@@ -59,6 +60,12 @@ pub(super) struct Engine<G> {
     pub handover: Option<Handover>,
     /// Checkpoints that were asked for and not yet made.
     pub asked: Vec<Asked>,
+    /// The next checkpoint is to be cut together with other guests.
+    pub turn: Option<Turn>,
+    /// The guest may stand still for such a cut.
+    pub standing: bool,
+    /// The standby knows marks of groups.
+    pub knows_groups: bool,
 }
 
 /// How far the guest is on its way out of our hands.
@@ -119,6 +126,9 @@ impl<G: Guest> Engine<G> {
             handing: Handing::No,
             handover: None,
             asked: Vec::new(),
+            turn: None,
+            standing: false,
+            knows_groups: false,
             options,
         }
     }
@@ -212,6 +222,7 @@ impl<G: Guest> Engine<G> {
     /// and no shadow claims content that the standby may not have.
     pub async fn give_back(&mut self) -> Result<(), GuestError> {
         self.asked.clear();
+        self.turn = None;
         if self.coder.is_open() || !self.inflight.is_empty() {
             let lost = self.inflight.drain(..).map(|f| f.pages).collect();
             self.coder.reset(lost).await;

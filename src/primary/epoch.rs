@@ -23,7 +23,7 @@ use super::engine::{Engine, Handing, InFlight};
 use super::plan::{Plan, SyncPath};
 use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
-use super::{Asked, Compression, Phase, Progress};
+use super::{Asked, Compression, Phase, Progress, together};
 use crate::bitmap::PageSet;
 use crate::frame::{Codec, EncodeStats, FINGERPRINT_PAGES_MAX, Fingerprints, FrameStart, Manifest};
 use crate::guest::{Contents, Guest, GuestError, RunState};
@@ -83,6 +83,15 @@ impl<G: Guest> Builder<'_, G> {
             // A guest whose applications stand still would do so for the whole copy.
             self.engine.asked.clear();
         }
+        if everything || last {
+            let why = match last {
+                true => "it is being moved",
+                false => "its first copy, or a comparison, is under way",
+            };
+            if let Some(turn) = self.engine.turn.take() {
+                turn.fail(why);
+            }
+        }
         // Whoever has stopped waiting is not hurried for.
         self.engine.asked.retain(Asked::is_wanted);
         let hurry = self.engine.asked.iter().any(|asked| asked.cut.is_some());
@@ -90,13 +99,21 @@ impl<G: Guest> Builder<'_, G> {
             self.rounds(everything, full, known).await?;
         }
 
+        let mut turn = match last {
+            true => None,
+            false => self.gather().await?,
+        };
         let started = Instant::now();
         let strategy = self.engine.options.strategy;
         let cut = if last {
             self.engine.handing = Handing::Paused(started);
             self.engine.guest.last_cut(strategy).await?
         } else {
-            self.engine.guest.cut(strategy).await?
+            let (guest, standing) = (&mut self.engine.guest, &mut self.engine.standing);
+            match &mut turn {
+                Some(turn) => together::cut(guest, standing, strategy, turn).await?,
+                None => guest.cut(strategy).await?,
+            }
         };
         self.engine.meters.guest.pause(cut.pause);
         if let Some(news) = self.engine.guest.disk_news() {
@@ -119,6 +136,7 @@ impl<G: Guest> Builder<'_, G> {
             marked |= quiesced == Some(true);
             asked.push(each.durable);
         }
+        asked.extend(turn.as_mut().and_then(|turn| turn.durable.take()));
         self.engine.coder.add(&cut.dirty);
         let reading = Instant::now();
         self.take(Taking::Cut, Ship::All, 0).await?;
@@ -149,6 +167,11 @@ impl<G: Guest> Builder<'_, G> {
             .for_each(|part| self.queue.push(ToStandby::Part(part)));
         if marked {
             self.queue.push(ToStandby::Mark { epoch });
+        }
+        if let Some(mut turn) = turn
+            && let Some(mark) = turn.mark().await
+        {
+            self.queue.push(ToStandby::Group { epoch, mark });
         }
         self.head = Head {
             epoch,

@@ -35,6 +35,7 @@ mod pacing;
 mod plan;
 mod queue;
 mod session;
+mod together;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,6 +53,7 @@ use crate::wire::message::Readiness;
 
 pub use driver::{Ownership, ask_owner, run};
 pub use plan::SyncPath;
+pub use together::{Barrier, Missed, Turn};
 
 /// How batches are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +119,8 @@ pub enum Command {
     HandOver(mpsc::Sender<HandoverEvent>),
     /// Make a checkpoint as soon as one can be made.
     Checkpoint(Asked),
+    /// Make one together with other guests. See `primary::together`.
+    Together(Turn),
 }
 
 /// A checkpoint that somebody asked for. Senders that are dropped say that it was given up.

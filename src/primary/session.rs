@@ -20,6 +20,7 @@ use crate::wire::facts::Facts;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
 use crate::wire::message::{Open, Opened, Readiness, RefuseReason, ToPrimary, ToStandby};
+use crate::wire::version::VERSION_GROUPS;
 
 /// Checkpoints on their way at once while a limit of the bandwidth binds.
 const LIMITED_INFLIGHT: usize = 2;
@@ -132,7 +133,10 @@ pub(super) async fn run<G: Guest>(
     let guest = (&info.layout, &info.machine[..], true);
     let opening = open(env, options, guest, &mut tx, &mut rx);
     let opened = match timeout(options.handshake_max, opening).await {
-        Ok(Ok(opened)) => opened,
+        Ok(Ok((opened, version))) => {
+            engine.knows_groups = version >= VERSION_GROUPS;
+            opened
+        }
         Ok(Err(end)) => return end,
         Err(_) => return SessionEnd::lost("the standby did not answer the handshake in time"),
     };
@@ -161,7 +165,7 @@ pub(super) async fn inquire(
     let asking = async {
         let (mut tx, mut rx) = dialer.dial().await?;
         let guest = (layout, machine, false);
-        let opened = open(env, options, guest, &mut tx, &mut rx).await?;
+        let (opened, _) = open(env, options, guest, &mut tx, &mut rx).await?;
         // The answer is what was wanted; how the link ends does not matter.
         let _ = tx.send(ToStandby::Close).await;
         Ok(opened)
@@ -178,9 +182,9 @@ async fn open(
     (layout, machine, running): (&Layout, &[u8], bool),
     tx: &mut impl LinkTx<ToStandby>,
     rx: &mut impl LinkRx<ToPrimary>,
-) -> Result<Opened, SessionEnd> {
+) -> Result<(Opened, u16), SessionEnd> {
     let me = Introduction::new(options.site.clone());
-    handshake::as_primary(tx, rx, &me, &options.peer, env.now()).await?;
+    let reply = handshake::as_primary(tx, rx, &me, &options.peer, env.now()).await?;
     tx.send(ToStandby::Open(Open {
         guest: options.guest.clone(),
         generation: options.generation,
@@ -191,7 +195,7 @@ async fn open(
     }))
     .await?;
     match rx.recv().await? {
-        ToPrimary::Opened(opened) => Ok(opened),
+        ToPrimary::Opened(opened) => Ok((opened, reply.version)),
         other => match event(other) {
             Some(Event::End(end)) => Err(end),
             _ => Err(SessionEnd::lost("the standby spoke out of turn")),
@@ -366,10 +370,8 @@ async fn wait<G: Guest>(
         };
         let slot = inflight < slots;
         let room = slot && builder.queue.free() >= half;
-        let next_cut = match builder.engine.asked.is_empty() {
-            true => next_cut,
-            false => Instant::now(),
-        };
+        let wanted = !builder.engine.asked.is_empty() || builder.engine.turn.is_some();
+        let next_cut = if wanted { Instant::now() } else { next_cut };
         let due = orders.drain_until.unwrap_or(next_cut);
         let may_cut = room && orders.drain_until.is_none();
         tokio::select! {
@@ -387,6 +389,13 @@ async fn wait<G: Guest>(
                 Command::Checkpoint(asked) => if builder.engine.asked.len() < ASKED_MAX {
                     builder.engine.asked.push(asked);
                 },
+                Command::Together(turn) if turn.is_over() => drop(turn),
+                Command::Together(turn) if builder.engine.knows_groups => {
+                    builder.engine.turn = Some(turn);
+                }
+                Command::Together(turn) => {
+                    turn.fail("the other site does not know groups yet: upgrade it");
+                }
             },
             () = sleep_until(due), if may_cut => return Ok(()),
             () = sleep_until(due), if orders.drain_until.is_some() => return Err(SessionEnd::Drained),

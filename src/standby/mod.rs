@@ -35,7 +35,7 @@ mod tests;
 pub use follow::{Follower, Lost, Told};
 pub use ground::Leftover;
 pub use image::{Image, ImageError};
-pub use mark::CONSISTENT;
+pub use mark::{CONSISTENT, GroupPoint};
 pub use promote::Promotion;
 pub use replica::{Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId};
 pub use session::{Lookup, Refusal, SessionEnd, serve};

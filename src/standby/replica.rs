@@ -6,6 +6,7 @@ use tokio::sync::watch;
 
 use super::follow::{Teller, Watched};
 use super::image::{Image, ImageError};
+use super::mark::GroupPoint;
 use crate::clock::Timestamp;
 use crate::frame::{FrameCheck, FrameError, PageImage, PartView};
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot};
@@ -143,6 +144,8 @@ pub struct ReplicaStatus {
     pub oldest_at: Option<Timestamp>,
     /// How many there are.
     pub points: usize,
+    /// Points that are one of a group's, oldest first.
+    pub groups: Vec<GroupPoint>,
     /// RPO target as the primary stated it.
     pub rpo_target: Option<Duration>,
     /// A session is up.
@@ -200,6 +203,7 @@ impl<S: Store> Replica<S> {
             newest: None,
             oldest_at: None,
             points: 0,
+            groups: Vec::new(),
             rpo_target: None,
             receiving: false,
             received_bytes: 0,
@@ -226,6 +230,7 @@ impl<S: Store> Replica<S> {
             rebuilt => rebuilt?,
         }
         replica.publish();
+        replica.spare_groups();
         Ok((replica, report))
     }
 
@@ -256,6 +261,7 @@ impl<S: Store> Replica<S> {
             s.newest = self.journal.newest().cloned();
             s.oldest_at = points.first().map(|p| p.captured_at);
             s.points = points.len();
+            s.groups = GroupPoint::among(&points);
         });
     }
 

@@ -10,7 +10,7 @@ use super::compare;
 use super::ground::Leftover;
 use super::replica::{Receipt, Replica, ReplicaError, SessionId};
 use crate::clock::Env;
-use crate::ids::{Epoch, Generation, GuestId, SiteId};
+use crate::ids::{Epoch, Generation, GroupMark, GuestId, SiteId};
 use crate::journal::Store;
 use crate::page::Layout;
 use crate::wire::facts::Facts;
@@ -260,7 +260,10 @@ async fn receive<S: Store>(
                     .await
                     .map_err(|_| SessionEnd::Stale)?;
             }
-            ToStandby::Mark { epoch } => mark(env, opened, tx, epoch).await?,
+            ToStandby::Mark { epoch } => mark(env, opened, tx, epoch, None).await?,
+            ToStandby::Group { epoch, mark: group } => {
+                mark(env, opened, tx, epoch, Some(group)).await?;
+            }
             ToStandby::Compare { epoch } => {
                 let leftover = opened.leftover.take();
                 compare::answer(env, &opened.replica, opened.session, tx, epoch, leftover).await?;
@@ -313,9 +316,13 @@ async fn mark<S: Store>(
     opened: &OpenSession<S>,
     tx: &mut impl LinkTx<ToPrimary>,
     epoch: Epoch,
+    group: Option<GroupMark>,
 ) -> Result<(), SessionEnd> {
     let (owner, session) = (opened.replica.clone(), opened.session);
-    let marked = env.offload(move || lock(&owner).mark_consistent(session, epoch));
+    let marked = env.offload(move || match group {
+        None => lock(&owner).mark_consistent(session, epoch),
+        Some(group) => lock(&owner).mark_group(session, epoch, &group),
+    });
     match marked.await {
         Ok(()) => Ok(()),
         Err(ReplicaError::Stale { .. }) => Err(SessionEnd::Stale),

@@ -24,7 +24,12 @@ fn layout() -> Layout {
 
 /// A frame whose root is that of pages of ones. It carries them if it is honest. Full if it follows
 /// no other.
-fn frame(opened: &Opened, epoch: u64, after: Option<&RecoveryPoint>, honest: bool) -> Vec<Vec<u8>> {
+pub(super) fn frame(
+    opened: &Opened,
+    epoch: u64,
+    after: Option<&RecoveryPoint>,
+    honest: bool,
+) -> Vec<Vec<u8>> {
     frame_of(opened, epoch, after, after.is_none(), honest)
 }
 
@@ -63,16 +68,23 @@ fn frame_of(
 
 /// A copy with a session.
 fn copy() -> (Replica<MemStore>, SessionId, Opened) {
+    copy_kept(Retention {
+        continuous: Duration::from_secs(3600),
+        minutely: 0,
+        hourly: 0,
+        daily: 0,
+        min_points: 2,
+    })
+}
+
+pub(super) fn copy_kept(retention: Retention) -> (Replica<MemStore>, SessionId, Opened) {
     let guest = "db1".parse().unwrap();
     let options = ReplicaOptions {
-        journal: JournalOptions::default(),
-        retention: Retention {
-            continuous: Duration::from_secs(3600),
-            minutely: 0,
-            hourly: 0,
-            daily: 0,
-            min_points: 2,
+        journal: JournalOptions {
+            batch: 2,
+            ..JournalOptions::default()
         },
+        retention,
         ram_pages_max: 1 << 20,
     };
     let catalogue = Box::new(MemCatalogue::new());
@@ -90,7 +102,18 @@ fn copy() -> (Replica<MemStore>, SessionId, Opened) {
     (replica, session, opened)
 }
 
-fn take(replica: &mut Replica<MemStore>, session: SessionId, parts: Vec<Vec<u8>>) -> Receipt {
+pub(super) fn durable(receipt: Receipt) -> RecoveryPoint {
+    match receipt {
+        Receipt::Durable(point) => point,
+        other => panic!("{other:?}"),
+    }
+}
+
+pub(super) fn take(
+    replica: &mut Replica<MemStore>,
+    session: SessionId,
+    parts: Vec<Vec<u8>>,
+) -> Receipt {
     let taken = parts
         .into_iter()
         .map(|part| replica.part(session, part, Timestamp(2)));
@@ -112,10 +135,6 @@ fn a_first_frame_that_does_not_fit_leaves_the_session_usable() {
 fn a_follower_is_told_of_durable_epochs_alone() {
     let (mut replica, session, opened) = copy();
     assert!(replica.follow(1 << 20).is_err(), "there is no point yet");
-    let durable = |receipt| match receipt {
-        Receipt::Durable(point) => point,
-        other => panic!("{other:?}"),
-    };
     let first = durable(take(&mut replica, session, frame(&opened, 1, None, true)));
     let (held, mut follower) = replica.follow(1 << 20).unwrap();
     assert_eq!(held.point(), &first);

@@ -14,7 +14,7 @@
 //!
 //! Knows nothing of replication: a base is a value that it keeps for the daemon. A guest that the
 //! daemon paused stays paused when the daemon is gone, because a paused guest may have been handed
-//! over to another site; the next daemon decides.
+//! over to another site; the next daemon decides. One that it only held for a cut runs on.
 //!
 //! SIGHUP and SIGINT are ignored: a terminal that closes ends no guest.
 

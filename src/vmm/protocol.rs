@@ -108,6 +108,16 @@ pub enum Command {
     Resume,
     /// End the guest and the process.
     Stop,
+    /// Make a cut; the guest stands still afterwards, until `Release` or the end of the connection, for
+    /// at most this long.
+    CutHeld {
+        /// How.
+        strategy: CutStrategy,
+        /// For how long.
+        within: Duration,
+    },
+    /// Let a guest run that stands still since such a cut.
+    Release,
 }
 
 /// First message of the guest's process.
@@ -200,6 +210,11 @@ pub enum Reply {
         pause: Duration,
         /// How.
         strategy: CutStrategy,
+    },
+    /// To `Release`.
+    Released {
+        /// It was held until now.
+        held: bool,
     },
 }
 

@@ -184,6 +184,7 @@ mod kind {
     pub const TAKE: u8 = 0x08;
     pub const COMPARE: u8 = 0x09;
     pub const MARK: u8 = 0x0a;
+    pub const GROUP: u8 = 0x0b;
 
     pub const HELLO_REPLY: u8 = 0x81;
     pub const OPENED: u8 = 0x82;
@@ -215,6 +216,7 @@ impl Message for ToStandby {
             kind::ABANDON | kind::COMPARE | kind::MARK => {
                 Bounds::control(1, limits::SMALL_BYTES_MAX)
             }
+            kind::GROUP => Bounds::control(5, limits::SMALL_BYTES_MAX),
             kind::PING => Bounds::control(2, limits::SMALL_BYTES_MAX),
             kind::CLOSE | kind::PREPARE => Bounds::control(0, 0),
             kind::TAKE => Bounds::control(2, limits::SMALL_BYTES_MAX),
@@ -236,6 +238,7 @@ impl Message for ToStandby {
             Self::Prepare => (kind::PREPARE, Vec::new()),
             Self::Compare { epoch } => (kind::COMPARE, to_body(&epoch)),
             Self::Mark { epoch } => (kind::MARK, to_body(&epoch)),
+            Self::Group { epoch, mark } => (kind::GROUP, to_body(&(epoch, mark))),
             Self::Take { epoch, generation } => (kind::TAKE, to_body(&(epoch, generation))),
         };
         encoded::<Self>(kind, body)
@@ -261,6 +264,10 @@ impl Message for ToStandby {
             kind::MARK => Self::Mark {
                 epoch: exact(header, &body)?,
             },
+            kind::GROUP => {
+                let (epoch, mark) = exact(header, &body)?;
+                Self::Group { epoch, mark }
+            }
             kind::TAKE => {
                 let (epoch, generation) = exact(header, &body)?;
                 Self::Take { epoch, generation }

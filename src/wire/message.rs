@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::facts::Facts;
 use super::version::Versions;
 use crate::clock::Timestamp;
-use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId, SiteId};
+use crate::ids::{Epoch, Generation, GroupMark, GuestId, ImageRoot, JournalId, SiteId};
 use crate::page::Layout;
 
 /// The primary introduces itself.
@@ -200,6 +200,14 @@ pub enum ToStandby {
     Mark {
         /// The epoch.
         epoch: Epoch,
+    },
+    /// This checkpoint is one of a group's, all of which show one instant. Sent after its last part, and
+    /// only to a site that speaks version 2.
+    Group {
+        /// The epoch.
+        epoch: Epoch,
+        /// Which instant of which group.
+        mark: GroupMark,
     },
     /// The guest will be handed over soon: is everything there that it needs? Nothing changes.
     Prepare,

@@ -16,7 +16,7 @@ use super::message::*;
 use super::testlink::{decode, pipe};
 use super::version::Versions;
 use crate::clock::Timestamp;
-use crate::ids::{DiskId, Epoch, Generation, ImageRoot, JournalId, SiteId};
+use crate::ids::{DiskId, Epoch, Generation, GroupMark, ImageRoot, JournalId, SiteId};
 use crate::page::{Layout, Region, RegionKind};
 use samples::{to_primary, to_standby};
 

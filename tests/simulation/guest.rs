@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use lifeboat::clock::Timestamp;
 use lifeboat::device_state::DeviceState;
@@ -169,6 +170,19 @@ impl Guest for SimGuest {
         self.drop_a_bit(&mut cut);
         self.delay().await;
         Ok(cut)
+    }
+
+    async fn cut_held(
+        &mut self,
+        strategy: CutStrategy,
+        within: Duration,
+    ) -> Result<Cut, GuestError> {
+        self.delay().await;
+        self.inner.cut_held(strategy, within).await
+    }
+
+    async fn release(&mut self) -> Result<bool, GuestError> {
+        self.inner.release().await
     }
 
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {

@@ -42,6 +42,7 @@ mod drills;
 mod events;
 mod failover;
 mod flush;
+mod groups;
 mod harness;
 mod kills;
 mod link;

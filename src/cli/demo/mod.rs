@@ -187,6 +187,7 @@ async fn tell(options: &DemoOptions, voice: Voice, verdict: &mut Verdict) -> any
     // The rescue.
     let command = Instant::now();
     let request = FailoverRequest {
+        group: None,
         point: None,
         fenced_by_operator: true,
         dry_run: false,

@@ -287,7 +287,7 @@ impl Site {
             probe: request.probe,
             probe_timeout: timeout.transpose()?.unwrap_or(config.drill.probe_timeout),
             copy: self.copy(guest).await?,
-            point: request.point,
+            point: self.point_asked(guest, request.point, request.group.as_ref())?,
             reserve: config.journal.min_free.of(capacity),
             qemu: self.qemu_of(guest),
             asked,

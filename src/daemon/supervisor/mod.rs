@@ -333,6 +333,7 @@ impl Supervisor {
             } => drop(reply.send(self.close_disks(protected_to).await)),
             Order::HandOver { reply } => self.hand_over(reply).await,
             Order::Checkpoint { asked, reply } => drop(reply.send(self.checkpoint(asked).await)),
+            Order::Together { turn, reply } => drop(reply.send(self.together(turn))),
             Order::Configure(config) => {
                 self.config = config.map(|c| *c);
                 self.publish();

@@ -107,15 +107,27 @@ impl Supervisor {
 
     /// Has the primary role make a checkpoint.
     pub(super) async fn checkpoint(&mut self, asked: primary::Asked) -> Result<(), ApiError> {
-        let refused = || {
-            let text = "the guest is not being replicated";
-            ApiError::new(Reason::WrongState, text).hint(format!("lifeboat protect {}", self.guest))
-        };
         let Process::Protecting { commands, .. } = &self.process else {
-            return Err(refused());
+            return Err(self.not_replicated());
         };
         let sent = commands.send(primary::Command::Checkpoint(asked)).await;
-        sent.map_err(|_| refused())
+        sent.map_err(|_| self.not_replicated())
+    }
+
+    /// The same, together with other guests.
+    pub(super) fn together(&mut self, turn: primary::Turn) -> Result<(), ApiError> {
+        let Process::Protecting { commands, .. } = &self.process else {
+            return Err(self.not_replicated());
+        };
+        // By the clock, again and again: a role that reads no commands for minutes (its first copy) is
+        // not waited for.
+        let sent = commands.try_send(primary::Command::Together(turn));
+        sent.map_err(|_| ApiError::new(Reason::Busy, "its replication is busy"))
+    }
+
+    fn not_replicated(&self) -> ApiError {
+        let text = "the guest is not being replicated";
+        ApiError::new(Reason::WrongState, text).hint(format!("lifeboat protect {}", self.guest))
     }
 
     pub(super) async fn unprotect(&mut self) -> Result<bool, ApiError> {

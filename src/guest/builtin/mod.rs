@@ -168,6 +168,34 @@ impl BuiltinGuest {
         }
     }
 
+    /// A cut, by one of the two commands for it.
+    async fn made(&mut self, command: Command) -> Result<Cut, GuestError> {
+        match self.connection.call(command, None).await? {
+            Reply::Cut {
+                id,
+                dirty,
+                device_state,
+                captured_at,
+                pause,
+                strategy,
+            } => {
+                let dirty = dirty
+                    .decode(&self.info.layout)
+                    .ok_or_else(connection::no_set)?;
+                self.current = Some(id);
+                Ok(Cut {
+                    id,
+                    dirty,
+                    device_state,
+                    captured_at,
+                    pause,
+                    strategy,
+                })
+            }
+            other => Err(connection::odd(&other)),
+        }
+    }
+
     /// A slot's pages as a chunk, if they are what they may be.
     fn chunk(
         &self,
@@ -298,32 +326,25 @@ impl Guest for BuiltinGuest {
     }
 
     async fn cut(&mut self, strategy: CutStrategy) -> Result<Cut, GuestError> {
-        match self
-            .connection
-            .call(Command::Cut { strategy }, None)
-            .await?
-        {
-            Reply::Cut {
-                id,
-                dirty,
-                device_state,
-                captured_at,
-                pause,
-                strategy,
-            } => {
-                let dirty = dirty
-                    .decode(&self.info.layout)
-                    .ok_or_else(connection::no_set)?;
-                self.current = Some(id);
-                Ok(Cut {
-                    id,
-                    dirty,
-                    device_state,
-                    captured_at,
-                    pause,
-                    strategy,
-                })
+        self.made(Command::Cut { strategy }).await
+    }
+
+    async fn cut_held(
+        &mut self,
+        strategy: CutStrategy,
+        within: Duration,
+    ) -> Result<Cut, GuestError> {
+        match self.made(Command::CutHeld { strategy, within }).await {
+            Err(GuestError::State(RunState::Paused)) => {
+                Err(GuestError::Abandoned("the guest is paused".into()))
             }
+            made => made,
+        }
+    }
+
+    async fn release(&mut self) -> Result<bool, GuestError> {
+        match self.connection.call(Command::Release, None).await? {
+            Reply::Released { held } => Ok(held),
             other => Err(connection::odd(&other)),
         }
     }

@@ -120,6 +120,14 @@ impl Guest for StoppedGuest {
         })
     }
 
+    async fn cut_held(&mut self, _: CutStrategy, _: Duration) -> Result<Cut, GuestError> {
+        Err(GuestError::Abandoned("it is switched off".into()))
+    }
+
+    async fn release(&mut self) -> Result<bool, GuestError> {
+        Ok(false)
+    }
+
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
         let Some(first) = self.pending.last().copied() else {
             return Ok(None);

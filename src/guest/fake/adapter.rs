@@ -22,6 +22,7 @@ impl Drop for FakeGuest {
     fn drop(&mut self) {
         let mut inner = self.shared.lock();
         if inner.owner == self.owner {
+            inner.end_hold();
             inner.give_back();
             inner.owner = 0;
         }
@@ -166,6 +167,25 @@ impl Guest for FakeGuest {
         })
     }
 
+    async fn cut_held(
+        &mut self,
+        strategy: CutStrategy,
+        _within: Duration,
+    ) -> Result<Cut, GuestError> {
+        if self.reach_alive()?.state != RunState::Running {
+            return Err(GuestError::Abandoned("the guest is paused".into()));
+        }
+        let cut = self.cut(strategy).await?;
+        let mut inner = self.reach_alive()?;
+        inner.state = RunState::Paused;
+        inner.held = true;
+        Ok(cut)
+    }
+
+    async fn release(&mut self) -> Result<bool, GuestError> {
+        Ok(self.reach()?.end_hold())
+    }
+
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {
         loop {
             // Listen before looking, so that no wake-up is missed.
@@ -200,12 +220,14 @@ impl Guest for FakeGuest {
     }
 
     async fn pause(&mut self) -> Result<(), GuestError> {
-        self.reach_alive()?.state = RunState::Paused;
+        let mut inner = self.reach_alive()?;
+        (inner.state, inner.held) = (RunState::Paused, false);
         Ok(())
     }
 
     async fn resume(&mut self) -> Result<(), GuestError> {
-        self.reach_alive()?.state = RunState::Running;
+        let mut inner = self.reach_alive()?;
+        (inner.state, inner.held) = (RunState::Running, false);
         Ok(())
     }
 

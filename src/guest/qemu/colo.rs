@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout};
 
 use super::monitor::{Context, DOWNTIME_MS, DOWNTIME_MS_MAX, Taken, before_now};
 use super::probe::{self, Method};
-use super::session::{Order, Session, Told};
+use super::session::{Hold, Order, Session, Told};
 use crate::guest::GuestError;
 
 /// Time after which a copy that does not converge may stop the guest for longer.
@@ -149,9 +149,9 @@ impl Colo {
         Ok(())
     }
 
-    /// Makes a checkpoint; with `hold` the guest stays paused.
-    pub async fn cut(&mut self, context: &Context, hold: bool) -> Result<Taken, GuestError> {
-        if hold && !self.ready {
+    /// Makes a checkpoint; a guest that is held stays paused.
+    pub async fn cut(&mut self, context: &Context, hold: Hold) -> Result<Taken, GuestError> {
+        if hold == Hold::Lasting && !self.ready {
             // A new session would make it run.
             let text = "the guest is paused and no COLO session is open: resume it first";
             return Err(GuestError::Failed(text.into()));
@@ -180,7 +180,7 @@ impl Colo {
         };
         self.ordered = false;
         self.synced = Instant::now();
-        let (captured_at, pause) = if hold {
+        let (captured_at, pause) = if hold != Hold::No {
             (before_now(Duration::ZERO), took)
         } else {
             context.pause(&mut events, took).await?

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::monitor::{Context, DOWNTIME_MS, DOWNTIME_MS_MAX, Taken, before_now};
 use super::probe::{self, Method};
-use super::session::{Session, Told};
+use super::session::{Hold, Session, Told};
 use crate::guest::GuestError;
 
 /// Time after which a copy that does not converge may stop the guest for longer.
@@ -29,17 +29,6 @@ const LAST_RAISE_AFTER: Duration = Duration::from_secs(2);
 const COMPLETE_WITHIN: Duration = Duration::from_secs(20);
 /// Time between two looks at it.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
-
-/// What becomes of the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Hold {
-    /// It runs on.
-    No,
-    /// It was paused, and stays so.
-    Paused,
-    /// It runs, and stands still from the cut on. The watchdog lets it run if this process dies.
-    Last,
-}
 
 /// See the module.
 pub(super) struct Plain {
@@ -64,7 +53,7 @@ impl Plain {
         Some(result)
     }
 
-    /// Makes a checkpoint.
+    /// Makes a checkpoint; a guest that is held stays paused.
     pub async fn cut(&mut self, context: &Arc<Context>, hold: Hold) -> Result<Taken, GuestError> {
         self.rest().await;
         self.running = Some(tokio::spawn(checkpoint(context.clone(), hold)));
@@ -101,7 +90,7 @@ async fn checkpoint(context: Arc<Context>, hold: Hold) -> Result<Taken, GuestErr
             if matches!(
                 probe::status(&context.qmp).await.as_deref(),
                 Ok("postmigrate")
-            ) && hold != Hold::Paused
+            ) && hold != Hold::Lasting
             {
                 context.qmp.call("cont", json!({})).await?;
             }
@@ -109,11 +98,12 @@ async fn checkpoint(context: Arc<Context>, hold: Hold) -> Result<Taken, GuestErr
         }
         taken => taken,
     };
-    if let Some(lifeline) = &lifeline {
-        match hold {
-            Hold::Last if result.is_ok() => lifeline.keep(),
-            _ => lifeline.over(),
-        }
+    match (&lifeline, &result) {
+        (Some(lifeline), Ok(_)) if hold == Hold::Last => lifeline.keep(),
+        // What is held briefly is over when it is let go.
+        (Some(_), Ok(_)) if hold == Hold::Briefly => {}
+        (Some(lifeline), _) => lifeline.over(),
+        (None, _) => {}
     }
     result
 }

@@ -60,11 +60,11 @@ pub use self::disks::{DiskOptions, MirrorOptions};
 use self::disks::{Disks, Which};
 use self::handout::{CHUNKS_LENT_MAX, Handout};
 use self::machine::Machine;
-use self::migrate::{Hold, Plain};
+use self::migrate::Plain;
 use self::monitor::{Context, Taken, run_state};
 use self::probe::{Choice, Method, Mode};
 use self::qmp::{Qmp, QmpError};
-use self::session::Shared;
+use self::session::{Hold, Shared};
 use super::{
     Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round, RunState,
 };
@@ -138,6 +138,8 @@ enum Held {
     InSession,
     /// Stopped by a migration, or about to be: nobody makes it run but a `cont`.
     Migrated,
+    /// The same, and it may be another site's by now.
+    Given,
 }
 
 impl QemuGuest {
@@ -234,9 +236,9 @@ impl QemuGuest {
         &self.choice
     }
 
-    /// Ends the session in good order: the guest runs on outside of COLO.
+    /// Ends the session in good order: the guest runs on outside of COLO, unless it was given away.
     pub async fn detach(mut self) -> Result<(), GuestError> {
-        if self.paused {
+        if self.paused || matches!(self.held, Held::InSession | Held::Migrated) {
             self.resume().await?;
         }
         match &mut self.source {
@@ -270,6 +272,27 @@ impl QemuGuest {
         let mut content = self.context.shared.content();
         let content = content.as_mut().expect("its table was read");
         content.store.take(id, disks)
+    }
+
+    async fn cut_with(&mut self, hold: Hold) -> Result<Cut, GuestError> {
+        self.current = None;
+        self.check_state().await?;
+        self.mirrored().await?;
+        let held = match (&self.source, hold) {
+            (_, Hold::No) => Held::No,
+            (Source::Colo(_), _) => Held::InSession,
+            (Source::Plain(_), _) => Held::Migrated,
+        };
+        // Whoever drops this call in the middle has something to release.
+        self.held = match hold {
+            Hold::Briefly => held,
+            _ => Held::No,
+        };
+        let taken = match &mut self.source {
+            Source::Colo(colo) => colo.cut(&self.context, hold).await,
+            Source::Plain(plain) => plain.cut(&self.context, hold).await,
+        };
+        self.cut_is(taken, held).await
     }
 
     /// What became of a cut.
@@ -354,18 +377,35 @@ impl Guest for QemuGuest {
     }
 
     async fn cut(&mut self, _: CutStrategy) -> Result<Cut, GuestError> {
-        self.current = None;
-        self.check_state().await?;
-        self.mirrored().await?;
-        let hold = self.paused;
-        let (taken, held) = match &mut self.source {
-            Source::Colo(colo) => (colo.cut(&self.context, hold).await, Held::InSession),
-            Source::Plain(plain) => {
-                let how = if hold { Hold::Paused } else { Hold::No };
-                (plain.cut(&self.context, how).await, Held::Migrated)
-            }
+        let hold = match self.paused {
+            true => Hold::Lasting,
+            false => Hold::No,
         };
-        self.cut_is(taken, if hold { held } else { Held::No }).await
+        self.cut_with(hold).await
+    }
+
+    async fn cut_held(&mut self, _: CutStrategy, _: Duration) -> Result<Cut, GuestError> {
+        if self.paused || self.held != Held::No {
+            return Err(GuestError::Abandoned("the guest is paused".into()));
+        }
+        let cut = self.cut_with(Hold::Briefly).await;
+        if cut.is_err() && self.held != Held::No {
+            self.release().await?;
+        }
+        cut
+    }
+
+    async fn release(&mut self) -> Result<bool, GuestError> {
+        if self.held == Held::No || self.paused {
+            return Ok(false);
+        }
+        if let Source::Plain(plain) = &mut self.source {
+            plain.rest().await;
+        }
+        // The watchdog may have let it run, or whoever else has its monitor.
+        let held = probe::status(&self.context.qmp).await? != "running";
+        self.resume().await?;
+        Ok(held)
     }
 
     /// By a migration, whatever the mode is: QEMU makes a guest in COLO run when its daemon dies, and
@@ -391,7 +431,10 @@ impl Guest for QemuGuest {
             given.map_err(|e| GuestError::Failed(format!("the watchdog does not answer: {e}")))?;
         }
         match probe::status(&self.context.qmp).await?.as_str() {
-            "postmigrate" if self.held == Held::Migrated => Ok(()),
+            "postmigrate" if self.held == Held::Migrated => {
+                self.held = Held::Given;
+                Ok(())
+            }
             other => Err(GuestError::Failed(format!(
                 "the guest does not stand still any more, it is {other}"
             ))),
@@ -458,13 +501,13 @@ impl Guest for QemuGuest {
             Source::Colo(colo) if self.held == Held::InSession => colo.release(),
             _ => {
                 self.context.qmp.call("cont", json!({})).await?;
+                if let Some(lifeline) = self.context.lifeline().await? {
+                    lifeline.over();
+                }
             }
         }
-        if self.held == Held::Migrated {
+        if matches!(self.held, Held::Migrated | Held::Given) {
             standstill::unmark(&self.context.qmp).await?;
-            if let Some(lifeline) = self.context.lifeline().await? {
-                lifeline.over();
-            }
         }
         self.paused = false;
         self.held = Held::No;

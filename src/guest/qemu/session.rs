@@ -75,10 +75,23 @@ impl Shared {
 /// What the thread is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Order {
-    /// Make a checkpoint. With `hold` the guest stays paused until `Release`.
-    Checkpoint { hold: bool },
+    /// Make a checkpoint. A guest that is held stays paused until `Release`.
+    Checkpoint { hold: Hold },
     /// Let the guest run.
     Release,
+}
+
+/// What becomes of the guest after a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// It runs.
+    No,
+    /// It stands still for a moment, and the watchdog counts the time.
+    Briefly,
+    /// It stands still until somebody says otherwise.
+    Lasting,
+    /// By a migration only: the same from the cut on, and the watchdog lets it run if this process dies.
+    Last,
 }
 
 /// What the thread tells.
@@ -290,7 +303,7 @@ impl Peer {
 
     fn checkpoint(
         &mut self,
-        hold: bool,
+        hold: Hold,
         inbox: &mpsc::Receiver<Order>,
         tell: &told::UnboundedSender<Told>,
     ) -> Result<(), StreamError> {
@@ -311,12 +324,18 @@ impl Peer {
             disks,
             took,
         };
-        if hold {
-            self.guest_runs();
+        if hold != Hold::No {
+            if hold == Hold::Lasting {
+                self.guest_runs();
+            }
             let _ = tell.send(told(started.elapsed()));
             // Without its handle nobody can let the guest run but us.
             while inbox.recv().is_ok_and(|order| order != Order::Release) {}
-            return self.say(&[ColoMessage::Received, ColoMessage::Loaded]);
+            self.say(&[ColoMessage::Received, ColoMessage::Loaded])?;
+            if hold == Hold::Briefly {
+                self.guest_runs();
+            }
+            return Ok(());
         }
         self.say(&[ColoMessage::Received, ColoMessage::Loaded])?;
         self.guest_runs();

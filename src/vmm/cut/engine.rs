@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::debts::{Debts, UnknownCut};
+use super::hold::{Holds, State as Hold};
 use super::job::{CancelReason, Job};
 use super::states::PageStates;
 use super::strategy::{Capture, CopyOnWrite, GuestPages, Live, StopAndCopy, Strategy};
@@ -119,8 +120,8 @@ pub struct CutEngine {
     pages: Arc<GuestPages>,
     stop_and_copy: StopAndCopy,
     copy_on_write: Option<Arc<CopyOnWrite>>,
-    /// Held by every call that starts or ends something.
-    serial: Mutex<()>,
+    /// Locked by every call that starts or ends something.
+    holds: Arc<Holds>,
     stop: EventFd,
     threads: Vec<JoinHandle<()>>,
 }
@@ -161,7 +162,7 @@ impl CutEngine {
             stop_and_copy: StopAndCopy::new(Arc::clone(&pages)),
             pages,
             copy_on_write,
-            serial: Mutex::new(()),
+            holds: Holds::new(Arc::clone(&shared.target)),
             stop: EventFd::new(EFD_NONBLOCK)?,
             threads: Vec::new(),
             shared,
@@ -185,8 +186,8 @@ impl CutEngine {
         Ok(())
     }
 
-    fn serial(&self) -> MutexGuard<'_, ()> {
-        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    fn serial(&self) -> MutexGuard<'_, Hold> {
+        self.holds.lock()
     }
 
     /// What the changes are since.
@@ -196,16 +197,18 @@ impl CutEngine {
 
     /// Gives all content to this reader from now on. The one before loses all its debts.
     pub fn attach(&self, session: Arc<Session>) {
-        let _serial = self.serial();
+        let mut serial = self.serial();
+        self.holds.end(&mut serial);
         self.return_debts();
         self.shared.lock().session = Some(session);
     }
 
     /// This reader is gone: its debts are dirty again. Does nothing if another one took its place.
     pub fn detach(&self, session: &Arc<Session>) {
-        let _serial = self.serial();
+        let mut serial = self.serial();
         let current = self.shared.lock().session.clone();
         if current.is_some_and(|current| Arc::ptr_eq(&current, session)) {
+            self.holds.end(&mut serial);
             self.return_debts();
             self.shared.lock().session = None;
         }
@@ -312,8 +315,50 @@ impl CutEngine {
 
     /// Makes a consistent cut. A guest that was paused before stays paused.
     pub fn cut(&self, strategy: CutStrategy) -> Result<CutStart, CutError> {
-        let _serial = self.serial();
+        let mut serial = self.serial();
+        self.cut_serial(strategy, None, &mut serial)
+    }
+
+    /// The same of a guest that runs, and then stands still until [`release`](Self::release), for at
+    /// most `within`. After an error it runs.
+    pub fn cut_held(&self, strategy: CutStrategy, within: Duration) -> Result<CutStart, CutError> {
+        let mut serial = self.serial();
+        let cut = self.cut_serial(strategy, Some(within), &mut serial);
+        if cut.is_err() {
+            self.holds.end(&mut serial);
+        }
+        cut
+    }
+
+    /// Lets the guest run if it is held; true if it was held until now.
+    pub fn release(&self) -> bool {
+        let mut serial = self.serial();
+        self.holds.end(&mut serial)
+    }
+
+    /// The guest is to stand still for another reason than a cut: no clock lets it run any more.
+    pub fn forget_hold(&self) {
+        let mut serial = self.serial();
+        self.holds.forget(&mut serial);
+    }
+
+    fn cut_serial(
+        &self,
+        strategy: CutStrategy,
+        hold: Option<Duration>,
+        serial: &mut Hold,
+    ) -> Result<CutStart, CutError> {
         let (session, run_state) = self.ready()?;
+        if let Some(within) = hold {
+            if run_state != RunState::Running {
+                return Err(CutError::State(run_state));
+            }
+            let began = self.holds.begin(serial, within);
+            began.map_err(|source| CutError::Step {
+                step: "starting the clock of the hold",
+                source: source.into(),
+            })?;
+        }
         self.look_at_disks(&session);
         let target = &self.shared.target;
         let was_running = run_state == RunState::Running;
@@ -337,7 +382,7 @@ impl CutEngine {
                 })
             }
         };
-        if was_running {
+        if was_running && (hold.is_none() || captured.is_err()) {
             target.resume();
         }
         let pause = match was_running {

@@ -34,6 +34,7 @@ mod copier;
 mod debts;
 mod engine;
 mod faults;
+mod hold;
 mod job;
 mod machine;
 mod states;

@@ -21,6 +21,9 @@ use crate::vmm::staging::StagingOptions;
 
 const STRATEGIES: [CutStrategy; 2] = [CutStrategy::StopAndCopy, CutStrategy::CopyOnWrite];
 
+/// Longer than any test.
+const LONG: Duration = Duration::from_secs(3600);
+
 fn base(epoch: u64) -> Base {
     Base {
         journal: JournalId([7; 16]),
@@ -188,6 +191,77 @@ fn a_paused_guest_stays_paused_over_a_cut() {
         assert_eq!(guest.target().run_state(), RunState::Paused);
         reader.check(&cut).unwrap();
     }
+}
+
+#[test]
+fn a_held_guest_stands_still_until_its_release_and_its_cut_is_exact() {
+    let guest = TestGuest::start(2, Fault::None);
+    let engine = CutEngine::new(guest.target()).unwrap();
+    let mut reader = Reader::attach(&engine, &guest, small());
+    for number in 0..40 {
+        let strategy = STRATEGIES[number % 2];
+        let cut = engine.cut_held(strategy, LONG).unwrap();
+        assert_eq!(guest.target().run_state(), RunState::Paused);
+        assert!(engine.release(), "it was held until now");
+        assert_eq!(guest.target().run_state(), RunState::Running);
+        assert!(!engine.release(), "it is held no more");
+        reader.take(&cut.dirty).unwrap();
+        reader.check(&cut).unwrap();
+        // One that stands still for another reason stays so.
+        guest.target().pause().unwrap();
+        let refused = engine.cut_held(strategy, LONG).unwrap_err();
+        assert!(matches!(refused, CutError::State(RunState::Paused)));
+        assert!(!engine.release());
+        assert_eq!(guest.target().run_state(), RunState::Paused);
+        guest.target().resume();
+    }
+}
+
+#[test]
+fn a_held_guest_runs_when_time_is_up_or_its_reader_is_gone() {
+    let guest = TestGuest::start(1, Fault::None);
+    let engine = CutEngine::new(guest.target()).unwrap();
+    let mut reader = Reader::attach(&engine, &guest, small());
+    let runs = || {
+        while guest.target().run_state() != RunState::Running {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    // Time is up: whoever comes later learns that it was not held all the time.
+    let cut = engine.cut_held(CutStrategy::CopyOnWrite, Duration::from_millis(20));
+    runs();
+    assert!(!engine.release());
+    let cut = cut.unwrap();
+    reader.take(&cut.dirty).unwrap();
+    reader.check(&cut).unwrap();
+    // The clock of an earlier hold ends no later one.
+    engine
+        .cut_held(CutStrategy::Auto, Duration::from_millis(30))
+        .unwrap();
+    assert!(engine.release());
+    engine.give_back();
+    engine.cut_held(CutStrategy::Auto, LONG).unwrap();
+    std::thread::sleep(Duration::from_millis(60));
+    assert!(engine.release());
+    engine.give_back();
+    // Paused for good meanwhile: no clock lets it run.
+    engine
+        .cut_held(CutStrategy::Auto, Duration::from_millis(20))
+        .unwrap();
+    engine.forget_hold();
+    std::thread::sleep(Duration::from_millis(60));
+    assert_eq!(guest.target().run_state(), RunState::Paused);
+    guest.target().resume();
+    engine.give_back();
+    // A cut that fails holds nobody.
+    guest.set_fault(Fault::SaveFails);
+    engine.cut_held(CutStrategy::Auto, LONG).unwrap_err();
+    runs();
+    guest.set_fault(Fault::None);
+    // The reader is gone.
+    engine.cut_held(CutStrategy::Auto, LONG).unwrap();
+    engine.detach(reader.session());
+    runs();
 }
 
 #[test]

@@ -23,7 +23,7 @@ use super::{Monitor, Process};
 use crate::guest::CutId;
 use crate::page::PageAddr;
 use crate::vmm::Machine;
-use crate::vmm::cut::{CutError, Outbox, Session};
+use crate::vmm::cut::{CutError, CutStart, Outbox, Session};
 use crate::vmm::protocol::{
     self, COMMAND_BYTES_MAX, Command, Failure, FrameReader, FromVmm, Info, ProtocolError, Reply,
     ToVmm, Welcome, WireSet,
@@ -346,6 +346,17 @@ fn cut_failed(error: CutError) -> Failure {
     }
 }
 
+fn cut_made(cut: CutStart) -> Reply {
+    Reply::Cut {
+        id: cut.id,
+        dirty: WireSet::new(&cut.dirty),
+        device_state: cut.device_state,
+        captured_at: cut.captured_at,
+        pause: cut.pause,
+        strategy: cut.strategy,
+    }
+}
+
 impl Serving {
     fn monitor(&self) -> Result<Arc<Monitor>, Failure> {
         let monitor = self.process.monitor();
@@ -388,15 +399,16 @@ impl Serving {
             }
             Command::Cut { strategy } => {
                 let cut = self.monitor()?.engine.cut(strategy).map_err(cut_failed)?;
-                Ok(Reply::Cut {
-                    id: cut.id,
-                    dirty: WireSet::new(&cut.dirty),
-                    device_state: cut.device_state,
-                    captured_at: cut.captured_at,
-                    pause: cut.pause,
-                    strategy: cut.strategy,
-                })
+                Ok(cut_made(cut))
             }
+            Command::CutHeld { strategy, within } => {
+                let monitor = self.monitor()?;
+                let cut = monitor.engine.cut_held(strategy, within);
+                Ok(cut_made(cut.map_err(cut_failed)?))
+            }
+            Command::Release => Ok(Reply::Released {
+                held: self.monitor()?.engine.release(),
+            }),
             Command::Settle { id, base } => {
                 self.monitor()?.engine.settle(id, base).map_err(failed)?;
                 Ok(Reply::Done)
@@ -406,11 +418,15 @@ impl Serving {
                 Ok(Reply::Done)
             }
             Command::Pause => {
-                self.monitor()?.machine.pause().map_err(failed)?;
+                let monitor = self.monitor()?;
+                monitor.engine.forget_hold();
+                monitor.machine.pause().map_err(failed)?;
                 Ok(Reply::Done)
             }
             Command::Resume => {
-                self.monitor()?.machine.resume();
+                let monitor = self.monitor()?;
+                monitor.engine.forget_hold();
+                monitor.machine.resume();
                 Ok(Reply::Done)
             }
             Command::Stop => {

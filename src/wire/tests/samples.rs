@@ -44,6 +44,17 @@ pub(super) fn to_standby() -> Vec<(&'static str, ToStandby)> {
         ("compare", ToStandby::Compare { epoch: Epoch(300) }),
         ("mark", ToStandby::Mark { epoch: Epoch(300) }),
         (
+            "group",
+            ToStandby::Group {
+                epoch: Epoch(300),
+                mark: GroupMark {
+                    group: "shop".parse().unwrap(),
+                    number: 1_764_352_678_123_456,
+                    members: 2,
+                },
+            },
+        ),
+        (
             "take",
             ToStandby::Take {
                 epoch: Epoch(301),

@@ -51,10 +51,14 @@ const HERE: [&str; 16] = [
 ];
 
 /// Alerts that nothing causes on purpose, and why.
-const NOT_CAUSED: [(&str, &str); 5] = [
+const NOT_CAUSED: [(&str, &str); 6] = [
     (
         "LifeboatClockSkew",
         "both sites have the clock of this machine",
+    ),
+    (
+        "LifeboatGroupPointStale",
+        "takes a second guest, and minutes in which it is late; `groups` has a member that fails",
     ),
     (
         "LifeboatJournalFillingUp",

@@ -5,6 +5,7 @@ mod demo;
 mod drill;
 mod flush;
 mod generations;
+mod held;
 mod hotplug;
 mod kills;
 mod linux;

@@ -463,7 +463,8 @@ impl Standby {
         Ok(cut)
     }
 
-    async fn take_cut(
+    /// Stores what a cut hands out.
+    pub async fn take_cut(
         &mut self,
         guest: &mut impl Guest,
         cut: &Cut,

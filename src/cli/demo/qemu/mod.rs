@@ -112,6 +112,7 @@ pub(super) async fn tell(
     // The rescue.
     let command = SystemClock.now();
     let request = FailoverRequest {
+        group: None,
         point: None,
         fenced_by_operator: true,
         dry_run: false,
