@@ -6,6 +6,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::hardware::{Hardware, Memory};
 use super::record::{FailedOver, GuestRecord};
+use super::seeds::Exporting;
 use crate::config::resolved::GuestConfig;
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
@@ -64,6 +65,8 @@ pub(super) enum Order {
     HandOver { reply: Reply<Moved> },
     /// Make a checkpoint now. Answered when the primary role has been told.
     Checkpoint { asked: Asked, reply: Reply<()> },
+    /// Write a seed of the guest, which is lent to that meanwhile.
+    ExportSeed(Box<Exporting>),
     /// The configuration changed.
     Configure(Option<Box<GuestConfig>>),
     /// The daemon ends; guests live on.

@@ -23,6 +23,7 @@ use crate::control::types::{
     RunStatus, SiteStatus,
 };
 use crate::guest::RunState;
+use crate::guest::network::NetworkChange;
 use crate::ids::{Epoch, GuestId, SiteId};
 use crate::metrics::labels::{Operation, Role};
 
@@ -94,6 +95,8 @@ pub struct Batch<'a> {
     pub keep_going: bool,
     /// How long each may take; `None`: as long as it takes.
     pub within: Option<Duration>,
+    /// What networks of the old site are here.
+    pub networks: Vec<NetworkChange>,
 }
 
 impl Batch<'_> {
@@ -200,6 +203,7 @@ impl Batch<'_> {
             Act::Failover { fenced_by_operator } => {
                 let request = FailoverRequest {
                     fenced_by_operator: *fenced_by_operator,
+                    networks: self.networks.clone(),
                     ..FailoverRequest::default()
                 };
                 self.client.failover(guest, &request).await
@@ -212,7 +216,10 @@ impl Batch<'_> {
                 self.client.move_guest(guest, &request).await
             }
             Act::Test => {
-                let request = DrillRequest::default();
+                let request = DrillRequest {
+                    networks: self.networks.clone(),
+                    ..DrillRequest::default()
+                };
                 self.client.test_failover(guest, &request).await
             }
         }

@@ -36,6 +36,7 @@ pub mod isolated;
 pub mod machine;
 mod migrate;
 mod monitor;
+pub mod network;
 pub mod probe;
 pub mod qmp;
 pub mod restore;

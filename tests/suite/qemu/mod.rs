@@ -9,6 +9,7 @@ mod hotplug;
 mod kills;
 mod linux;
 mod moves;
+mod networks;
 mod pauses;
 mod readiness;
 mod vm;
