@@ -356,6 +356,10 @@ pub enum Verb {
         #[arg(long, conflicts_with_all = ["name", "point", "disk", "at", "stop"])]
         list: bool,
     },
+    /// Write a copy of a guest to a file, to be brought to the other site on a disk.
+    ExportSeed(super::seeds::ExportSeed),
+    /// Lay such a file under the first protection of a guest, which then sends what differs.
+    ImportSeed(super::seeds::ImportSeed),
     /// Judge and run plans: groups of guests in order, with hooks, probes and a record.
     #[command(subcommand)]
     Plan(PlanVerb),

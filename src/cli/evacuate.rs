@@ -179,6 +179,7 @@ pub async fn run(
         parallel: request.parallel,
         keep_going: request.keep_going,
         within: None,
+        networks: Vec::new(),
     };
     let mut ended: BTreeMap<GuestId, Guest> = BTreeMap::new();
     let queue: Vec<_> = chosen.iter().map(|guest| (guest.clone(), None)).collect();

@@ -33,6 +33,7 @@ pub mod pki;
 pub mod plan;
 pub mod render;
 mod run_text;
+pub mod seeds;
 pub mod site;
 pub mod text;
 pub mod top;

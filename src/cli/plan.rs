@@ -28,6 +28,7 @@ use crate::durable;
 use crate::ids::{GuestId, PlanName, SiteId};
 use crate::plan::file::{PlanError, load};
 use crate::plan::guests::Batch;
+use crate::plan::network::{changes, judged, placeable, told};
 use crate::plan::record::{Begun, Entry, History, Outcome, Record, Shelf, StepEnd, read};
 use crate::plan::report::{markdown, outcome};
 use crate::plan::runner::Runner;
@@ -58,6 +59,8 @@ struct DryRun {
     site: SiteId,
     /// In order.
     steps: Vec<PlannedStep>,
+    /// What networks of the old site become.
+    networks: Vec<String>,
     /// In order.
     guests: Vec<Prospect>,
     /// The most that one of them loses.
@@ -167,6 +170,14 @@ async fn validate(
             message: format!("{} does not know guest \"{guest}\"", status.site),
         }));
     }
+    if let (Some(plan), Some(status), true) = (&plan, &status, problems.is_empty()) {
+        let found = judged(client, plan, status).await?.into_iter();
+        problems.extend(found.map(|message| Problem {
+            key: String::new(),
+            place: None,
+            message,
+        }));
+    }
     let ok = problems.is_empty();
     let checked = Validated {
         file: file.to_owned(),
@@ -196,7 +207,13 @@ async fn validate(
 }
 
 /// The batch that stands for a mode; it is only asked what it would do.
-fn batch<'a>(client: &'a Client, mode: Mode, fenced: bool, to: Option<&SiteId>) -> Batch<'a> {
+fn batch<'a>(
+    client: &'a Client,
+    plan: &Plan,
+    mode: Mode,
+    fenced: bool,
+    to: Option<&SiteId>,
+) -> Batch<'a> {
     Batch {
         client,
         act: act(mode, fenced, to),
@@ -204,6 +221,7 @@ fn batch<'a>(client: &'a Client, mode: Mode, fenced: bool, to: Option<&SiteId>) 
         parallel: 1,
         keep_going: false,
         within: None,
+        networks: changes(&plan.networks, mode),
     }
 }
 
@@ -212,16 +230,21 @@ async fn dry_run(order: &PlanRun, client: &Client, out: &mut Output<'_>) -> Resu
     let mode = order.mode.unwrap_or(Mode::Failover);
     let to = order.to.as_ref().or(plan.to.as_ref());
     let status = client.status().await?;
-    let batch = batch(client, mode, order.fenced_by_operator, to);
+    let batch = batch(client, &plan, mode, order.fenced_by_operator, to);
     let guests: Vec<&GuestId> = plan.guests().collect();
     let guests = prospects(&guests, &plan, &batch, &status)?;
-    let refused = fenced(client, &batch.act, &guests).await.err();
+    let names: Vec<&GuestId> = plan.guests().collect();
+    let refused = match fenced(client, &batch.act, &guests).await {
+        Ok(()) => placeable(client, &plan, mode, &names, &status).await.err(),
+        Err(error) => Some(error),
+    };
     let losses = guests.iter().map(|guest| guest.loss_seconds);
     let shown = DryRun {
         plan: plan.name.clone(),
         mode,
         site: status.site,
         steps: planned(&plan, mode),
+        networks: told(&plan.networks, mode),
         loss_seconds_max: losses.fold(0.0, f64::max),
         guests,
         refused,
@@ -237,6 +260,7 @@ fn planned(plan: &Plan, mode: Mode) -> Vec<PlannedStep> {
         for (step, planned) in group.steps(mode) {
             let what = match planned {
                 Planned::Action(action) => action.what.to_string(),
+                Planned::Address(new) => new.what.to_string(),
                 Planned::Probe(probe) => format!("probe {}", probe.what),
                 Planned::Guests => {
                     let at_a_time = group.parallel.min(group.guests.len());
@@ -276,6 +300,9 @@ fn dry_run_text(shown: &DryRun, paint: Paint) -> String {
         ]
     });
     text += &table(&["", "STEP", "WHAT", "LOSS"], &[0], rows, paint);
+    for network in &shown.networks {
+        text += &format!("network {network}\n");
+    }
     text += &format!("loses {} at most\n", units::seconds(shown.loss_seconds_max));
     if let Some(error) = &shown.refused {
         text += &format!("{}: {}\n", paint.bad("IT WOULD BE REFUSED"), error.message);
@@ -317,10 +344,11 @@ async fn carry_out(
 
     // All that can be known before anything is changed.
     let status = client.status().await?;
-    let batch = batch(client, mode, fenced_by_operator, to.as_ref());
+    let batch = batch(client, &plan, mode, fenced_by_operator, to.as_ref());
     let left = left(&plan, before.as_ref(), &skip);
     let guests = prospects(&left, &plan, &batch, &status)?;
     fenced(client, &batch.act, &guests).await?;
+    placeable(client, &plan, mode, &left, &status).await?;
     ask(order, &plan, mode, &guests, &status, out)?;
 
     let env = Env::system();
@@ -343,6 +371,7 @@ async fn carry_out(
                 by,
                 reason: order.reason.clone(),
                 fenced_by_operator,
+                networks: told(&plan.networks, mode),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 text: plan.text.clone(),
             },

@@ -4,6 +4,7 @@ use super::groups;
 use super::text::{Paint, Toned, facts, table};
 use super::units;
 use crate::clock::Timestamp;
+use crate::control::events::HookStatus;
 use crate::control::reports::WarmStatus;
 use crate::control::types::{
     Done, Exports, GuestStatus, JournalStat, Outcome, PeerStatus, Points, Reloaded, SiteStatus,
@@ -138,6 +139,9 @@ pub fn status(status: &SiteStatus, paint: Paint) -> String {
             text += &format!("  {}: {error}\n", peer.name);
         }
     }
+    if let Some(hook) = &status.hook {
+        text += &hook_lines(hook, paint);
+    }
     if status.guests.is_empty() {
         return text + "no guests\n";
     }
@@ -177,6 +181,21 @@ pub fn status(status: &SiteStatus, paint: Paint) -> String {
     text
 }
 
+/// What an operator has to know of the program that is told of events; nothing if it works.
+fn hook_lines(hook: &HookStatus, paint: Paint) -> String {
+    let mut text = String::new();
+    if let Some(error) = &hook.error {
+        text += &format!("  {}: {error}\n", paint.bad("EVENTS ARE NOT TOLD"));
+    }
+    if hook.dropped > 0 {
+        text += &format!(
+            "  {} events were not told: their program is too slow\n",
+            hook.dropped
+        );
+    }
+    text
+}
+
 /// Why a guest is not simply fine.
 pub(super) fn reasons(guest: &GuestStatus) -> Vec<String> {
     let mut reasons = Vec::new();
@@ -189,6 +208,13 @@ pub(super) fn reasons(guest: &GuestStatus) -> Vec<String> {
     }
     reasons.extend(guest.blocked_on.clone());
     reasons.extend(guest.warm.as_ref().map(warm));
+    reasons.extend(guest.rollback_until.map(|until| {
+        format!(
+            "its failover can be rolled back until {} UTC: lifeboat rollback {}",
+            units::time(until),
+            guest.name
+        )
+    }));
     let obstacle = guest.obstacle.as_ref();
     reasons.extend(obstacle.map(|why| format!("a failover would fail: {why}")));
     let news = guest.disk_news.as_ref();
@@ -398,6 +424,7 @@ pub fn done(done: &Done) -> String {
         Outcome::DrillEnded => "the clone is gone",
         Outcome::NoDrillKept => "no clone was kept",
         Outcome::Committed => "the failover is final",
+        Outcome::Addressed => "it has the address",
         Outcome::RolledBack => "the failover was rolled back",
     };
     match &done.detail {

@@ -147,6 +147,18 @@ pub fn result(run: &Run, paint: Paint) -> String {
             ),
             &r.problems,
         ),
+        Some(RunResult::SeedExport(r)) => format!(
+            "{guest}  seed of {} in {}, {}\nbring it to the other site, there: lifeboat import-seed FILE --guest {guest}\n",
+            units::time(r.captured_at),
+            r.file.display(),
+            units::bytes(r.bytes)
+        ),
+        Some(RunResult::SeedImport(r)) => format!(
+            "{guest}  {} from {}, {}\nwhere it runs: lifeboat protect {guest}, which sends what differs\n",
+            paint.good("laid"),
+            r.file.display(),
+            units::bytes(r.bytes)
+        ),
         Some(RunResult::JournalRebuild(r)) => problems(
             &format!(
                 "{guest}: {} points, {} tags and pins found",

@@ -136,6 +136,7 @@ pub async fn run(
                 group: None,
                 fenced_by_operator,
                 dry_run,
+                ..FailoverRequest::default()
             };
             match (name, group) {
                 (Some(name), _) => {
@@ -209,6 +210,7 @@ pub async fn run(
                 keep_seconds: keep.map(|keep| keep.as_secs_f64()),
                 probe,
                 probe_timeout_seconds: probe_timeout.map(|timeout| timeout.as_secs_f64()),
+                ..DrillRequest::default()
             };
             let run = client.test_failover(&name, &request).await?;
             follow(client, run, timeout, out).await?;
@@ -250,6 +252,8 @@ pub async fn run(
             let run = client.export(&name, &request).await?;
             follow(client, run, timeout, out).await?;
         }
+        Verb::ExportSeed(seed) => seed.run(client, timeout, out).await?,
+        Verb::ImportSeed(seed) => seed.run(client, timeout, out).await?,
         Verb::Journal(verb) => journal(verb, client, timeout, out).await?,
         Verb::Runs { id: None } => {
             let runs = client.runs().await?;

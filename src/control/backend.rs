@@ -7,8 +7,9 @@ use super::checkpoint::{Checkpoint, CheckpointRequest};
 use super::events::Events;
 use super::facts::Facts;
 use super::types::{
-    ApiError, ConsoleInfo, Done, DrillRequest, ExportRequest, Exports, FailoverRequest,
-    JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs, SiteStatus,
+    AddressRequest, ApiError, ConsoleInfo, Done, DrillRequest, ExportRequest, Exports,
+    FailoverRequest, JournalStat, MoveRequest, Networks, Points, ProtectRequest, Reloaded, Run,
+    RunId, Runs, SeedRequest, SiteStatus,
 };
 use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 
@@ -42,6 +43,16 @@ pub trait Backend: Send + Sync + 'static {
         &self,
         guest: &GuestId,
     ) -> impl Future<Output = Result<ConsoleInfo, ApiError>> + Send;
+
+    /// The networks of a guest: of one that runs here, or else of its newest point here.
+    fn networks(&self, guest: &GuestId) -> impl Future<Output = Result<Networks, ApiError>> + Send;
+
+    /// Has the agent of a guest that runs here give an interface an address.
+    fn address(
+        &self,
+        guest: &GuestId,
+        request: AddressRequest,
+    ) -> impl Future<Output = Result<Done, ApiError>> + Send;
 
     /// Begins to replicate a guest. The run ends with the first durable recovery point.
     fn protect(
@@ -136,6 +147,20 @@ pub trait Backend: Send + Sync + 'static {
     fn journal_rebuild(
         &self,
         guest: &GuestId,
+    ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Writes a copy of a guest to a file of this host.
+    fn seed_export(
+        &self,
+        guest: &GuestId,
+        request: SeedRequest,
+    ) -> impl Future<Output = Result<Run, ApiError>> + Send;
+
+    /// Lays such a copy under the first protection of a guest to this site.
+    fn seed_import(
+        &self,
+        guest: &GuestId,
+        request: SeedRequest,
     ) -> impl Future<Output = Result<Run, ApiError>> + Send;
 
     /// A run as it is now.

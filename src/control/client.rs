@@ -18,10 +18,11 @@ use super::events::Events;
 use super::facts::Facts;
 use super::server::{StartRequest, UnprotectRequest, VerifyRequest};
 use super::types::{
-    ApiError, ConsoleInfo, Document, Done, DrillRequest, Envelope, ExportRequest, Exports,
-    FailoverRequest, JournalStat, MoveRequest, Points, ProtectRequest, Reloaded, Run, RunId, Runs,
-    SiteStatus,
+    AddressRequest, ApiError, ConsoleInfo, Document, Done, DrillRequest, Envelope, ExportRequest,
+    Exports, FailoverRequest, JournalStat, MoveRequest, Networks, Points, ProtectRequest, Reloaded,
+    Run, RunId, Runs, SeedRequest, SiteStatus,
 };
+use crate::guest::network::ADDRESS_WITHIN_MAX;
 use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 
 /// Largest answer that is taken: some 50 000 recovery points.
@@ -78,6 +79,27 @@ impl Client {
     /// Where a guest's terminal is.
     pub async fn console(&self, guest: &GuestId) -> Result<ConsoleInfo, ApiError> {
         self.get(&verb(guest, "console")).await
+    }
+
+    /// The networks of a guest.
+    pub async fn networks(&self, guest: &GuestId) -> Result<Networks, ApiError> {
+        self.get(&verb(guest, "networks")).await
+    }
+
+    /// Has a guest's agent give an interface an address.
+    pub async fn address(
+        &self,
+        guest: &GuestId,
+        request: &AddressRequest,
+    ) -> Result<Done, ApiError> {
+        let body = serde_json::to_vec(request).expect("requests have no keys but strings");
+        // The daemon says itself when time is up.
+        let within = ADDRESS_WITHIN_MAX + ANSWER_WITHIN;
+        let path = verb(guest, "address");
+        understand(
+            self.exchange_within(Method::POST, &path, body, within)
+                .await?,
+        )
     }
 
     /// Begins to replicate a guest.
@@ -188,6 +210,24 @@ impl Client {
     pub async fn journal_rebuild(&self, guest: &GuestId) -> Result<Run, ApiError> {
         self.post(&verb(guest, "journal/rebuild"), &Nothing {})
             .await
+    }
+
+    /// Writes a seed of a guest.
+    pub async fn seed_export(
+        &self,
+        guest: &GuestId,
+        request: &SeedRequest,
+    ) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "seed/export"), request).await
+    }
+
+    /// Lays a seed under the first protection of a guest.
+    pub async fn seed_import(
+        &self,
+        guest: &GuestId,
+        request: &SeedRequest,
+    ) -> Result<Run, ApiError> {
+        self.post(&verb(guest, "seed/import"), request).await
     }
 
     /// A run as it is now.

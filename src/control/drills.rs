@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::time;
 use super::types::PointStatus;
 use crate::clock::Timestamp;
+use crate::guest::network::NetworkChange;
 use crate::ids::{Epoch, GroupId};
 
 /// What to try.
@@ -28,6 +29,9 @@ pub struct DrillRequest {
     /// How long the answer may take, in seconds; as configured when missing.
     #[serde(default)]
     pub probe_timeout_seconds: Option<f64>,
+    /// What the clone's networks are plugged into; those that are not named have no cable.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<NetworkChange>,
 }
 
 /// What a clone is asked.

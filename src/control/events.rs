@@ -67,6 +67,21 @@ impl Document for Events {
     const SCHEMA: &'static str = "lifeboat.events/v1";
 }
 
+/// The program that is told of events, since the daemon was started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookStatus {
+    /// Events that it was told, and took.
+    pub told: u64,
+    /// Events that it was told, and failed at.
+    pub failed: u64,
+    /// Events that it was not told, because it is too slow.
+    pub dropped: u64,
+    /// Events that wait for it.
+    pub waiting: u64,
+    /// Why it failed at the last event; `null` if it did not.
+    pub error: Option<String>,
+}
+
 /// Which events are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

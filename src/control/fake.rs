@@ -19,6 +19,7 @@ use super::runs::{RunBook, RunHandle};
 use super::types::*;
 use crate::clock::{Clock, Env, Timestamp};
 use crate::guest::RunState;
+use crate::guest::network::{GuestNetwork, NetworkName};
 use crate::ids::{Epoch, Generation, GroupId, GuestId, SiteId};
 use crate::metrics::Metrics;
 use crate::metrics::labels::{GuestState, Operation, Role};
@@ -182,6 +183,7 @@ impl Backend for Fake {
                 not_after: Timestamp(NOW.0 + 76 * 86_400 * SECOND),
             }],
             groups: Vec::new(),
+            hook: None,
         })
     }
 
@@ -222,6 +224,26 @@ impl Backend for Fake {
             guest: guest.clone(),
             socket: PathBuf::from(format!("/run/lifeboat/{guest}/console.sock")),
         })
+    }
+
+    async fn networks(&self, guest: &GuestId) -> Result<Networks, ApiError> {
+        self.guest(guest)?;
+        // One of them is of QEMU.
+        let named = guest.as_str() == "web1";
+        let office = GuestNetwork {
+            id: "net0".into(),
+            kind: "tap".into(),
+            name: Some(NetworkName::Tap("tap3".into())),
+        };
+        Ok(Networks {
+            guest: guest.clone(),
+            networks: if named { vec![office] } else { vec![] },
+            agent: named,
+        })
+    }
+
+    async fn address(&self, guest: &GuestId, _request: AddressRequest) -> Result<Done, ApiError> {
+        Err(ApiError::no_such_guest(guest))
     }
 
     async fn protect(&self, guest: &GuestId, request: ProtectRequest) -> Result<Run, ApiError> {
@@ -482,6 +504,33 @@ impl Backend for Fake {
         self.begin(Operation::JournalRebuild, guest, |run| {
             // The work fell over.
             drop(run);
+        })
+    }
+
+    async fn seed_export(&self, guest: &GuestId, request: SeedRequest) -> Result<Run, ApiError> {
+        self.guest(guest)?;
+        self.begin(Operation::ExportSeed, guest, |run| {
+            run.step("write");
+            run.finish(Ok(RunResult::SeedExport(SeedReport {
+                file: request.file,
+                bytes: 90 << 20,
+                pages: 64 << 8,
+                captured_at: before(900),
+            })));
+        })
+    }
+
+    async fn seed_import(&self, guest: &GuestId, request: SeedRequest) -> Result<Run, ApiError> {
+        self.guest(guest)?;
+        self.begin(Operation::ImportSeed, guest, |run| {
+            run.step("verify");
+            run.step("lay");
+            run.finish(Ok(RunResult::SeedImport(SeedLaid {
+                file: request.file,
+                bytes: 90 << 20,
+                pages: 64 << 8,
+                epoch: Epoch(1),
+            })));
         })
     }
 

@@ -1,10 +1,14 @@
 //! What long verbs find and do: the results of runs.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use super::drills::DrillReport;
 use super::exports::ExportStatus;
+use super::time;
 use super::types::{PointStatus, SyncStatus};
+use crate::clock::Timestamp;
 use crate::ids::{Epoch, Generation, SiteId};
 
 /// What came of a run.
@@ -29,6 +33,45 @@ pub enum RunResult {
     JournalCheck(JournalCheckReport),
     /// A catalogue was made anew.
     JournalRebuild(JournalRebuildReport),
+    /// A seed was written.
+    SeedExport(SeedReport),
+    /// A seed was laid.
+    SeedImport(SeedLaid),
+}
+
+/// A copy of a guest in a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeedReport {
+    /// The file, on the host of the daemon.
+    pub file: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Pages of the guest.
+    pub pages: u64,
+    /// The instant that it shows.
+    #[serde(with = "time")]
+    pub captured_at: Timestamp,
+}
+
+/// A seed lies under the first protection of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeedLaid {
+    /// The file, on the host of the daemon.
+    pub file: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Page contents in it.
+    pub pages: u64,
+    /// Its number in the journal. It is no recovery point.
+    pub epoch: Epoch,
+}
+
+/// Body of `seed/export` and `seed/import`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SeedRequest {
+    /// The file, on the host of the daemon, with its whole path; of an export also a directory.
+    pub file: PathBuf,
 }
 
 /// A guest became protected, or was.

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Epoch, GroupId, SiteId};
+use super::types::Document;
+use crate::guest::network::{Address, GuestNetwork, NetworkChange};
+use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 
 /// What to protect a guest with; what is missing comes from the configuration.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -41,4 +43,32 @@ pub struct FailoverRequest {
     /// Only say what would happen.
     #[serde(default)]
     pub dry_run: bool,
+    /// What its networks are plugged into here, if that is not as at the old site.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<NetworkChange>,
+}
+
+/// Body of `address`: what an interface of a guest that runs here is to have, written by its agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddressRequest {
+    /// The address.
+    pub address: Address,
+    /// How long that may take.
+    pub within_seconds: f64,
+}
+
+/// The networks of a guest, as they are at its old site or, if it runs here, here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Networks {
+    /// The guest.
+    pub guest: GuestId,
+    /// Its networks; of a guest of the built-in monitor none.
+    pub networks: Vec<GuestNetwork>,
+    /// Whether it has a guest agent that can be reached once it runs here.
+    pub agent: bool,
+}
+
+impl Document for Networks {
+    const SCHEMA: &'static str = "lifeboat.networks/v1";
 }

@@ -7,6 +7,8 @@
 //! | POST | `/v1/guests/G/start` | `{"force": bool}` | `lifeboat.done/v1` |
 //! | POST | `/v1/guests/G/stop` | | `lifeboat.done/v1` |
 //! | GET | `/v1/guests/G/console` | | `lifeboat.console/v1` |
+//! | GET | `/v1/guests/G/networks` | | `lifeboat.networks/v1` |
+//! | POST | `/v1/guests/G/address` | `AddressRequest` | `lifeboat.done/v1` |
 //! | POST | `/v1/guests/G/protect` | `ProtectRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/unprotect` | `{"purge": bool}` | `lifeboat.done/v1` |
 //! | GET | `/v1/guests/G/points` | | `lifeboat.points/v1` |
@@ -21,6 +23,7 @@
 //! | POST | `/v1/guests/G/checkpoint` | `CheckpointRequest` | `lifeboat.checkpoint/v1` |
 //! | POST | `/v1/guests/G/export` | `ExportRequest` | `lifeboat.run/v1`, 202 |
 //! | POST | `/v1/guests/G/export/stop` | | `lifeboat.done/v1` |
+//! | POST | `/v1/guests/G/seed/export`, `.../import` | `SeedRequest` | `lifeboat.run/v1`, 202 |
 //! | GET | `/v1/exports` | | `lifeboat.exports/v1` |
 //! | GET | `/v1/guests/G/journal` | | `lifeboat.journal_stat/v1` |
 //! | POST | `/v1/guests/G/journal/check`, `.../rebuild` | | `lifeboat.run/v1`, 202 |
@@ -60,8 +63,8 @@ use super::events::EventsRequest;
 use super::page::{self, History};
 use super::socket::AdminSocket;
 use super::types::{
-    ApiError, Document, DrillRequest, Envelope, ExportRequest, FailoverRequest, MoveRequest,
-    ProtectRequest, Run, RunId,
+    AddressRequest, ApiError, Document, DrillRequest, Envelope, ExportRequest, FailoverRequest,
+    MoveRequest, ProtectRequest, Run, RunId, SeedRequest,
 };
 use crate::ids::{Epoch, GroupId, GuestId, NameError, SiteId};
 use crate::metrics::Metrics;
@@ -208,6 +211,8 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/guests/{guest}/start", post(guest_start))
         .route("/v1/guests/{guest}/stop", post(guest_stop))
         .route("/v1/guests/{guest}/console", get(console))
+        .route("/v1/guests/{guest}/networks", get(networks))
+        .route("/v1/guests/{guest}/address", post(address))
         .route("/v1/guests/{guest}/protect", post(protect))
         .route("/v1/guests/{guest}/unprotect", post(unprotect))
         .route("/v1/guests/{guest}/commit", post(commit))
@@ -225,6 +230,8 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/guests/{guest}/checkpoint", post(checkpoint))
         .route("/v1/guests/{guest}/export", post(export))
         .route("/v1/guests/{guest}/export/stop", post(export_stop))
+        .route("/v1/guests/{guest}/seed/export", post(seed_export))
+        .route("/v1/guests/{guest}/seed/import", post(seed_import))
         .route("/v1/exports", get(exports))
         .route("/v1/guests/{guest}/journal", get(journal_stat))
         .route("/v1/guests/{guest}/journal/check", post(journal_check))
@@ -315,6 +322,11 @@ fn body<T: DeserializeOwned + Default>(bytes: &Bytes) -> Result<T, ApiError> {
     if bytes.is_empty() {
         return Ok(T::default());
     }
+    needed(bytes)
+}
+
+/// The body, which has to be there.
+fn needed<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
     serde_json::from_slice(bytes)
         .map_err(|error| ApiError::new(Reason::Usage, format!("the request's body: {error}")))
 }
@@ -345,7 +357,13 @@ macro_rules! read {
 
 /// A handler of a verb for one guest.
 macro_rules! verb {
-    ($name:ident, $route:literal, $success:ident, $body:ty,
+    ($name:ident, $route:literal, $success:ident, needed $body:ty, $($work:tt)+) => {
+        verb!(@ $name, $route, $success, needed, $body, $($work)+);
+    };
+    ($name:ident, $route:literal, $success:ident, $body:ty, $($work:tt)+) => {
+        verb!(@ $name, $route, $success, body, $body, $($work)+);
+    };
+    (@ $name:ident, $route:literal, $success:ident, $parse:ident, $body:ty,
      |$backend:ident, $guest:ident, $request:ident| $call:expr) => {
         async fn $name<B: Backend>(
             State(site): State<Site<B>>,
@@ -353,7 +371,7 @@ macro_rules! verb {
             Path(guest): Path<String>,
             bytes: Bytes,
         ) -> Response {
-            let request = body::<$body>(&bytes);
+            let request = $parse::<$body>(&bytes);
             let work = move |$backend: Arc<B>, $guest: GuestId| async move {
                 let $request = request?;
                 $call.await
@@ -375,6 +393,9 @@ read!(runs, "/v1/runs", |backend| backend.runs());
 read!(exports, "/v1/exports", |backend| backend.exports());
 read!(console, "/v1/guests/{guest}/console", |backend, guest| {
     backend.console(&guest)
+});
+read!(networks, "/v1/guests/{guest}/networks", |backend, guest| {
+    backend.networks(&guest)
 });
 read!(points, "/v1/guests/{guest}/points", |backend, guest| {
     backend.points(&guest)
@@ -481,6 +502,27 @@ verb!(
     OK,
     CheckpointRequest,
     |backend, guest, request| backend.checkpoint(&guest, request)
+);
+verb!(
+    address,
+    "/v1/guests/{guest}/address",
+    OK,
+    needed AddressRequest,
+    |backend, guest, request| backend.address(&guest, request)
+);
+verb!(
+    seed_export,
+    "/v1/guests/{guest}/seed/export",
+    ACCEPTED,
+    needed SeedRequest,
+    |backend, guest, request| backend.seed_export(&guest, request)
+);
+verb!(
+    seed_import,
+    "/v1/guests/{guest}/seed/import",
+    ACCEPTED,
+    needed SeedRequest,
+    |backend, guest, request| backend.seed_import(&guest, request)
 );
 verb!(
     journal_check,

@@ -17,9 +17,9 @@ pub use super::exports::{ExportRequest, ExportStatus, ExportedDisk, Exports};
 pub use super::groups::{GroupMiss, GroupPointStatus, GroupStatus};
 pub use super::reports::{
     FailoverReport, JournalCheckReport, JournalRebuildReport, MoveReport, ProtectReport, RunResult,
-    TakeReport, VerifyReport,
+    SeedLaid, SeedReport, SeedRequest, TakeReport, VerifyReport,
 };
-pub use super::requests::{FailoverRequest, MoveRequest, ProtectRequest};
+pub use super::requests::{AddressRequest, FailoverRequest, MoveRequest, Networks, ProtectRequest};
 use super::time;
 use crate::clock::Timestamp;
 use crate::guest::RunState;
@@ -95,6 +95,9 @@ pub struct SiteStatus {
     /// Groups of guests that are cut at one instant, by name.
     #[serde(default)]
     pub groups: Vec<GroupStatus>,
+    /// The program that is told of events; `null` if there is none.
+    #[serde(default)]
+    pub hook: Option<super::events::HookStatus>,
 }
 
 /// The link to one peer.
@@ -390,6 +393,8 @@ pub enum Outcome {
     Committed,
     /// The failover was rolled back.
     RolledBack,
+    /// An interface of the guest has the address.
+    Addressed,
 }
 
 /// Where a guest's terminal is.

@@ -16,6 +16,7 @@ use super::exports;
 use super::facts::{self, FactBook};
 use super::groups::{self, Groups};
 use super::moving;
+use super::networks;
 use super::orders::{Handle, Order};
 use super::promotion::{Failover, ReadyFailover};
 use super::quiesce;
@@ -33,10 +34,11 @@ use crate::control::codes::Reason;
 use crate::control::events::Events;
 use crate::control::runs::RunBook;
 use crate::control::types::{
-    ApiError, CertificateStatus, ConsoleInfo, Done, DrillRequest, ExportRequest, Exports,
-    FailoverRequest, GuestStatus, JournalStat, MoveRequest, Outcome, Points, ProtectRequest,
-    Reloaded, Run, RunId, Runs, SiteStatus, StoreStatus,
+    AddressRequest, ApiError, CertificateStatus, ConsoleInfo, Done, DrillRequest, ExportRequest,
+    Exports, FailoverRequest, GuestStatus, JournalStat, MoveRequest, Networks, Outcome, Points,
+    ProtectRequest, Reloaded, Run, RunId, Runs, SeedRequest, SiteStatus, StoreStatus,
 };
+use crate::guest::network::check_changes;
 use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 use crate::metrics::labels::Operation;
 use crate::transport::TlsMaterial;
@@ -220,7 +222,7 @@ impl Site {
         }
     }
 
-    fn known(&self, guest: &GuestId) -> Result<(), ApiError> {
+    pub(super) fn known(&self, guest: &GuestId) -> Result<(), ApiError> {
         if self.names().contains(guest) {
             return Ok(());
         }
@@ -259,6 +261,7 @@ impl Site {
         mut request: FailoverRequest,
     ) -> Result<ReadyFailover, ApiError> {
         let asked = Instant::now();
+        check_changes(&request.networks).map_err(|why| ApiError::new(Reason::Usage, why))?;
         request.point = self.point_asked(guest, request.point, request.group.as_ref())?;
         let copy = self.copy(guest).await?;
         let config = self.config();
@@ -321,6 +324,7 @@ impl Backend for Site {
             },
             certificates: self.certificates(),
             groups: self.group_status(),
+            hook: self.events.hook(&config),
         })
     }
 
@@ -351,6 +355,19 @@ impl Backend for Site {
         Ok(ConsoleInfo {
             guest: guest.clone(),
             socket,
+        })
+    }
+
+    async fn networks(&self, guest: &GuestId) -> Result<Networks, ApiError> {
+        networks::of(self, guest).await
+    }
+
+    async fn address(&self, guest: &GuestId, request: AddressRequest) -> Result<Done, ApiError> {
+        let run_dir = self.context.run_dir(guest);
+        let detail = networks::address(self.active(guest)?, &run_dir, guest, request).await?;
+        Ok(Done {
+            detail: Some(detail),
+            ..done(guest, Outcome::Addressed)
         })
     }
 
@@ -513,6 +530,14 @@ impl Backend for Site {
         let copy = self.copy(guest).await?;
         let run = self.runs.begin(Operation::JournalRebuild, guest)?;
         Ok(verbs::journal_rebuild(run, self.context.env.clone(), copy))
+    }
+
+    async fn seed_export(&self, guest: &GuestId, request: SeedRequest) -> Result<Run, ApiError> {
+        self.export_seed(guest, request.file).await
+    }
+
+    async fn seed_import(&self, guest: &GuestId, request: SeedRequest) -> Result<Run, ApiError> {
+        self.import_seed(guest, request.file).await
     }
 
     async fn run(&self, id: &RunId) -> Result<Run, ApiError> {

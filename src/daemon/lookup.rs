@@ -184,6 +184,7 @@ impl Lookup<DirStore> for Site {
             handle: self.supervisor(guest),
             failover: None,
             qemu: self.qemu_of(guest),
+            networks: Vec::new(),
         };
         let taken = takeover.carry_out(&run, epoch, generation).await;
         let result = taken.map(|runs| {

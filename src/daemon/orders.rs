@@ -6,6 +6,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::hardware::{Hardware, Memory};
 use super::record::{FailedOver, GuestRecord};
+use super::seeds::Exporting;
 use crate::config::resolved::GuestConfig;
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
@@ -66,6 +67,8 @@ pub(super) enum Order {
     Checkpoint { asked: Asked, reply: Reply<()> },
     /// Make one together with other guests. Answered when the primary role has been told.
     Together { turn: Turn, reply: Reply<()> },
+    /// Write a seed of the guest, which is lent to that meanwhile.
+    ExportSeed(Box<Exporting>),
     /// The configuration changed.
     Configure(Option<Box<GuestConfig>>),
     /// The daemon ends; guests live on.

@@ -24,7 +24,9 @@ use crate::device_state::DeviceState;
 use crate::failover::{DiskFiles, Fence, fence};
 use crate::frame::Manifest;
 use crate::guest::RunState;
+use crate::guest::network::NetworkChange;
 use crate::guest::qemu::command::Rewrite;
+use crate::guest::qemu::network::changed;
 use crate::ids::{DiskId, Epoch, Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
 use crate::standby::{Promotion, ReplicaError};
@@ -139,6 +141,7 @@ impl Failover {
             copy: self.copy.clone(),
             handle: self.handle.clone(),
             qemu: self.qemu.clone(),
+            networks: self.request.networks.clone(),
         };
         report.generation_after = takeover.promote(run, point.epoch, before).await?;
         let runs = takeover
@@ -245,6 +248,8 @@ pub(super) struct Takeover {
     /// It may be a guest of QEMU, whose old site may have command lines started here, with these
     /// changes.
     pub qemu: Option<Vec<Rewrite>>,
+    /// And with these of its networks.
+    pub networks: Vec<NetworkChange>,
 }
 
 impl Takeover {
@@ -317,7 +322,8 @@ impl Takeover {
             .offload(move || lock(&copy).promote(generation, Some(point)));
         let promotion = promoting.await?;
         run.step("materialise");
-        if let Some(fed) = self.fed(run, promotion.point.epoch).await {
+        let (at, described) = (promotion.point.epoch, promotion.manifest.machine.clone());
+        if let Some(fed) = self.fed(run, at, &described).await {
             let (hardware, memory) = (fed.hardware(), Memory::Fed(Box::new(fed)));
             let state = DeviceState::from_bytes(&promotion.manifest.device_state);
             let from = Materialised {
@@ -352,16 +358,29 @@ impl Takeover {
         self.handle.ask(order).await
     }
 
-    /// The QEMU that waits warm for the guest, if it has this point. If not, none is left.
-    async fn fed(&self, run: &RunHandle, epoch: Epoch) -> Option<FedQemu> {
+    /// The QEMU that waits warm for the guest, if it has this point of this machine, and the networks
+    /// that are wanted. If not, none is left.
+    async fn fed(&self, run: &RunHandle, epoch: Epoch, machine: &[u8]) -> Option<FedQemu> {
         let taken = self.site.warms.take(&self.guest, epoch).await?;
         // It was started when that was allowed, which may have changed.
         let allowed = self.qemu.is_some();
-        match taken.and_then(|fed| {
-            allowed
-                .then_some(fed)
-                .ok_or("it is not allowed here".into())
-        }) {
+        let plugged = match Hardware::from_bytes(machine) {
+            Ok(hardware) => plugged(&hardware, &self.networks),
+            Err(_) => Vec::new(),
+        };
+        let fitting = |fed: FedQemu| {
+            let there = match fed.hardware() {
+                Hardware::Qemu(machine) => machine.command,
+                Hardware::Builtin(_) => Vec::new(),
+            };
+            let has = |(at, value): &(usize, String)| there.get(*at) == Some(value);
+            match (allowed, plugged.iter().all(has)) {
+                (false, _) => Err("it is not allowed here".to_owned()),
+                (_, false) => Err("its networks are not those that were asked for".to_owned()),
+                _ => Ok(fed),
+            }
+        };
+        match taken.and_then(fitting) {
             Ok(fed) => {
                 run.detail("memory and disks are in the QEMU that waits warm");
                 Some(fed)
@@ -399,7 +418,7 @@ impl Takeover {
                 if let Some(after) = added {
                     run.detail(format!("disks of #{after} were there before"));
                 }
-                machine(&manifest, &files, self.qemu.as_deref())
+                machine(&manifest, &files, self.qemu.as_deref(), &self.networks)
             }
             Err(error) => Err(error),
         };
@@ -425,11 +444,12 @@ impl Takeover {
 }
 
 /// The machine of a point with its disks in these files and its command line rewritten by this table
-/// (`None`: none may be started), and the state of its devices.
+/// (`None`: none may be started) and its networks by these changes, and the state of its devices.
 pub(super) fn machine(
     manifest: &Manifest,
     files: &[(DiskId, PathBuf)],
     table: Option<&[Rewrite]>,
+    networks: &[NetworkChange],
 ) -> Result<(Hardware, DeviceState), ApiError> {
     let hardware = Hardware::from_bytes(&manifest.machine).map_err(failed)?;
     if table.is_none() && matches!(hardware, Hardware::Qemu(_)) {
@@ -440,13 +460,28 @@ pub(super) fn machine(
     }
     let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
     let table = table.unwrap_or_default();
-    let hardware = hardware.placed(files, table).map_err(failed)?;
+    // Networks are named as at the old site, whatever the table makes of their names.
+    let plugged = plugged(&hardware, networks);
+    let mut hardware = hardware.placed(files, table).map_err(failed)?;
+    if let Hardware::Qemu(machine) = &mut hardware {
+        for (at, value) in plugged {
+            machine.command[at] = value;
+        }
+    }
     // Only now: the files that it named at its old site need not be here.
     if hardware.layout().map_err(failed)? != manifest.layout {
         let text = "the machine of the point has other memory or disks than the point";
         return Err(ApiError::new(Reason::Difference, text));
     }
     Ok((hardware, state))
+}
+
+/// The arguments of a machine's command line that these changes replace, with their places.
+pub(super) fn plugged(hardware: &Hardware, networks: &[NetworkChange]) -> Vec<(usize, String)> {
+    match hardware {
+        Hardware::Qemu(machine) => changed(&machine.command, networks),
+        Hardware::Builtin(_) => Vec::new(),
+    }
 }
 
 /// The file of each disk.

@@ -307,7 +307,7 @@ async fn attempt(
         return Ok(None);
     }
     let log = qemu::log(directory);
-    let trial = qemu::start(&isolated(&command, None), &sockets, &log).await;
+    let trial = qemu::start(&isolated(&command, None, &[]), &sockets, &log).await;
     let mut child = trial.map_err(|e| e.to_string())?;
     let asked = ask(&sockets.qmp).await;
     // It waits for a guest and has nothing to lose.

@@ -25,6 +25,7 @@ pub mod fake;
 pub mod any;
 pub mod builtin;
 pub(crate) mod detached;
+pub mod network;
 pub mod qemu;
 
 use std::future::Future;

@@ -85,6 +85,23 @@ impl<S: Store, R: Iterator<Item = Row>> PageImage for FoldImage<'_, '_, S, R> {
     }
 }
 
+/// Applies a part to a base. An error of the part itself is a [`JournalError::Frame`].
+pub(super) fn apply<S: Store>(
+    writer: &mut Writer<'_, S>,
+    part: &PartView<'_>,
+) -> Result<(), JournalError> {
+    let mut image = FoldImage {
+        writer,
+        rows: part.rows().filter(|row| row.kind != RowKind::Zero),
+        error: None,
+    };
+    let applied = part.apply(&mut image);
+    match image.error.take() {
+        Some(error) => Err(error),
+        None => Ok(applied?),
+    }
+}
+
 impl<S: Store> Journal<S> {
     /// F1: gives up all points up to `to`.
     pub(super) fn begin_fold(&mut self, to: Epoch) -> Result<(), JournalError> {
@@ -160,17 +177,10 @@ impl<S: Store> Journal<S> {
                 ));
             }
             view.check_layout(&layout).map_err(damaged)?;
-            let mut image = FoldImage {
-                writer: &mut writer,
-                rows: view.rows().filter(|row| row.kind != RowKind::Zero),
-                error: None,
-            };
-            let applied = view.apply(&mut image);
-            match (image.error.take(), applied) {
-                (Some(error), _) => return Err(error),
-                (None, Err(error)) => return Err(damaged(error)),
-                (None, Ok(())) => {}
-            }
+            apply(&mut writer, &view).map_err(|error| match error {
+                JournalError::Frame(error) => damaged(error),
+                other => other,
+            })?;
             left = left.saturating_sub(u64::from(loc.len));
             fold.part += 1;
             if fold.part == info.parts.len() {

@@ -18,10 +18,11 @@
 
 use super::base::{Base, Writer};
 use super::error::JournalError;
+use super::fold::apply;
 use super::open::Journal;
 use super::replay::{load_base, none_left};
 use super::store::Store;
-use crate::frame::PageImage;
+use crate::frame::{PageImage, PartView, RowKind};
 use crate::ids::{Epoch, ImageRoot};
 use crate::page::{Layout, PAGE_SIZE, PageAddr, RegionId};
 
@@ -41,6 +42,14 @@ impl Laying {
     pub fn next(&self) -> Option<(PageAddr, u32)> {
         let region = self.layout.get(self.next.region)?;
         Some((self.next, region.pages - self.next.page))
+    }
+
+    /// Nothing more comes: what was not laid is zeros.
+    pub fn end(&mut self) {
+        self.next = PageAddr {
+            region: RegionId(self.layout.regions().len() as u16),
+            page: 0,
+        };
     }
 }
 
@@ -134,6 +143,33 @@ impl<S: Store> Journal<S> {
             },
             false => PageAddr { page, ..at },
         };
+        Ok(())
+    }
+
+    /// Lays the content of a part of a full frame, wherever in the guest that is. Not durable yet.
+    ///
+    /// Fails also when the disk is as full as it may be, and if the part names pages that the guest
+    /// has not.
+    pub fn lay_part(
+        &mut self,
+        laying: &mut Laying,
+        part: &PartView<'_>,
+    ) -> Result<(), JournalError> {
+        self.layable()?;
+        part.check_layout(&laying.layout)?;
+        let free = self.store.free_bytes().unwrap_or(u64::MAX);
+        let reserve = self.options.min_free_bytes;
+        let whole = part.rows().filter(|row| row.kind != RowKind::Zero).count();
+        if free < reserve.saturating_add((whole * PAGE_SIZE) as u64) {
+            return Err(JournalError::NoSpace { free, reserve });
+        }
+        let base: Base<S> = Base::open(&self.store, &laying.layout, true)?;
+        let mut writer = Writer::new(&base, false);
+        // The image that is laid is the same as that of a fold: the frame's content over the base.
+        let applied = apply(&mut writer, part).and_then(|()| writer.flush());
+        let written = writer.written;
+        self.guard(applied)?;
+        self.counters.base_bytes += written;
         Ok(())
     }
 

@@ -200,6 +200,20 @@ impl<S: Store> Held<S> {
         self.frames.iter().map(|f| f.bytes).sum()
     }
 
+    /// How to build the guest's machine at the point. Reads the end of its frame alone, and verifies
+    /// that.
+    pub fn machine(&self) -> Result<Vec<u8>, JournalError> {
+        let last = self.frames.last().and_then(|info| info.parts.last());
+        let loc = last.ok_or(JournalError::UnknownPoint(self.point.epoch))?;
+        let mut buffer = vec![0; loc.len as usize];
+        read(&self.files, loc.segment, u64::from(loc.offset), &mut buffer)?;
+        let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
+        let manifest = PartView::verify(&buffer).and_then(|view| view.manifest());
+        let manifest = manifest.map_err(damaged);
+        alive(&self.token, &self.point)?;
+        Ok(manifest?.machine)
+    }
+
     /// Reads and verifies all frames of the point and notes where every page is. `progress` gets the
     /// bytes that were read so far.
     ///

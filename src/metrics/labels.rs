@@ -232,6 +232,10 @@ label!(
         JournalCheck = "journal_check",
         /// The catalogue made anew from the segments.
         JournalRebuild = "journal_rebuild",
+        /// A copy of a guest written to a file.
+        ExportSeed = "export_seed",
+        /// A file laid under the first protection of a guest.
+        ImportSeed = "import_seed",
     }
 );
 

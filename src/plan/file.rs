@@ -8,6 +8,7 @@
 //!   [[group.probe]]    tcp = "HOST:PORT" | http = "URL", status = N | command = [argv]
 //!                      | serial = "TEXT", guest = "NAME"               timeout, modes
 //!   [[group.after]]    as before
+//!   [[network]], [[address]]    see `network`
 //! ```
 //!
 //! `modes` of a step: those in which it is done. Actions and probes are left out of tests unless
@@ -23,6 +24,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::command;
+use super::network::{RawAddress, RawNetwork};
 use super::order::{Node, order};
 use super::probe::{Question, Url, host_port};
 use super::steps::{Action, Group, Mode, Plan, Step};
@@ -77,6 +79,10 @@ struct File {
     timeout: Option<Spanned<String>>,
     #[serde(default)]
     group: Vec<RawGroup>,
+    #[serde(default)]
+    network: Vec<RawNetwork>,
+    #[serde(default)]
+    address: Vec<RawAddress>,
 }
 
 #[derive(Deserialize)]
@@ -166,14 +172,14 @@ pub fn parse(text: &str, files: Files) -> Result<Plan, Vec<Problem>> {
     }
 }
 
-struct Check<'a> {
+pub(super) struct Check<'a> {
     text: &'a str,
     files: Files,
     problems: Vec<Problem>,
 }
 
 impl Check<'_> {
-    fn wrong(&mut self, key: &str, at: Range<usize>, message: impl Into<String>) {
+    pub(super) fn wrong(&mut self, key: &str, at: Range<usize>, message: impl Into<String>) {
         self.problems.push(Problem {
             key: key.to_owned(),
             place: Some(Place::in_text(self.text, at.start)),
@@ -182,7 +188,7 @@ impl Check<'_> {
     }
 
     /// The parsed value, or a problem.
-    fn value<T, R>(
+    pub(super) fn value<T, R>(
         &mut self,
         key: &str,
         raw: &Spanned<R>,
@@ -194,7 +200,7 @@ impl Check<'_> {
             .ok()
     }
 
-    fn name<T: FromStr<Err = crate::ids::NameError>>(
+    pub(super) fn name<T: FromStr<Err = crate::ids::NameError>>(
         &mut self,
         key: &str,
         raw: &Spanned<String>,
@@ -204,7 +210,12 @@ impl Check<'_> {
         })
     }
 
-    fn timeout(&mut self, key: &str, raw: Option<&Spanned<String>>, default: Duration) -> Duration {
+    pub(super) fn timeout(
+        &mut self,
+        key: &str,
+        raw: Option<&Spanned<String>>,
+        default: Duration,
+    ) -> Duration {
         let key = format!("{key}timeout");
         let parsed = raw.and_then(|raw| {
             self.value(&key, raw, |text| match units::duration(text)? {
@@ -237,7 +248,7 @@ impl Check<'_> {
         let timeout = self.timeout("", raw.timeout.as_ref(), TIMEOUT);
         let names: Vec<&Spanned<String>> = raw.group.iter().map(|group| &group.name).collect();
         let mut nodes = Vec::new();
-        let mut groups = Vec::new();
+        let mut groups: Vec<Option<Group>> = Vec::new();
         for (index, group) in raw.group.iter().enumerate() {
             let first = names
                 .iter()
@@ -254,6 +265,15 @@ impl Check<'_> {
             self.wrong("group", 0..0, text);
         }
         self.each_guest_once(&raw.group);
+        let networks = self.networks(&raw.network);
+        let guests = raw.group.iter().flat_map(|group| &group.guests);
+        let guests: Vec<&str> = guests.map(|guest| guest.get_ref().as_str()).collect();
+        for new in self.addresses(&raw.address, &guests, timeout) {
+            let mut groups = groups.iter_mut().flatten();
+            if let Some(group) = groups.find(|group| group.guests.contains(&new.what.guest)) {
+                group.addresses.push(new);
+            }
+        }
         let ordered = match order(&nodes) {
             Ok(ordered) => ordered,
             Err(cycle) => {
@@ -268,13 +288,13 @@ impl Check<'_> {
                 return None;
             }
         };
-        let mut groups: Vec<Option<Group>> = groups;
         let groups: Option<Vec<Group>> = ordered.iter().map(|&at| groups[at].take()).collect();
         Some(Plan {
             name: name?,
             description: raw.description,
             to: to.map_or(Some(None), |to| to.map(Some))?,
             groups: groups?,
+            networks,
             text: self.text.to_owned(),
         })
     }
@@ -336,12 +356,13 @@ impl Check<'_> {
             guests,
             consistent: consistent?,
             before,
+            addresses: Vec::new(),
             probes,
             after,
         })
     }
 
-    fn modes(
+    pub(super) fn modes(
         &mut self,
         key: &str,
         raw: Option<&Vec<Spanned<String>>>,
@@ -357,7 +378,7 @@ impl Check<'_> {
             .collect()
     }
 
-    fn argv(&mut self, key: &str, at: Range<usize>, argv: &[String]) {
+    pub(super) fn argv(&mut self, key: &str, at: Range<usize>, argv: &[String]) {
         let program = argv.first().map_or("", String::as_str);
         if program.is_empty() {
             self.wrong(key, at, "name a program and its arguments, one string each");

@@ -23,6 +23,7 @@ use crate::control::types::{
     RunStatus, SiteStatus,
 };
 use crate::guest::RunState;
+use crate::guest::network::NetworkChange;
 use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 use crate::metrics::labels::{Operation, Role};
 
@@ -96,6 +97,8 @@ pub struct Batch<'a> {
     pub keep_going: bool,
     /// How long each may take; `None`: as long as it takes.
     pub within: Option<Duration>,
+    /// What networks of the old site are here.
+    pub networks: Vec<NetworkChange>,
 }
 
 impl Batch<'_> {
@@ -203,6 +206,7 @@ impl Batch<'_> {
                 let request = FailoverRequest {
                     group: self.consistent.clone(),
                     fenced_by_operator: *fenced_by_operator,
+                    networks: self.networks.clone(),
                     ..FailoverRequest::default()
                 };
                 self.client.failover(guest, &request).await
@@ -217,6 +221,7 @@ impl Batch<'_> {
             Act::Test => {
                 let request = DrillRequest {
                     group: self.consistent.clone(),
+                    networks: self.networks.clone(),
                     ..DrillRequest::default()
                 };
                 self.client.test_failover(guest, &request).await

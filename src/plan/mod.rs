@@ -3,11 +3,11 @@
 //! ```text
 //!   FILE ── load ──▶ Plan (groups in the order in which they are done)
 //!                     │
-//!      for each group │  before ─▶ guests, `parallel` at a time ─▶ probes ─▶ after
-//!                     │  hook       failover | test | move          tcp       hook
-//!                     │  message    (verbs of the admin API)        http      message
-//!                     │  prompt                                     command   prompt
-//!                     ▼                                             serial
+//!      for each group │  before ─▶ guests, `parallel` at a time ─▶ addresses ─▶ probes ─▶ after
+//!                     │  hook       failover | test | move          agent        tcp       hook
+//!                     │  message    (verbs of the admin API,        hook         http      message
+//!                     │  prompt      networks of the plan)                       command   prompt
+//!                     ▼                                                          serial
 //!                   Runner ──▶ record: one line before and one after each step, hash-chained
 //!                     │                      └──▶ Markdown report
 //!                     └── a crash? `--resume`: steps that ended well are not repeated
@@ -22,6 +22,7 @@
 pub mod command;
 pub mod file;
 pub mod guests;
+pub mod network;
 pub mod order;
 pub mod probe;
 pub mod record;

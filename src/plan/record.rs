@@ -86,6 +86,9 @@ pub struct Begun {
     pub reason: Option<String>,
     /// The operator said that the other site cannot run the guests.
     pub fenced_by_operator: bool,
+    /// What networks of the old site are here.
+    #[serde(default)]
+    pub networks: Vec<String>,
     /// Version of the program.
     pub version: String,
     /// The plan as it was.

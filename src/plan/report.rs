@@ -65,6 +65,9 @@ pub fn markdown(history: &History) -> String {
     if begun.fenced_by_operator {
         fact("Fence", "the operator's word");
     }
+    for network in &begun.networks {
+        fact("Network", &plain(network));
+    }
     fact("Program", &format!("lifeboat {}", plain(&begun.version)));
     let guests = history.steps.iter().filter_map(|step| {
         let (_, guest) = step.step.split_once("/guest/")?;

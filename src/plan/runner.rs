@@ -15,13 +15,14 @@ use std::collections::BTreeSet;
 use tokio::time::Instant;
 
 use super::guests::{Act, Batch, Event, Figures};
+use super::network::{By, NewAddress, changes};
 use super::probe;
 use super::record::{Entry, History, Outcome, Record, RecordError, StepEnd, StepState};
 use super::steps::{Action, Group, Plan, Planned};
 use super::{command, probe::Question, steps::Step};
 use crate::control::client::Client;
 use crate::control::codes::Reason;
-use crate::control::types::{ApiError, RunId};
+use crate::control::types::{AddressRequest, ApiError, RunId};
 use crate::ids::GuestId;
 
 /// Who is told what happens, and is asked.
@@ -95,6 +96,7 @@ impl Runner<'_> {
                 match step {
                     Planned::Guests => self.guests(group).await?,
                     Planned::Action(step) => self.action(name, step).await?,
+                    Planned::Address(step) => self.address(name, step).await?,
                     Planned::Probe(step) => self.probe(name, step).await?,
                 }
             }
@@ -185,6 +187,30 @@ impl Runner<'_> {
         .await
     }
 
+    async fn address(&mut self, name: String, step: &Step<NewAddress>) -> Result<(), ApiError> {
+        let (client, new, within) = (self.client, &step.what, step.timeout);
+        let own = [("LIFEBOAT_GUEST", new.guest.to_string())];
+        let env: Vec<_> = self.environment(&name).into_iter().chain(own).collect();
+        self.single(&name, new.to_string(), |_| async move {
+            match &new.by {
+                By::Hook(argv) => {
+                    let address = new.address.environment();
+                    let env: Vec<_> = env.into_iter().chain(address).collect();
+                    let ran = command::run(argv, &env, within).await;
+                    ran.map_err(|why| ApiError::new(Reason::Failed, why))
+                }
+                By::Agent => {
+                    let request = AddressRequest {
+                        address: new.address.clone(),
+                        within_seconds: within.as_secs_f64(),
+                    };
+                    client.address(&new.guest, &request).await.map(drop)
+                }
+            }
+        })
+        .await
+    }
+
     async fn probe(&mut self, name: String, step: &Step<Question>) -> Result<(), ApiError> {
         let (env, client) = (self.environment(&name), self.client);
         self.single(&name, step.what.to_string(), |_| async move {
@@ -227,6 +253,7 @@ impl Runner<'_> {
             parallel: group.parallel,
             keep_going: false,
             within: Some(group.timeout),
+            networks: changes(&self.plan.networks, self.history.begun.mode),
         };
         let (record, operator) = (&mut self.record, &mut *self.operator);
         let mut first = None;

@@ -1,10 +1,10 @@
 //! A plan that can be run: groups in order, and the steps of each.
 //!
 //! ```text
-//!   GROUP/before/1   GROUP/guest/NAME   GROUP/probe/1   GROUP/after/1      names of steps
+//!   GROUP/before/1   GROUP/guest/NAME   GROUP/address/NAME/IF   GROUP/probe/1   GROUP/after/1
 //! ```
 //!
-//! Numbers count as in the file, whatever the mode, so that a step has one name for ever.
+//! These are names of steps. Numbers count as in the file, whatever the mode, so that a step has one name for ever.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::network::{Network, NewAddress};
 use super::probe::Question;
 use crate::ids::{GroupId, GuestId, PlanName, SiteId};
 
@@ -65,6 +66,8 @@ pub struct Plan {
     pub to: Option<SiteId>,
     /// In the order in which they are done.
     pub groups: Vec<Group>,
+    /// What networks of the old site are here.
+    pub networks: Vec<Network>,
     /// The file's text.
     pub text: String,
 }
@@ -84,6 +87,8 @@ pub struct Group {
     pub guests: Vec<GuestId>,
     /// Before the guests, after them, and once the probes were answered.
     pub before: Vec<Step<Action>>,
+    /// What the guests get once they are there.
+    pub addresses: Vec<Step<NewAddress>>,
     /// Asked when the guests are there.
     pub probes: Vec<Step<Question>>,
     /// Once the probes were answered.
@@ -129,6 +134,8 @@ pub enum Planned<'a> {
     Action(&'a Step<Action>),
     /// All guests of the group; each is a step of its own.
     Guests,
+    /// An address of a guest.
+    Address(&'a Step<NewAddress>),
     /// A probe.
     Probe(&'a Step<Question>),
 }
@@ -158,6 +165,16 @@ impl Group {
         if !self.guests.is_empty() {
             all.push((self.name.to_string(), Planned::Guests));
         }
+        let addresses = self.addresses.iter();
+        all.extend(
+            addresses
+                .filter(|step| step.modes.contains(&mode))
+                .map(|step| {
+                    let NewAddress { guest, address, .. } = &step.what;
+                    let name = format!("{}/address/{guest}/{}", self.name, address.interface);
+                    (name, Planned::Address(step))
+                }),
+        );
         let probes = some(self, "probe", &self.probes, mode);
         all.extend(probes.map(|(name, step)| (name, Planned::Probe(step))));
         let after = some(self, "after", &self.after, mode);
@@ -177,6 +194,13 @@ impl Plan {
     /// Every guest, in order.
     pub fn guests(&self) -> impl Iterator<Item = &GuestId> {
         self.groups.iter().flat_map(|group| &group.guests)
+    }
+
+    /// The addresses that guests get in this mode.
+    pub fn addresses(&self, mode: Mode) -> Vec<&NewAddress> {
+        let steps = self.groups.iter().flat_map(|group| &group.addresses);
+        let steps = steps.filter(|step| step.modes.contains(&mode));
+        steps.map(|step| &step.what).collect()
     }
 
     /// The name of every step in this mode, in order.

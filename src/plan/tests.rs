@@ -2,11 +2,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::file::{load, parse};
+use super::network::{changes, told};
 use super::record::{Begun, Entry, Outcome, Record, RecordError, Shelf, StepEnd, StepState, read};
 use super::report::markdown;
 use super::steps::Mode;
 use crate::clock::Env;
 use crate::config::Files;
+use crate::guest::network::Attachment;
 
 fn plans() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("config/plans")
@@ -21,7 +23,7 @@ fn the_samples_load() {
         assert_eq!(Some(plan.name.as_str()), path.file_stem().unwrap().to_str());
         seen += 1;
     }
-    assert!(seen >= 2);
+    assert!(seen >= 3);
     let shop = load(&plans().join("shop.toml"), Files::Ignored).unwrap();
     assert_eq!(
         shop.step_names(Mode::Failover),
@@ -42,6 +44,138 @@ fn the_samples_load() {
     let drilled = ["data/guest/db1", "data/guest/db2", "front/guest/web1"];
     assert_eq!(shop.step_names(Mode::Test), drilled);
     assert!(shop.has_prompts(Mode::Move) && !shop.has_prompts(Mode::Test));
+}
+
+#[test]
+fn networks_and_addresses_of_a_plan() {
+    let office = load(&plans().join("office.toml"), Files::Ignored).unwrap();
+    let names = office.step_names(Mode::Failover);
+    assert_eq!(names, ["web/guest/web1", "web/address/web1/eth0"]);
+    assert_eq!(office.step_names(Mode::Test), ["web/guest/web1"]);
+    assert_eq!(
+        told(&office.networks, Mode::Failover),
+        [
+            "office: bridge br-office -> bridge br-standby",
+            "backup: tap tap-backup -> no network"
+        ]
+    );
+    // Clones are cut off, and a move is placed by the other site.
+    let test = changes(&office.networks, Mode::Test);
+    assert!(test.iter().all(|change| change.to == Attachment::None));
+    assert_eq!(changes(&office.networks, Mode::Move), []);
+    let address = office.addresses(Mode::Failover)[0].to_string();
+    assert_eq!(
+        address,
+        "address 10.2.0.8/24 on eth0, gateway 10.2.0.1, dns 10.2.0.53, by the guest's agent"
+    );
+}
+
+#[test]
+fn networks_and_addresses_that_cannot_be() {
+    let plan =
+        |more: &str| format!("name = \"p\"\n[[group]]\nname = \"g\"\nguests = [\"a\"]\n{more}\n");
+    let network = |more: &str| {
+        plan(&format!(
+            "[[network]]\nname = \"n\"\nfrom = {{ bridge = \"br0\" }}\n{more}"
+        ))
+    };
+    let address = |more: &str| {
+        plan(&format!(
+            "[[address]]\nguest = \"a\"\ninterface = \"eth0\"\n{more}"
+        ))
+    };
+    let good = "address = \"10.2.0.8/24\"\n";
+    parse(&network("failover = \"none\""), Files::Required).unwrap();
+    parse(&address(good), Files::Required).unwrap();
+    for (text, expected) in [
+        (network(""), "missing field `failover`"),
+        (
+            network("failover = { switch = \"x\" }"),
+            "unknown variant `switch`",
+        ),
+        (
+            network("failover = { bridge = \"a/b\" }"),
+            "no name of a bridge",
+        ),
+        (
+            network("failover = \"none\"\nmove = \"none\""),
+            "unknown field `move`",
+        ),
+        (
+            network("failover = { bridge = \"b\" }\ntest = { bridge = \"b\" }"),
+            "network.n.test: a clone would be on the network of the guest itself",
+        ),
+        (
+            network(
+                "failover = \"none\"\n[[network]]\nname = \"m\"\nfrom = { bridge = \"br0\" }\nfailover = \"none\"",
+            ),
+            "line 11, column 8: network.m.from: another network of the plan",
+        ),
+        (
+            network(
+                "failover = { tap = \"t\" }\n[[network]]\nname = \"m\"\nfrom = { tap = \"x\" }\nfailover = { tap = \"t\" }",
+            ),
+            "tap t is taken",
+        ),
+        (
+            network(
+                "failover = \"none\"\n[[network]]\nname = \"n\"\nfrom = { tap = \"x\" }\nfailover = \"none\"",
+            ),
+            "another network has this name",
+        ),
+        (
+            address("address = \"10.2.0.8\""),
+            "line 8, column 11: address[1].address",
+        ),
+        (
+            address("address = \"10.2.0.0/24\""),
+            "names the whole network",
+        ),
+        (
+            address(&format!("{good}gateway = \"10.3.0.1\"")),
+            "no neighbour",
+        ),
+        (address(&format!("{good}dns = [\"dns1\"]")), "no IP address"),
+        (
+            address(&format!("{good}hook = [\"true\"]\nexec = [\"true\"]")),
+            "hook or exec",
+        ),
+        (
+            address(&format!("{good}hook = [\"/nonexistent\"]")),
+            "no program",
+        ),
+        (
+            address(&format!("{good}modes = [\"test\"]")),
+            "a clone's agent",
+        ),
+        (address(&format!("{good}modes = [\"move\"]")), "name a hook"),
+        (address(&format!("{good}timeout = \"1h\"")), "at most 600 s"),
+        (
+            address(&format!(
+                "{good}[[address]]\nguest = \"a\"\ninterface = \"eth1\"\naddress = \"10.2.0.8/16\""
+            )),
+            "eth0 of a of this plan gets 10.2.0.8 already",
+        ),
+        (
+            address(&format!(
+                "{good}[[address]]\nguest = \"a\"\ninterface = \"eth0\"\naddress = \"10.2.0.9/24\""
+            )),
+            "eth0 of a gets an address already",
+        ),
+        (
+            plan(&format!(
+                "[[address]]\nguest = \"b\"\ninterface = \"eth0\"\n{good}"
+            )),
+            "in no group of this plan",
+        ),
+    ] {
+        let said = problem(&text);
+        assert!(said.contains(expected), "{text}\n{said}\nnot {expected}");
+    }
+    // With a hook other modes are possible too.
+    let hook = format!("{good}hook = [\"true\"]\nmodes = [\"failover\", \"test\", \"move\"]");
+    let plan = parse(&address(&hook), Files::Required).unwrap();
+    assert_eq!(plan.addresses(Mode::Move).len(), 1);
 }
 
 /// The one problem of a plan, with its place.
@@ -168,6 +302,7 @@ fn begun() -> Begun {
         by: "eve|n\nsam".to_owned(),
         reason: Some("fire".to_owned()),
         fenced_by_operator: true,
+        networks: vec!["office: tap tap3 -> bridge br_b".to_owned()],
         version: "0.1.0".to_owned(),
         text: "name = \"p\"".to_owned(),
     }
@@ -237,6 +372,7 @@ fn a_record_is_resumed_where_it_ended() {
         "unfinished",
         "eve\\|n sam",
         "fire",
+        "* **Network**: office: tap tap3 -> bridge br\\_b",
         "g/before/1 | ok | 0.250 s",
         &now.head,
     ] {

@@ -28,6 +28,7 @@ mod image;
 mod mark;
 mod promote;
 mod replica;
+mod seed;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -38,4 +39,5 @@ pub use image::{Image, ImageError};
 pub use mark::{CONSISTENT, GroupPoint};
 pub use promote::Promotion;
 pub use replica::{Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId};
+pub use seed::{LayError, SeedError, SeedInfo, read_seed};
 pub use session::{Lookup, Refusal, SessionEnd, serve};

@@ -129,7 +129,7 @@ pub enum Receipt {
 
 /// Number of a session with a primary; the newest owns the copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SessionId(u64);
+pub struct SessionId(pub(super) u64);
 
 /// Snapshot for status and metrics.
 #[derive(Debug, Clone)]
@@ -172,7 +172,7 @@ struct Incoming {
 /// See the module.
 pub struct Replica<S: Store> {
     pub(super) guest: GuestId,
-    options: ReplicaOptions,
+    pub(super) options: ReplicaOptions,
     pub(super) journal: Journal<S>,
     /// `None` until the layout is known, or after the image went to a promoted guest.
     pub(super) image: Option<Image>,
@@ -183,8 +183,8 @@ pub struct Replica<S: Store> {
     incoming: Option<Incoming>,
     /// Somebody follows what becomes durable.
     pub(super) teller: Option<Teller>,
-    session: u64,
-    status: watch::Sender<ReplicaStatus>,
+    pub(super) session: u64,
+    pub(super) status: watch::Sender<ReplicaStatus>,
     metrics: Option<GuestMetrics>,
 }
 
@@ -395,7 +395,7 @@ impl<S: Store> Replica<S> {
         }
     }
 
-    fn drop_incoming(&mut self) {
+    pub(super) fn drop_incoming(&mut self) {
         self.incoming = None;
         self.journal.abort();
     }

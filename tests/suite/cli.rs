@@ -55,6 +55,8 @@ const VERBS: &[(At, &str, &[&str], &str)] = &[
     (At::B, "points", &[GUEST, "--last", "2"], "points"),
     (At::B, "verify", &[GUEST], "run"),
     (At::B, "export", &[GUEST], "run"),
+    (At::B, "export-seed", &[GUEST, "--to", "SEED"], "run"),
+    (At::A, "import-seed", &["SEED", "--guest", GUEST], "run"),
     (At::B, "test-failover", &[GUEST], "run"),
     (At::B, "journal stat", &[GUEST], "journal_stat"),
     (At::B, "journal check", &[GUEST], "run"),
@@ -110,7 +112,8 @@ fn every_verb_is_asked_here() {
     assert_eq!(asked, all_verbs(), "left: verbs of this test");
 }
 
-/// The verb's words and arguments. `NEW` is a directory that is not there yet, `PLAN` a plan.
+/// The verb's words and arguments. `NEW` is a directory that is not there yet, `PLAN` a plan, `SEED`
+/// a file.
 fn arguments(pair: &Pair, verb: &str, more: &[&str]) -> Vec<String> {
     let path = |name: &str| pair.root().join(name).display().to_string();
     let plan = format!("name = \"sample\"\n[[group]]\nname = \"g\"\nguests = [\"{GUEST}\"]\n");
@@ -123,6 +126,7 @@ fn arguments(pair: &Pair, verb: &str, more: &[&str]) -> Vec<String> {
                 verb.split(' ').next().unwrap_or_default()
             )),
             "PLAN" => path("sample.toml"),
+            "SEED" => path("db1.seed"),
             word => word.to_owned(),
         })
         .collect()

@@ -19,6 +19,8 @@
 //!   cli           every verb: its JSON, its exit codes
 //!   plans         a disaster in the order of a plan, cut off and resumed; evacuation
 //!   observability rules, dashboards, and what Prometheus sees of two sites
+//!   seeds         the first copy in a file, and only differences over the link
+//!   page          the status page in a browser without a window; LIFEBOAT_PICTURES=DIR keeps pictures of it
 //!   runbooks      every command of the runbooks, executed
 //!   nbd           exports of disks and recovery points, read and written by qemu-img and nbdcopy
 //!   flush         one flush per commit, counted by strace
@@ -51,6 +53,7 @@ mod moving;
 mod nbd;
 mod observability;
 mod package;
+mod page;
 mod plans;
 mod qemu;
 mod quiesce;
@@ -59,3 +62,4 @@ mod reprotect;
 mod restart;
 mod rot;
 mod runbooks;
+mod seeds;

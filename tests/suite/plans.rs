@@ -229,6 +229,27 @@ timeout = "60s"
     fs::write(record, text.replacen("fire", "test", 1)).unwrap();
     pair.b.cli(&["plan", "report", "shop"]).error(7);
 
+    // An address by a hook, once more after the guest has it; networks that no guest is on.
+    let told = path("told");
+    let address = |interface: &str| {
+        format!(
+            "name = \"moved\"\n[[group]]\nname = \"g\"\nguests = [\"{GUEST}\"]\n[[address]]\n\
+             guest = \"{GUEST}\"\ninterface = \"{interface}\"\naddress = \"10.2.0.8/24\"\ngateway = \"10.2.0.1\"\n\
+             hook = [\"sh\", \"-c\", \"echo $LIFEBOAT_GUEST $LIFEBOAT_INTERFACE $LIFEBOAT_ADDRESS $LIFEBOAT_GATEWAY >> {told}\"]\n"
+        )
+    };
+    fs::write(&plan, address("eth0")).unwrap();
+    let ran = pair.b.ok(&["plan", "run", &plan, "--yes"]);
+    let ran = document(&ran, "lifeboat.plan_run/v1");
+    assert_eq!(ran["steps"][1]["step"], "g/address/db1/eth0", "{ran}");
+    assert_eq!(
+        fs::read_to_string(&told).unwrap(),
+        format!("{GUEST} eth0 10.2.0.8/24 10.2.0.1\n")
+    );
+    let report = fs::read_to_string(ran["report"].as_str().unwrap()).unwrap();
+    let line = "address 10.2.0.8/24 on eth0, gateway 10.2.0.1, by hook sh";
+    assert!(report.contains(line), "{report}");
+
     // A probe that nobody answers.
     let silent = format!(
         "name = \"silent\"\n[[group]]\nname = \"g\"\n[[group.probe]]\n\
@@ -258,7 +279,31 @@ fn a_failing_move_ends_an_evacuation_and_plans_move_and_test() {
     let text = format!(
         "name = \"pair\"\n[[group]]\nname = \"all\"\nguests = [\"{GUEST}\", \"{OTHER}\"]\n"
     );
-    fs::write(&plan, text).unwrap();
+    fs::write(&plan, &text).unwrap();
+
+    // What cannot be is refused before anything is done: nobody has an agent, or is on such a network.
+    let strange = pair.root().join("strange.toml").display().to_string();
+    let more = format!(
+        "[[network]]\nname = \"office\"\nfrom = {{ bridge = \"br-office\" }}\nfailover = {{ bridge = \"br-none\" }}\n\
+         [[address]]\nguest = \"{GUEST}\"\ninterface = \"eth0\"\naddress = \"10.2.0.8/24\"\n"
+    );
+    fs::write(&strange, text.replace("pair", "strange") + &more).unwrap();
+    let ran = pair.b.cli(&["plan", "validate", &strange]);
+    assert_eq!(ran.code, 2, "{ran:?}");
+    let run = ["plan", "run", &strange, "--fenced-by-operator", "--yes"];
+    let error = pair.b.cli(&run).error(2);
+    for part in [
+        "network \"office\" is unknown: no guest of the plan is on bridge br-office",
+        "network \"office\": there is no bridge br-none here",
+        "guest \"db1\" has no guest agent",
+    ] {
+        assert!(
+            ran.out.contains(&part.replace('"', "\\\"")),
+            "{part}: {ran:?}"
+        );
+        assert!(error.message.contains(part), "{error:?}");
+    }
+    pair.b.cli(&["plan", "report", "strange"]).error(6);
 
     // Tried at the standby, while both run.
     let ran = pair

@@ -191,6 +191,7 @@ async fn tell(options: &DemoOptions, voice: Voice, verdict: &mut Verdict) -> any
         point: None,
         fenced_by_operator: true,
         dry_run: false,
+        ..FailoverRequest::default()
     };
     let run = b.client.failover(&guest, &request).await?;
     let RunResult::Failover(failover) = finish(&b, run).await? else {

@@ -20,6 +20,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::backend::Backend;
+use super::bandwidth::{BandwidthSource, BandwidthStatus};
+use super::events::HookStatus;
 use super::types::{GuestStatus, PeerStatus, SiteStatus};
 use crate::clock::Timestamp;
 use crate::ids::GuestId;
@@ -112,6 +114,9 @@ impl History {
             peer_card(&mut page, peer, used, status.now);
         }
         journal_card(&mut page, status);
+        if let Some(hook) = &status.hook {
+            hook_card(&mut page, hook);
+        }
         certificates_card(&mut page, status);
         page += &format!(
             "</div><footer class=\"soft\">lifeboat {} · loads itself every {REFRESH_SECONDS} s · \
@@ -126,6 +131,11 @@ impl History {
 fn share(guest: &GuestStatus) -> Option<f64> {
     let target = guest.rpo_target_seconds.filter(|target| *target > 0.0)?;
     Some(guest.rpo_exposure_seconds? / target)
+}
+
+/// A state in words.
+fn plain(state: GuestState) -> String {
+    state.to_string().replace('_', " ")
 }
 
 /// How much a state has to worry anybody.
@@ -146,7 +156,7 @@ fn verdict(status: &SiteStatus) -> (&'static str, String, String) {
     let of = |wanted: &str| {
         let guests = status.guests.iter();
         let found = guests.filter(|guest| tone(guest.state) == wanted);
-        let lines = found.map(|guest| format!("{}: {}", guest.name, guest.state));
+        let lines = found.map(|guest| format!("{}: {}", guest.name, plain(guest.state)));
         lines.collect::<Vec<_>>()
     };
     let (bad, warn, protected) = (of("bad"), of("warn"), of("good").len());
@@ -179,7 +189,13 @@ fn verdict(status: &SiteStatus) -> (&'static str, String, String) {
 }
 
 fn guest_card(page: &mut String, guest: &GuestStatus, strip: Option<&Strip>, now: Timestamp) {
+    let alone = matches!(
+        guest.state,
+        GuestState::Unprotected | GuestState::FailedOver
+    );
     let direction = match (guest.role, &guest.peer) {
+        // Where it could be replicated to is no comfort.
+        (Role::Active, _) if alone => "runs here, with no copy elsewhere".to_owned(),
         (Role::Active, Some(peer)) => format!("runs here, copy at {peer}"),
         (Role::Active, None) => "runs here".to_owned(),
         (Role::Standby, Some(peer)) => format!("copy, runs at {peer}"),
@@ -187,20 +203,39 @@ fn guest_card(page: &mut String, guest: &GuestStatus, strip: Option<&Strip>, now
         (Role::None, _) => "not owned by this site".to_owned(),
     };
     let lag_tone = share(guest).map_or("soft", strip::tone);
+    let lost = match guest.rpo_exposure_seconds {
+        Some(_) => "would be lost now",
+        None => "no recovery point known",
+    };
     *page += &format!(
         "<section><div class=\"head\"><h2>{}</h2><span class=\"tag {}\">{}</span>\
          <span class=\"soft\">{}</span><span class=\"lag {lag_tone}\"><b>{}</b> \
-         <span class=\"soft\">would be lost now · target {}</span></span></div>",
+         <span class=\"soft\">{lost} · target {}</span></span></div>",
         Text(guest.name.as_str()),
         tone(guest.state),
-        guest.state,
+        plain(guest.state),
         Text(&direction),
-        known(guest.rpo_exposure_seconds, seconds),
+        guest.rpo_exposure_seconds.map_or_else(String::new, seconds),
         known(guest.rpo_target_seconds, seconds),
     );
     if let Some(why) = &guest.blocked_on {
         let tone = tone(guest.state);
         *page += &format!("<p class=\"why {tone}\">{}</p>", Text(why));
+    }
+    if let Some(until) = guest.rollback_until {
+        let left = until.since(now).as_secs_f64();
+        *page += &format!(
+            "<p class=\"why warn\">The failover to here can be rolled back until {} UTC, for another {}</p>",
+            moment(until),
+            seconds(left)
+        );
+    }
+    if let Some(failure) = &guest.drill_failure {
+        *page += &format!(
+            "<p class=\"why bad\">The last drill failed, {} ago: {}</p>",
+            seconds(now.since(failure.at).as_secs_f64()),
+            Text(&failure.why)
+        );
     }
     if let Some(why) = &guest.obstacle {
         *page += &format!(
@@ -224,6 +259,11 @@ fn guest_card(page: &mut String, guest: &GuestStatus, strip: Option<&Strip>, now
         (Some(p50), Some(p99)) => format!("{} / {}", seconds(p50), seconds(p99)),
         _ => "–".to_owned(),
     };
+    let back = guest.oldest_point_at.map(|at| now.since(at).as_secs_f64());
+    let points = match (guest.points, back) {
+        (Some(points), Some(back)) => format!("{points}, {} back", seconds(back)),
+        (points, _) => known(points, |points| points.to_string()),
+    };
     facts(
         page,
         &[
@@ -233,19 +273,28 @@ fn guest_card(page: &mut String, guest: &GuestStatus, strip: Option<&Strip>, now
                     format!("#{}, {} ago", p.epoch, seconds(p.age_seconds))
                 }),
             ),
-            ("Points", known(guest.points, |points| points.to_string())),
-            (
-                "Reaches back",
-                known(guest.oldest_point_at, |at| {
-                    seconds(now.since(at).as_secs_f64())
-                }),
-            ),
+            ("Points", points),
             ("Pause p50 / p99", pauses),
             ("Behind", bytes(guest.backlog_bytes)),
             ("Generation", guest.generation.to_string()),
+            ("Last drill", drill(guest, now)),
         ],
     );
     *page += "</section>";
+}
+
+/// When a failover was last proven to work, by trying it.
+fn drill(guest: &GuestStatus, now: Timestamp) -> String {
+    match &guest.last_drill {
+        Some(drill) => format!(
+            "{} ago, RTO {}",
+            seconds(now.since(drill.at).as_secs_f64()),
+            seconds(drill.rto_seconds)
+        ),
+        // Drills are done where the copy is.
+        None if guest.role == Role::Standby => "never".to_owned(),
+        None => "–".to_owned(),
+    }
 }
 
 /// `used`: a guest is replicated over this link, so it should be up.
@@ -262,6 +311,13 @@ fn peer_card(page: &mut String, peer: &PeerStatus, used: bool, now: Timestamp) {
     if let (Some(error), false) = (&peer.last_error, peer.up) {
         *page += &format!("<p class=\"why bad\">{}</p>", Text(error));
     }
+    let limit = peer
+        .bandwidth
+        .as_ref()
+        .and_then(|now_in_force| limit(now_in_force, now));
+    if let Some((tone, text)) = limit {
+        *page += &format!("<p class=\"why {tone}\">{}</p>", Text(&text));
+    }
     facts(
         page,
         &[
@@ -273,6 +329,51 @@ fn peer_card(page: &mut String, peer: &PeerStatus, used: bool, now: Timestamp) {
                     format!("{} ago", seconds(now.since(at).as_secs_f64()))
                 }),
             ),
+        ],
+    );
+    *page += "</section>";
+}
+
+/// The limit of what is sent, with its tone; `None` without one that is worth a word.
+fn limit(status: &BandwidthStatus, now: Timestamp) -> Option<(&'static str, String)> {
+    let mut text = match status.bytes_per_second {
+        Some(rate) => format!("Sends at most {}/s", bytes(rate)),
+        None if status.source == BandwidthSource::Configured => return None,
+        None => "Sends without a limit".to_owned(),
+    };
+    match (status.source, status.until) {
+        (BandwidthSource::Override, Some(until)) => {
+            let left = seconds(until.since(now).as_secs_f64());
+            text += &format!(", by the operator's word for another {left}");
+        }
+        (BandwidthSource::Window, _) => text += ", by the window of this hour",
+        _ => {}
+    }
+    match status.binds {
+        true => Some(("warn", text + ": replication waits for that now")),
+        false => Some(("soft", text)),
+    }
+}
+
+fn hook_card(page: &mut String, hook: &HookStatus) {
+    let (tone, word) = match &hook.error {
+        Some(_) => ("bad", "FAILS"),
+        None if hook.dropped > 0 => ("warn", "too slow"),
+        None => ("good", "told"),
+    };
+    *page += &format!(
+        "<section><div class=\"head\"><h2>Events</h2><span class=\"tag {tone}\">{word}</span></div>"
+    );
+    if let Some(error) = &hook.error {
+        *page += &format!("<p class=\"why bad\">{}</p>", Text(error));
+    }
+    facts(
+        page,
+        &[
+            ("Told", hook.told.to_string()),
+            ("Failed", hook.failed.to_string()),
+            ("Not told", hook.dropped.to_string()),
+            ("Waiting", hook.waiting.to_string()),
         ],
     );
     *page += "</section>";

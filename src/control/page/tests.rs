@@ -49,6 +49,49 @@ async fn the_verdict_is_that_of_the_worst_guest() {
 }
 
 #[tokio::test]
+async fn what_is_out_of_the_ordinary_is_shown_while_it_is_there() {
+    let mut status = status().await;
+    let parts = [
+        "rolled back until",
+        "Sends at most",
+        ">Events<",
+        "nobody answers",
+    ];
+    let quiet = History::default().page(&status);
+    for part in parts {
+        assert!(!quiet.contains(part), "{part}");
+    }
+    let later = Timestamp(status.now.0 + 600_000_000_000);
+    status.guests[0].rollback_until = Some(later);
+    status.hook = Some(HookStatus {
+        told: 7,
+        error: Some("nobody answers".to_owned()),
+        ..HookStatus::default()
+    });
+    status.peers[0].bandwidth = Some(BandwidthStatus {
+        bytes_per_second: Some(2 << 20),
+        source: BandwidthSource::Override,
+        until: Some(later),
+        binds: true,
+    });
+    let page = History::default().page(&status);
+    for part in parts {
+        assert!(page.contains(part), "{part}");
+    }
+    for part in [
+        "for another 10 min",
+        "2.0 MiB/s",
+        ">FAILS<",
+        "waits for that",
+    ] {
+        assert!(page.contains(part), "{part}");
+    }
+    let bandwidth = status.peers[0].bandwidth.as_mut().unwrap();
+    (bandwidth.bytes_per_second, bandwidth.source) = (None, BandwidthSource::Configured);
+    assert!(!History::default().page(&status).contains("Sends"));
+}
+
+#[tokio::test]
 async fn texts_cannot_become_markup_and_nothing_is_loaded() {
     let mut status = status().await;
     let evil = "<script src=\"//x\">&'";

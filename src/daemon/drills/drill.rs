@@ -19,7 +19,7 @@ use crate::control::types::{
 use crate::daemon::context::SiteContext;
 use crate::daemon::exports::hold;
 use crate::daemon::lookup;
-use crate::daemon::promotion::{failed, machine};
+use crate::daemon::promotion::{failed, machine, plugged};
 use crate::daemon::standbys::Shared;
 use crate::daemon::status::point_status;
 use crate::device_state::DeviceState;
@@ -27,6 +27,7 @@ use crate::failover::SparseDisks;
 use crate::frame::PageImage;
 use crate::guest::builtin::BuiltinGuest;
 use crate::guest::builtin::stopped::is_stopped;
+use crate::guest::network::NetworkChange;
 use crate::guest::qemu::command::Rewrite;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, GuestId};
@@ -49,6 +50,8 @@ pub(in crate::daemon) struct Drill {
     pub reserve: u64,
     /// What becomes of a QEMU's command line here; `None`: none may be started.
     pub qemu: Option<Vec<Rewrite>>,
+    /// What the clone's networks are plugged into.
+    pub networks: Vec<NetworkChange>,
     /// When the command arrived.
     pub asked: Instant,
 }
@@ -59,6 +62,8 @@ struct Clone {
     hardware: Hardware,
     state: DeviceState,
     ram: OwnedFd,
+    /// Its networks that are connected, as its command line has them.
+    networks: Vec<String>,
 }
 
 /// A clone that was resumed.
@@ -168,6 +173,7 @@ impl Drill {
             hardware,
             state,
             ram,
+            networks,
         } = clone;
         let (mut running, demo) = match hardware {
             Hardware::Builtin(spec) => {
@@ -180,8 +186,8 @@ impl Drill {
             }
             Hardware::Qemu(machine) => {
                 let console = directory.join(CONSOLE_SOCKET);
-                let clone = QemuClone::run(&machine, directory, &console, state, ram).await;
-                (Running::Qemu(clone.map_err(failed)?), None)
+                let clone = QemuClone::run(&machine, directory, &console, &networks, state, ram);
+                (Running::Qemu(clone.await.map_err(failed)?), None)
             }
         };
         run.step("probe");
@@ -241,8 +247,8 @@ impl Drill {
                 .hint("free memory or disk space at this site, or end another drill or export")
         })?;
         let (progress, directory) = (run.clone(), directory.to_owned());
-        let table = self.qemu.clone();
-        env.offload(move || replay(held, &directory, table.as_deref(), &progress))
+        let (table, networks) = (self.qemu.clone(), self.networks.clone());
+        env.offload(move || replay(held, &directory, table.as_deref(), &networks, &progress))
             .await
     }
 }
@@ -251,6 +257,7 @@ fn replay(
     held: Held<DirStore>,
     directory: &Path,
     table: Option<&[Rewrite]>,
+    networks: &[NetworkChange],
     run: &RunHandle,
 ) -> Result<Clone, ApiError> {
     let point = held.point().clone();
@@ -274,7 +281,10 @@ fn replay(
         return Err(ApiError::new(Reason::Difference, text).hint(hint));
     }
     let files: Vec<(_, PathBuf)> = image.disks.finish().map_err(failed)?;
-    let (hardware, state) = machine(&manifest, &files, table)?;
+    let (hardware, state) = machine(&manifest, &files, table, networks)?;
+    let original = Hardware::from_bytes(&manifest.machine).map_err(failed)?;
+    let plugged = plugged(&original, networks).into_iter();
+    let networks = plugged.map(|(_, value)| value).collect();
     if is_stopped(&state) {
         let text = format!("the guest was switched off at point #{}", point.epoch);
         return Err(ApiError::new(Reason::WrongState, text)
@@ -286,6 +296,7 @@ fn replay(
         hardware,
         state,
         ram,
+        networks,
     })
 }
 

@@ -13,7 +13,8 @@
 //!
 //! * A clone is nobody's guest: no supervisor, record, generation or journal knows of it. A failover
 //!   meanwhile goes its own way.
-//! * It is alone: the built-in monitor gives guests disks and a serial console, no network.
+//! * It is alone: the built-in monitor gives guests disks and a serial console, no network; a QEMU has
+//!   those networks that the drill names, which have to be isolated ones, and cables to nowhere else.
 //! * The hold ends with the replay, so that the journal folds on; see `journal/view.rs`.
 //! * A drill ends with its directory. Whatever is in `drills/` when the daemon is started is left over
 //!   from one that died, and is cleared, clones that were to be kept longer too.
@@ -41,6 +42,7 @@ use crate::control::runs::RunHandle;
 use crate::control::types::{
     ApiError, DrillFailure, DrillRequest, DrillStatus, GuestStatus, KeptClone,
 };
+use crate::guest::network::{NetworkChange, check_changes};
 use crate::ids::GuestId;
 use crate::metrics::labels::Operation;
 use crate::vmm::process::CONSOLE_SOCKET;
@@ -251,6 +253,14 @@ impl Drills {
     }
 }
 
+/// Networks that a request names.
+fn networks(changes: Vec<NetworkChange>) -> Result<Vec<NetworkChange>, ApiError> {
+    match check_changes(&changes) {
+        Ok(()) => Ok(changes),
+        Err(why) => Err(ApiError::new(Reason::Usage, why)),
+    }
+}
+
 /// A time that a request asks for.
 fn time(key: &str, seconds: f64, max: Duration) -> Result<Duration, ApiError> {
     match Duration::try_from_secs_f64(seconds) {
@@ -290,6 +300,7 @@ impl Site {
             point: self.point_asked(guest, request.point, request.group.as_ref())?,
             reserve: config.journal.min_free.of(capacity),
             qemu: self.qemu_of(guest),
+            networks: networks(request.networks)?,
             asked,
         };
         self.drills.check_free(guest)?;

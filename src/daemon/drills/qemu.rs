@@ -1,4 +1,5 @@
-//! A clone of a guest of QEMU: the same machine with its own memory and disks, and without a network.
+//! A clone of a guest of QEMU: the same machine with its own memory and disks, and without a network, or
+//! on those that the drill names.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -21,11 +22,12 @@ pub(super) struct QemuClone {
 
 impl QemuClone {
     /// Starts the machine, whose disks are in their place, below `directory` and runs it from there. Its
-    /// first serial line is at `console`.
+    /// first serial line is at `console`, and these networks are connected.
     pub async fn run(
         machine: &Machine,
         directory: &Path,
         console: &Path,
+        networks: &[String],
         state: DeviceState,
         ram: OwnedFd,
     ) -> Result<Self, GuestError> {
@@ -34,7 +36,7 @@ impl QemuClone {
         let sockets = Sockets::within(directory);
         let command = started(machine, &sockets).map_err(|e| failed(e.to_string()))?;
         let log = qemu::log(directory);
-        drop(qemu::start(&isolated(&command, Some(console)), &sockets, &log).await?);
+        drop(qemu::start(&isolated(&command, Some(console), networks), &sockets, &log).await?);
         let image = ImageFile::new(File::from(ram), &machine.head);
         let restored = restore(&sockets.qmp, machine.head.clone(), image, devices).await;
         restored.map_err(|error| failed(format!("{error}: {}", qemu::said(&log))))?;

@@ -33,7 +33,12 @@ impl Hook {
         if config.events.command.is_none() || !config.events.wants(event.kind) {
             return;
         }
+        self.site.events.hook_now().waiting += 1;
         if let Err(error) = self.queue.try_send(event) {
+            let mut now = self.site.events.hook_now();
+            now.waiting -= 1;
+            now.dropped += 1;
+            drop(now);
             self.site.context.metrics.event_hook(HookResult::Dropped);
             let event = error.into_inner();
             tracing::warn!(seq = event.seq, kind = %event.kind, "the events' program is too slow and is not told");
@@ -46,11 +51,21 @@ async fn tell_all(site: Arc<Site>, mut events: mpsc::Receiver<Event>) {
         // As configured now.
         let config = site.config();
         let Some(argv) = &config.events.command else {
+            site.events.hook_now().waiting -= 1;
             continue;
         };
         let (seq, kind) = (event.seq, event.kind);
         let body = serde_json::to_vec(&Envelope::new(event)).expect("it has only plain fields");
         let told = command::run_fed(argv, &body, config.events.timeout).await;
+        {
+            let mut now = site.events.hook_now();
+            now.waiting -= 1;
+            match &told {
+                Ok(()) => now.told += 1,
+                Err(_) => now.failed += 1,
+            }
+            now.error = told.as_ref().err().cloned();
+        }
         site.context.metrics.event_hook(match told {
             Ok(()) => HookResult::Ok,
             Err(_) => HookResult::Failed,

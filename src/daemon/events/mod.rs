@@ -13,13 +13,14 @@ mod hook;
 mod log;
 mod watch;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::MissedTickBehavior;
 
 use super::backend::Site;
-use crate::control::events::{EVENTS_MAX, EventKind, Events, Severity};
+use crate::config::resolved::SiteConfig;
+use crate::control::events::{EVENTS_MAX, EventKind, Events, HookStatus, Severity};
 use hook::Hook;
 use log::EventLog;
 use watch::{Draft, Seen, Watch};
@@ -31,6 +32,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 #[derive(Clone, Default)]
 pub(super) struct EventBook {
     log: Arc<Mutex<Option<EventLog>>>,
+    /// How the program fares. The hook is the only writer.
+    hook: Arc<Mutex<HookStatus>>,
 }
 
 impl EventBook {
@@ -44,6 +47,16 @@ impl EventBook {
             last: events.last().map_or(after, |event| event.seq),
             events,
         }
+    }
+
+    /// How the program that is told fares, if there is one.
+    pub fn hook(&self, config: &SiteConfig) -> Option<HookStatus> {
+        config.events.command.as_ref()?;
+        Some(self.hook_now().clone())
+    }
+
+    fn hook_now(&self) -> MutexGuard<'_, HookStatus> {
+        self.hook.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn open(&self, site: &Site) {

@@ -50,6 +50,11 @@ enum Process {
         role: JoinHandle<(Outcome, AnyGuest)>,
         commands: mpsc::Sender<Command>,
     },
+    /// Lent to an export; any command ends that.
+    Exporting {
+        role: JoinHandle<(Outcome, AnyGuest)>,
+        commands: mpsc::Sender<Command>,
+    },
 }
 
 struct Supervisor {
@@ -334,6 +339,7 @@ impl Supervisor {
             Order::HandOver { reply } => self.hand_over(reply).await,
             Order::Checkpoint { asked, reply } => drop(reply.send(self.checkpoint(asked).await)),
             Order::Together { turn, reply } => drop(reply.send(self.together(turn))),
+            Order::ExportSeed(asked) => self.export_seed(*asked),
             Order::Configure(config) => {
                 self.config = config.map(|c| *c);
                 self.publish();
@@ -347,7 +353,7 @@ impl Supervisor {
         match std::mem::replace(&mut self.process, Process::Absent) {
             Process::Absent => None,
             Process::Held(guest) => Some(guest),
-            Process::Protecting { role, commands } => {
+            Process::Protecting { role, commands } | Process::Exporting { role, commands } => {
                 // A role that ends by itself has closed the channel; its end is what is wanted.
                 let _ = commands.send(Command::Drain(DRAIN)).await;
                 match role.await {
@@ -500,7 +506,7 @@ impl Supervisor {
             return;
         }
         match &mut self.process {
-            Process::Protecting { .. } => return,
+            Process::Protecting { .. } | Process::Exporting { .. } => return,
             Process::Absent if self.start_later.is_some_and(|at| at <= Instant::now()) => {
                 if let Err(error) = self.autostart().await {
                     self.problem(error.to_string());
@@ -543,7 +549,7 @@ impl Supervisor {
 /// The end of the role, if there is one.
 async fn role_end(process: &mut Process) -> Result<(Outcome, AnyGuest), tokio::task::JoinError> {
     match process {
-        Process::Protecting { role, .. } => role.await,
+        Process::Protecting { role, .. } | Process::Exporting { role, .. } => role.await,
         _ => std::future::pending().await,
     }
 }

@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 
 use super::super::context::primary_options;
 use super::super::record::Standing;
+use super::super::seeds::{Exporting, lend};
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
 use crate::control::types::ApiError;
@@ -128,6 +129,37 @@ impl Supervisor {
     fn not_replicated(&self) -> ApiError {
         let text = "the guest is not being replicated";
         ApiError::new(Reason::WrongState, text).hint(format!("lifeboat protect {}", self.guest))
+    }
+
+    /// Lends the guest to an export, if it has no role.
+    pub(super) fn export_seed(&mut self, asked: Exporting) {
+        let refused = match &self.process {
+            Process::Held(AnyGuest::Stopped(_)) | Process::Absent => Some("the guest does not run"),
+            Process::Held(_) => None,
+            Process::Protecting { .. } => {
+                Some("the guest is being replicated, and is not disturbed")
+            }
+            Process::Exporting { .. } => Some("another export of the guest is under way"),
+        };
+        if let Some(text) = refused {
+            let hint = "export it before it is protected, or at the site that keeps its copy";
+            let error = ApiError::new(Reason::WrongState, text).hint(hint);
+            let Exporting { run, reply, .. } = asked;
+            // It is ended by whoever asked, who may have gone.
+            drop(run);
+            let _ = reply.send(Err(error));
+            return;
+        }
+        let Process::Held(guest) = std::mem::replace(&mut self.process, Process::Absent) else {
+            unreachable!("it was held a few lines above");
+        };
+        let (commands, inbox) = mpsc::channel(4);
+        let generation = self.record.as_ref().map(|r| r.generation);
+        let generation = generation.unwrap_or(Generation(1));
+        let (env, id) = (self.site.env.clone(), self.guest.clone());
+        let role = tokio::spawn(lend(env, id, generation, guest, asked, inbox));
+        self.process = Process::Exporting { role, commands };
+        self.publish();
     }
 
     pub(super) async fn unprotect(&mut self) -> Result<bool, ApiError> {

@@ -23,8 +23,8 @@ const LEFT_OUT: [&str; 5] = ["-vnc", "-spice", "-gdb", "-D", "-display"];
 const LEFT_OUT_ALONE: [&str; 2] = ["-s", "-nographic"];
 
 /// The command line without its connections to the world. With `console` its first serial line is a
-/// socket there.
-pub fn isolated(command: &[String], console: Option<&Path>) -> Vec<String> {
+/// socket there. Networks that are `kept`, as they are written, stay connected.
+pub fn isolated(command: &[String], console: Option<&Path>, kept: &[String]) -> Vec<String> {
     let spoken_to = console.and_then(|_| serial_device(command));
     let socket = |path: &Path| format!("{},server=on,wait=off", path.display());
     let mut line = console.filter(|_| spoken_to.is_none());
@@ -45,6 +45,12 @@ pub fn isolated(command: &[String], console: Option<&Path>) -> Vec<String> {
             continue;
         }
         isolated.push(argument.clone());
+        if let ("-netdev" | "-nic", [value, ..]) = (option, arguments.as_slice())
+            && kept.contains(value)
+        {
+            isolated.extend(arguments.next().cloned());
+            continue;
+        }
         let mut value = || arguments.next().map_or("", String::as_str);
         let replaced = match option {
             "-netdev" => format!("hubport,hubid={},id={}", port(), named(value(), "id")),
@@ -176,12 +182,18 @@ mod tests {
              -vnc :1 -s -nographic -qmp unix:/r/q,server=on",
         );
         assert_eq!(
-            isolated(&command, None).join(" "),
+            isolated(&command, None, &[]).join(" "),
             "kvm -m 64 -netdev hubport,hubid=1,id=n -device virtio-net,netdev=n \
              -netdev hubport,hubid=2,id=o \
              -nic hubport,hubid=3,model=e1000,mac=52:54:00:00:00:01 -nic none \
              -chardev null,id=c -serial null -serial chardev:c \
              -qmp unix:/r/q,server=on -display none"
+        );
+        let mapped = ["bridge,id=n,br=br-test".to_owned()];
+        let command_mapped = split("kvm -netdev bridge,id=n,br=br-test -netdev user,id=o");
+        assert_eq!(
+            isolated(&command_mapped, None, &mapped).join(" "),
+            "kvm -netdev bridge,id=n,br=br-test -netdev hubport,hubid=1,id=o -display none"
         );
         for (command, heard) in [
             (
@@ -201,7 +213,7 @@ mod tests {
                 "kvm -chardev null,id=x -chardev socket,id=s,path=/c,server=on,wait=off -serial chardev:s",
             ),
         ] {
-            let listened = isolated(&split(command), Some(Path::new("/c")));
+            let listened = isolated(&split(command), Some(Path::new("/c")), &[]);
             assert_eq!(listened.join(" "), format!("{heard} -display none"));
         }
         let found = needs(&command);

@@ -37,6 +37,7 @@ mod lifeline;
 pub mod machine;
 mod migrate;
 mod monitor;
+pub mod network;
 pub mod probe;
 pub mod qmp;
 pub mod restore;

@@ -1,6 +1,7 @@
 //! Ground is no point, and what is built on it is as sound as any history.
 
 use super::world::{Image, World, layout, mutate};
+use crate::frame::PartView;
 use crate::ids::{Epoch, ImageRoot};
 use crate::journal::{Faults, JournalError};
 
@@ -141,4 +142,23 @@ fn a_flipped_bit_in_ground_is_found() {
     assert!(ground.replay(&mut Image::new()).is_err());
     let report = world.journal().check(&mut |_| {}).unwrap();
     assert_eq!(report.findings.len(), 1);
+}
+
+/// A frame that holds everything is laid part by part, and is no point either.
+#[test]
+fn a_full_frame_is_laid_as_ground() {
+    let mut world = World::new(9);
+    let parts = world.next_frame(300, true);
+    let image = world.image.clone();
+    let mut laying = world.journal().begin_ground(&layout()).unwrap();
+    for part in &parts {
+        let part = PartView::verify(part).unwrap();
+        world.journal().lay_part(&mut laying, &part).unwrap();
+    }
+    laying.end();
+    let epoch = world.journal().highest_epoch().next();
+    let root = world.journal().finish_ground(laying, epoch).unwrap();
+    assert_eq!(root, image.root());
+    assert_eq!(world.journal().newest(), None);
+    shows(&mut world, &image);
 }

@@ -233,6 +233,15 @@ impl Site {
         run_to_end(command)
     }
 
+    /// What a verb says to people; it must work.
+    pub fn text(&self, args: &[&str]) -> String {
+        let mut command = Command::new(PROGRAM);
+        command.arg("-c").arg(self.config()).args(args);
+        let ran = run_to_end(command);
+        assert_eq!(ran.code, 0, "{}: {args:?}: {ran:?}", self.name);
+        ran.out
+    }
+
     /// Starts a verb with `--json` and does not wait for it.
     pub fn begin(&self, args: &[&str]) -> Child {
         Command::new(PROGRAM)

@@ -370,6 +370,29 @@ fn freeze(pair: &Pair, serial: &Serial) {
     });
 }
 
+/// Gives the guest, which runs at the other site, an address by its agent, and has that proven inside.
+fn readdress(pair: &Pair, dir: &Path) {
+    let plan = dir.join("address.toml").display().to_string();
+    let address = |name: &str, exec: &str| {
+        let text = format!(
+            "name = \"{name}\"\n[[group]]\nname = \"g\"\nguests = [\"{WEB}\"]\n[[address]]\n\
+             guest = \"{WEB}\"\ninterface = \"lo\"\naddress = \"10.2.0.8/24\"\ntimeout = \"2m\"\n{exec}"
+        );
+        fs::write(&plan, text).unwrap();
+        let args = ["plan", "run", &plan, "--fenced-by-operator", "--yes"];
+        pair.b.cli(&args)
+    };
+    let ran = address("address", "");
+    assert_eq!(ran.code, 0, "{ran:?}");
+    let look = "ip address show lo | grep -q $LIFEBOAT_ADDRESS && test $LIFEBOAT_GUEST = web";
+    let exec = |script: &str| format!("exec = [\"sh\", \"-c\", \"{script}\"]\n");
+    let ran = address("proven", &exec(look));
+    assert_eq!(ran.code, 0, "{ran:?}");
+    let error = address("refused", &exec("echo no such thing >&2; exit 3")).error(1);
+    let expected = "ended with status 3: no such thing";
+    assert!(error.message.contains(expected), "{error:?}");
+}
+
 /// Boot, protect, kill, fail over.
 fn round(dir: &Path, parts: &Parts, delay: Duration) {
     let serial = Serial::new(dir);
@@ -455,6 +478,9 @@ fn round(dir: &Path, parts: &Parts, delay: Duration) {
         wait("the guest's clock was set", || {
             (behind(&socket) < lost / 2).then_some(())
         });
+    }
+    if parts.agent.is_some() {
+        readdress(&pair, dir);
     }
     let all = serial.lines();
     let after: Vec<u64> = all[before.len()..]

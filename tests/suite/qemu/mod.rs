@@ -11,6 +11,7 @@ mod kills;
 mod linux;
 mod moves;
 mod moving;
+mod networks;
 mod pauses;
 mod readiness;
 mod vm;

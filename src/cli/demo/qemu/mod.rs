@@ -116,6 +116,7 @@ pub(super) async fn tell(
         point: None,
         fenced_by_operator: true,
         dry_run: false,
+        ..FailoverRequest::default()
     };
     let run = b.client.failover(&guest, &request).await?;
     let RunResult::Failover(failover) = finish(&b, run).await? else {
