@@ -1,6 +1,7 @@
 //! Consistency groups: two guests cut at one instant, and failed over from it.
 
 use std::collections::BTreeMap;
+use std::fs;
 
 use lifeboat::control::types::{GroupStatus, GuestStatus, PointStatus, Points, Run, RunResult};
 use lifeboat::guest::RunState;
@@ -66,6 +67,20 @@ fn grouped() -> Pair {
     pair
 }
 
+/// The primary's site is lost, with its guests.
+fn lose_a(pair: &mut Pair) {
+    let victims = [
+        pair.a.pid(),
+        pair.a.vmm(),
+        guest(&pair.a, OTHER).pid.unwrap(),
+    ];
+    kill_now(&victims);
+    pair.a.reap();
+    for pid in &victims[1..] {
+        pair.a.gone(*pid);
+    }
+}
+
 #[test]
 fn a_group_is_failed_over_from_one_instant() {
     if !kvm("a_group_is_failed_over_from_one_instant") {
@@ -77,7 +92,8 @@ fn a_group_is_failed_over_from_one_instant() {
         group(&pair.a).filter(|group| group.newest.is_some())
     });
     assert!(at_a.active && at_a.members == 2, "{at_a:?}");
-    pair.b.cli(&["failover", "--group", "nobody"]).error(6);
+    let nobody = ["failover", "--group", "nobody", "--dry-run"];
+    pair.b.cli(&nobody).error(6);
 
     // The daemon is killed again and again, and no guest stays behind; the numbers go on.
     let mut last = first;
@@ -90,16 +106,7 @@ fn a_group_is_failed_over_from_one_instant() {
         }
     }
 
-    let victims = [
-        pair.a.pid(),
-        pair.a.vmm(),
-        guest(&pair.a, OTHER).pid.unwrap(),
-    ];
-    kill_now(&victims);
-    pair.a.reap();
-    for pid in &victims[1..] {
-        pair.a.gone(*pid);
-    }
+    lose_a(&mut pair);
     let newest = group(&pair.b).unwrap().newest.unwrap();
     assert!(newest.number >= last);
     let mark = (GROUP.parse().unwrap(), newest.number, 2);
@@ -152,4 +159,44 @@ fn a_group_has_no_point_while_a_member_has_none_and_says_which() {
     wait("one is made again", || {
         (group(&pair.a)?.made > made).then_some(())
     });
+}
+
+#[test]
+fn a_plan_brings_a_group_up_from_one_instant() {
+    if !kvm("a_plan_brings_a_group_up_from_one_instant") {
+        return;
+    }
+    let mut pair = grouped();
+    newer(&pair.b, 0);
+    let plan = pair.b.dir().join("shop.toml").display().to_string();
+    let of = |name: &str, guest: &str, group: &str| {
+        format!("[[group]]\nname = \"{name}\"\nguests = [\"{guest}\"]\nconsistent = \"{group}\"\n")
+    };
+    let text = |group: &str| {
+        let groups = of("data", GUEST, group) + &of("front", OTHER, group);
+        format!("name = \"shop\"\n{groups}")
+    };
+    // A group that there is not is refused before anything happens.
+    fs::write(&plan, text("blog")).unwrap();
+    let refused = pair.b.cli(&["plan", "run", &plan, "--dry-run"]);
+    assert!(
+        refused.code == 6 && refused.out.contains("blog"),
+        "{refused:?}"
+    );
+    fs::write(&plan, text(GROUP)).unwrap();
+    let drill = ["plan", "run", &plan, "--mode", "test", "--yes"];
+    pair.b.ok(&drill);
+
+    lose_a(&mut pair);
+    let newest = group(&pair.b).unwrap().newest.unwrap();
+    let run = ["plan", "run", &plan, "--fenced-by-operator", "--yes"];
+    pair.b.ok(&run);
+    let report = pair.b.ok(&["plan", "report", "shop"]).out;
+    for (name, epoch) in &newest.points {
+        assert!(
+            report.contains(&format!("\"point\":{epoch},")),
+            "{name} {report}"
+        );
+        assert_eq!(guest(&pair.b, name.as_str()).role, Role::Active);
+    }
 }

@@ -86,6 +86,9 @@ fn exported() -> BTreeSet<String> {
     peer.set_rtt(Duration::from_millis(1));
     peer.set_clock_offset(0.0);
     peer.received(at);
+    metrics
+        .group(&"shop".parse().unwrap())
+        .set(Some(10.0), Some(at));
     metrics.set_certificate_not_after("site", at);
     metrics.set_crl_next_update(at);
     metrics.admin_request("/v1/status", 200);
