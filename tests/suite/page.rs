@@ -165,7 +165,7 @@ fn the_status_page_shows_a_pair_in_a_browser() {
     }
     pair.a.edit(
         "[defaults.replication]",
-        "[events]\ncommand = [\"false\"]\n[defaults.replication]",
+        "[events]\ncommand = [\"/bin/false\"]\n[defaults.replication]",
     );
     pair.protect();
     pair.more_points(5);
@@ -178,7 +178,12 @@ fn the_status_page_shows_a_pair_in_a_browser() {
     });
     let [at_a, at_b] = ports.map(|port| format!("http://127.0.0.1:{port}/"));
 
-    let page = browser.dom(&at_a, &[]);
+    // A busy host may be late for a moment, and the strip has its first bar after some seconds.
+    let page = wait("all is well", || {
+        let page = browser.dom(&at_a, &[]);
+        let well = ["Every guest is protected", "exposure against target"];
+        well.iter().all(|part| page.contains(part)).then_some(page)
+    });
     for part in [
         "Lifeboat · site-a",
         "Every guest is protected",
