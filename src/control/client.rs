@@ -16,7 +16,7 @@ use super::checkpoint::{Checkpoint, CheckpointRequest};
 use super::codes::Reason;
 use super::events::Events;
 use super::facts::Facts;
-use super::server::{StartRequest, UnprotectRequest, VerifyRequest};
+use super::requests::{StartRequest, UnprotectRequest, VerifyRequest};
 use super::types::{
     AddressRequest, ApiError, ConsoleInfo, Document, Done, DrillRequest, Envelope, ExportRequest,
     Exports, FailoverRequest, JournalStat, MoveRequest, Networks, Points, ProtectRequest, Reloaded,

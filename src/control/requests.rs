@@ -6,6 +6,32 @@ use super::types::Document;
 use crate::guest::network::{Address, GuestNetwork, NetworkChange};
 use crate::ids::{Epoch, GroupId, GuestId, SiteId};
 
+/// Body of `start`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartRequest {
+    /// Start it although the peer may own a higher generation and cannot be asked.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Body of `unprotect`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UnprotectRequest {
+    /// Also delete the journal at this site.
+    #[serde(default)]
+    pub purge: bool,
+}
+
+/// Body of `verify`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyRequest {
+    /// Which point; the newest when missing.
+    pub point: Option<Epoch>,
+}
+
 /// What to protect a guest with; what is missing comes from the configuration.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -61,44 +61,19 @@ use super::checkpoint::CheckpointRequest;
 use super::codes::Reason;
 use super::events::EventsRequest;
 use super::page::{self, History};
+use super::requests::{StartRequest, UnprotectRequest, VerifyRequest};
 use super::socket::AdminSocket;
 use super::types::{
     AddressRequest, ApiError, Document, DrillRequest, Envelope, ExportRequest, FailoverRequest,
     MoveRequest, ProtectRequest, Run, RunId, SeedRequest,
 };
-use crate::ids::{Epoch, GroupId, GuestId, NameError, SiteId};
+use crate::ids::{GroupId, GuestId, NameError, SiteId};
 use crate::metrics::Metrics;
 
 /// Largest body of a request.
 const BODY_BYTES_MAX: usize = 64 << 10;
 /// Content type of Prometheus' text format.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
-
-/// Body of `start`.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StartRequest {
-    /// Start it although the peer may own a higher generation and cannot be asked.
-    #[serde(default)]
-    pub force: bool,
-}
-
-/// Body of `unprotect`.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct UnprotectRequest {
-    /// Also delete the journal at this site.
-    #[serde(default)]
-    pub purge: bool,
-}
-
-/// Body of `verify`.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VerifyRequest {
-    /// Which point; the newest when missing.
-    pub point: Option<Epoch>,
-}
 
 /// Who is at the other end of the unix socket, as the kernel says.
 #[derive(Debug, Clone, Copy)]
