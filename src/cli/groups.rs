@@ -64,7 +64,14 @@ async fn all(
         for (guest, error) in &others {
             out.note(&format!("{guest}: {error}"));
         }
-        return Err(failed.remove(0).1);
+        let first = failed.remove(0).1;
+        return Err(match first.reason {
+            // Not one by one: each would go on from a point of its own.
+            Reason::NotFenced => first.hint(format!(
+                "make sure that the other site cannot run them (power off its host), then: lifeboat failover --group {group} --fenced-by-operator"
+            )),
+            _ => first,
+        });
     }
     if failed.is_empty() {
         return Ok(());
