@@ -322,8 +322,8 @@ async fn stalled(qmp: &Qmp, told: &mut Told, mut heard: Instant) -> Result<Heard
     }
 }
 
-/// The process: until `input` ends, which is the other end of a [`Lifeline`]. `own` says that the
-/// monitor is for it alone.
+/// The process: until `input` ends, the other end of which the daemon has. `own` says that the monitor is
+/// for it alone.
 pub fn run(mut input: UnixStream, monitor: PathBuf, own: bool, bound: Duration) -> io::Result<()> {
     let (tell, told) = mpsc::channel(64);
     let output = input.try_clone()?;
