@@ -152,6 +152,7 @@ impl Supervisor {
         // A QEMU that was never ours is left alone until it is to be.
         let looked_for = self.record.is_some() || self.qemu().is_none();
         if looked_for {
+            self.end_given().await?;
             let found = self.find().await.inspect_err(|_| self.try_again())?;
             if let Some(guest) = found {
                 tracing::info!(guest = %self.guest, pid = guest.pid(), "found the guest running");
@@ -383,6 +384,20 @@ impl Supervisor {
             MachineConfig::Qemu(qemu) => Some(qemu),
             MachineConfig::Builtin(_) => None,
         }
+    }
+
+    /// Ends a QEMU whose guest stands still since it was given to another site: attaching to it would let
+    /// the guest run.
+    async fn end_given(&self) -> Result<(), ApiError> {
+        let Some(record) = &self.record else {
+            return Ok(());
+        };
+        if record.standing == Standing::Active || !self.is_of_qemu() {
+            return Ok(());
+        }
+        let hardware = record.machine.as_ref();
+        let ended = hardware::end_migrated(&self.site, &self.guest, self.qemu(), hardware);
+        ended.await.map_err(failed)
     }
 
     /// True if it is to be found out whether a QEMU resumed the guest.

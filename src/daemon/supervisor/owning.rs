@@ -227,9 +227,7 @@ impl Supervisor {
     pub(super) async fn end_here(&mut self) -> Result<(), ApiError> {
         let Some(mut guest) = self.take().await else {
             // One that was given away before this daemon began was never attached to.
-            let hardware = self.record.as_ref().and_then(|r| r.machine.as_ref());
-            let ended = hardware::end_migrated(&self.site, &self.guest, self.qemu(), hardware);
-            return ended.await.map_err(failed);
+            return self.end_given().await;
         };
         leftover::keep_memory(&self.site.state_dir, &self.guest, &mut guest).await;
         guest.stop().await.map_err(failed)

@@ -311,6 +311,15 @@ async fn stalled(qmp: &Qmp, told: &mut Told, mut heard: Instant) -> Result<Heard
             biased;
             word = told.recv() => match word {
                 Some(ALIVE) => heard = Instant::now(),
+                Some(GIVEN) => {
+                    // What was begun ends first: the answer says that nothing more will be done.
+                    let ended = timeout(ANSWER_WITHIN, acting.as_mut()).await;
+                    return Ok(match ended {
+                        Ok(_) => Heard::Word(GIVEN),
+                        // There is no answer then, and nothing is given away.
+                        Err(_) => Heard::Nothing(Instant::now()),
+                    });
+                }
                 Some(word) => return Ok(Heard::Word(word)),
                 None => return Ok(Heard::End),
             },

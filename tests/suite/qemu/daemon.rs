@@ -7,7 +7,7 @@ use lifeboat::control::types::{GuestStatus, SiteStatus};
 use lifeboat::guest::RunState;
 use lifeboat::metrics::labels::{GuestState, Role};
 
-use super::vm::{Vm, disks, qemus, workspace};
+use super::vm::{Place, Vm, disks, qemus, workspace};
 use crate::harness::site::Site;
 use crate::harness::{Options, Pair, kill_now, wait};
 
@@ -31,6 +31,33 @@ disks = [{disks}]
         dir = dir.display(),
         disks = disks.join(", ")
     )
+}
+
+/// Two sites, either of which may start the other's QEMUs; the guest of this place is configured at site-a.
+pub fn started_pair(place: &Place) -> Pair {
+    let mut pair = Pair::new(Options {
+        more_a: configuration(place.path(), "vm"),
+        allowed: r#"["db1", "web"]"#,
+        programs: place.programs(),
+        ..Options::default()
+    });
+    pair.a
+        .edit(r#"guests = ["db1"]"#, r#"guests = ["db1", "web"]"#);
+    for (site, peer) in [(&pair.a, "site-b"), (&pair.b, "site-a")] {
+        let peer = format!("[peer.{peer}]");
+        site.edit(&peer, &format!("{peer}\nqemu = true"));
+    }
+    pair.b.start();
+    pair.a.start();
+    pair
+}
+
+/// The same, with the guest being replicated to site-b.
+pub fn protected_pair(place: &Place) -> Pair {
+    let pair = started_pair(place);
+    pair.a.ok(&["guest", "start", WEB]);
+    pair.a.ok(&["--timeout", "60s", "protect", WEB]);
+    pair
 }
 
 pub fn web(site: &Site) -> GuestStatus {

@@ -5,26 +5,16 @@ use std::fs;
 use lifeboat::control::types::{DrillReport, Run, RunResult};
 use lifeboat::metrics::labels::GuestState;
 
-use super::daemon::{WEB, configuration, web};
+use super::daemon::{WEB, protected_pair, web};
 use super::vm::{Vm, qemus, workspace};
-use crate::harness::{Options, Pair, wait};
+use crate::harness::wait;
 
 #[test]
 fn a_clone_of_a_qemu_guest_speaks_and_leaves_nothing() {
     for qemu in qemus("a_clone_of_a_qemu_guest_speaks_and_leaves_nothing") {
         let place = workspace(&qemu);
         let vm = Vm::boot(&place, "vm");
-        let mut pair = Pair::new(Options {
-            more_a: configuration(place.path(), "vm"),
-            allowed: r#"["db1", "web"]"#,
-            programs: place.programs(),
-            ..Options::default()
-        });
-        pair.b.edit("[peer.site-a]", "[peer.site-a]\nqemu = true");
-        pair.b.start();
-        pair.a.start();
-        pair.a.ok(&["guest", "start", WEB]);
-        pair.a.ok(&["--timeout", "60s", "protect", WEB]);
+        let pair = protected_pair(&place);
         // Its serial line is a file: a clone that opened it would cut it off.
         let said = vm.progress(vm.said().last().copied());
         let ran = pair.b.cli(&["--timeout", "120s", "test-failover", WEB]);

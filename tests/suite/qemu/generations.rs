@@ -13,10 +13,10 @@ use std::time::Duration;
 use lifeboat::guest::RunState;
 use lifeboat::metrics::labels::Role;
 
-use super::daemon::{Ends, WEB, configuration, web};
+use super::daemon::{Ends, WEB, protected_pair, web};
 use super::kills::protected;
 use super::vm::{Vm, qemus, workspace};
-use crate::harness::{Options, Pair, kill_now};
+use crate::harness::kill_now;
 use crate::kills::{Dice, number};
 
 /// On the first QEMU, and on each of the others.
@@ -34,22 +34,7 @@ fn a_guest_goes_to_and_fro_by_failovers() {
         let place = workspace(&qemu);
         let ends = Ends(Cell::new(None));
         let mut vm = Vm::boot(&place, "vm");
-        let mut pair = Pair::new(Options {
-            more_a: configuration(place.path(), "vm"),
-            allowed: r#"["db1", "web"]"#,
-            programs: place.programs(),
-            ..Options::default()
-        });
-        pair.a
-            .edit(r#"guests = ["db1"]"#, r#"guests = ["db1", "web"]"#);
-        for (site, peer) in [(&pair.a, "site-b"), (&pair.b, "site-a")] {
-            let peer = format!("[peer.{peer}]");
-            site.edit(&peer, &format!("{peer}\nqemu = true"));
-        }
-        pair.b.start();
-        pair.a.start();
-        pair.a.ok(&["guest", "start", WEB]);
-        pair.a.ok(&["--timeout", "60s", "protect", WEB]);
+        let mut pair = protected_pair(&place);
         let mut writes = 0;
         for generation in 1..=generations {
             let (from, to) = match generation % 2 {

@@ -11,10 +11,10 @@ use lifeboat::metrics::labels::GuestState;
 use serde_json::json;
 use tokio::time::{sleep, timeout};
 
-use super::daemon::{Ends, WEB, configuration, web};
+use super::daemon::{Ends, WEB, protected_pair, web};
 use super::vm::{Vm, qemus, workspace};
 use crate::harness::site::Site;
-use crate::harness::{Options, Pair, WITHIN, kill_now, wait};
+use crate::harness::{WITHIN, kill_now, wait};
 use crate::kills::{Dice, number};
 
 const KILLS: u64 = 10;
@@ -103,17 +103,7 @@ async fn a_killed_daemon_never_harms_its_guest() {
         let place = workspace(&qemu);
         let ends = Ends(Cell::new(None));
         let mut vm = Vm::boot(&place, "vm");
-        let mut pair = Pair::new(Options {
-            more_a: configuration(place.path(), "vm"),
-            allowed: r#"["db1", "web"]"#,
-            programs: place.programs(),
-            ..Options::default()
-        });
-        pair.b.edit("[peer.site-a]", "[peer.site-a]\nqemu = true");
-        pair.b.start();
-        pair.a.start();
-        pair.a.ok(&["guest", "start", WEB]);
-        pair.a.ok(&["--timeout", "60s", "protect", WEB]);
+        let mut pair = protected_pair(&place);
         let eye = Eye(Qmp::connect(&vm.monitor("c")).await.unwrap());
         let mut newest = protected(&pair.a, None);
         let mut start = Duration::from_secs(1);

@@ -10,11 +10,11 @@ use lifeboat::control::types::{MoveReport, Run, RunResult};
 use lifeboat::guest::RunState;
 use lifeboat::metrics::labels::Role;
 
-use super::daemon::{Ends, WEB, configuration, web};
+use super::daemon::{Ends, WEB, protected_pair, started_pair, web};
 use super::kills::protected;
-use super::vm::{Place, Said, Vm, qemus, workspace};
+use super::vm::{Said, Vm, qemus, workspace};
 use crate::harness::site::{Ran, Site};
-use crate::harness::{Options, Pair, WITHIN, wait};
+use crate::harness::{WITHIN, wait};
 use crate::kills::{Dice, number};
 use crate::moving::quantile;
 
@@ -23,22 +23,6 @@ const MOVES: u64 = 4;
 /// others after the guest was offered.
 const KILL_WITHIN_US: u64 = 1_500_000;
 const KILL_AFTER_OFFER_US: u64 = 100_000;
-
-fn pair(place: &Place) -> Pair {
-    let pair = Pair::new(Options {
-        more_a: configuration(place.path(), "vm"),
-        allowed: r#"["db1", "web"]"#,
-        programs: place.programs(),
-        ..Options::default()
-    });
-    pair.a
-        .edit(r#"guests = ["db1"]"#, r#"guests = ["db1", "web"]"#);
-    for (site, peer) in [(&pair.a, "site-b"), (&pair.b, "site-a")] {
-        let peer = format!("[peer.{peer}]");
-        site.edit(&peer, &format!("{peer}\nqemu = true"));
-    }
-    pair
-}
 
 /// Asks for a move to the other site.
 fn moved(from: &Site, to: &Site) -> Ran {
@@ -60,9 +44,7 @@ fn a_qemu_guest_moves_there_and_back() {
         let place = workspace(&qemu);
         let ends = Ends(Cell::new(None));
         let mut vm = Vm::boot(&place, "vm");
-        let mut pair = pair(&place);
-        pair.b.start();
-        pair.a.start();
+        let pair = started_pair(&place);
         pair.a.ok(&["guest", "start", WEB]);
         let mut downtimes = Vec::new();
         for round in 0..number("LIFEBOAT_MOVES").unwrap_or(MOVES) {
@@ -136,11 +118,7 @@ fn a_move_of_a_qemu_guest_that_loses_a_daemon_leaves_one_owner() {
         let place = workspace(&qemu);
         let ends = Ends(Cell::new(None));
         let vm = Vm::boot(&place, "vm");
-        let mut pair = pair(&place);
-        pair.b.start();
-        pair.a.start();
-        pair.a.ok(&["guest", "start", WEB]);
-        pair.a.ok(&["--timeout", "60s", "protect", WEB]);
+        let mut pair = protected_pair(&place);
         let (mut at_a, mut stayed, mut went) = (true, 0, 0);
         for round in 0..number("LIFEBOAT_MOVES").unwrap_or(MOVES) {
             let (from, to) = match at_a {

@@ -5,9 +5,9 @@ use std::fs;
 
 use serde_json::Value;
 
-use super::daemon::{Ends, WEB, configuration, web};
+use super::daemon::{Ends, WEB, protected_pair, web};
 use super::vm::{Vm, qemus, workspace};
-use crate::harness::{Options, Pair, free_port, kill_now};
+use crate::harness::{free_port, kill_now};
 
 #[test]
 fn a_plan_says_what_networks_are_at_the_other_site() {
@@ -19,17 +19,7 @@ fn a_plan_says_what_networks_are_at_the_other_site() {
         let device = "virtio-net-pci,netdev=office,romfile=";
         let more = ["-netdev", &net, "-device", device];
         let mut vm = Vm::boot_with(&place, "vm", &more);
-        let mut pair = Pair::new(Options {
-            more_a: configuration(place.path(), "vm"),
-            allowed: r#"["db1", "web"]"#,
-            programs: place.programs(),
-            ..Options::default()
-        });
-        pair.b.edit("[peer.site-a]", "[peer.site-a]\nqemu = true");
-        pair.b.start();
-        pair.a.start();
-        pair.a.ok(&["guest", "start", WEB]);
-        pair.a.ok(&["--timeout", "60s", "protect", WEB]);
+        let mut pair = protected_pair(&place);
         let plan = pair.root().join("p.toml").display().to_string();
         let write = |network: &str| {
             let text =

@@ -8,7 +8,7 @@ use lifeboat::metrics::labels::GuestState;
 
 use serde_json::json;
 
-use super::daemon::{Ends, WEB, configuration, web};
+use super::daemon::{Ends, WEB, configuration, started_pair, web};
 use super::vm::{Place, Vm, qemus, workspace};
 use crate::harness::site::Site;
 use crate::harness::{Options, Pair, kill_now, wait};
@@ -122,15 +122,7 @@ async fn a_guest_that_is_not_to_be_protected_any_more_is_left_alone() {
     };
     let place = workspace(&qemu);
     let vm = Vm::boot(&place, "vm");
-    let mut pair = Pair::new(Options {
-        more_a: configuration(place.path(), "vm"),
-        allowed: r#"["db1", "web"]"#,
-        programs: place.programs(),
-        ..Options::default()
-    });
-    pair.b.edit("[peer.site-a]", "[peer.site-a]\nqemu = true");
-    pair.b.start();
-    pair.a.start();
+    let pair = started_pair(&place);
     for _ in 0..2 {
         pair.a.ok(&["guest", "start", WEB]);
         pair.a.ok(&["--timeout", "60s", "protect", WEB]);
