@@ -227,12 +227,18 @@ impl Supervisor {
     }
 
     fn hold(&mut self, guest: AnyGuest) {
+        let state = guest.info().state.clone();
+        self.hold_in(guest, state);
+    }
+
+    /// The same of a guest that does this now.
+    fn hold_in(&mut self, guest: AnyGuest, state: RunState) {
         let machine = Hardware::from_bytes(&guest.info().machine).ok();
         if let Some(machine) = &machine {
             leftover::remember(&self.site.state_dir, &self.guest, machine);
         }
         let method = guest.method();
-        let (state, pid) = (guest.info().state.clone(), guest.pid());
+        let pid = guest.pid();
         self.process = Process::Held(guest);
         self.view.send_modify(|v| {
             v.run_state = Some(state);
@@ -460,13 +466,12 @@ impl Supervisor {
         match outcome {
             Outcome::Drained => self.hold(guest),
             Outcome::HandedOver { downtime } => {
-                self.hold(guest);
+                self.hold_in(guest, RunState::Paused);
                 self.gone(Some(downtime)).await;
             }
             Outcome::InDoubt(why) => {
                 tracing::warn!(guest = %self.guest, why, "it is not known whether the other site took the guest");
-                self.hold(guest);
-                self.stands(RunState::Paused);
+                self.hold_in(guest, RunState::Paused);
                 if self.in_doubt() {
                     self.resolve().await;
                 } else if let Some(record) = self.record.clone() {

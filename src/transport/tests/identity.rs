@@ -8,6 +8,7 @@ use super::super::testpki::*;
 use super::*;
 use crate::ids::{Epoch, ImageRoot};
 use crate::wire::message::RefuseReason;
+use crate::wire::version::VERSION;
 
 #[tokio::test]
 async fn a_good_pair_exchanges_messages_both_ways() {
@@ -18,7 +19,7 @@ async fn a_good_pair_exchanges_messages_both_ways() {
     let dialer = dialer(&a, standby.address(), "b");
     let (dialed, mut accepted) = tokio::join!(greet(&dialer, &a), answer(&mut standby, &b));
     let ((mut tx, mut rx), reply) = dialed.unwrap();
-    assert_eq!((reply.site, reply.version), (site("b"), 1));
+    assert_eq!((reply.site, reply.version), (site("b"), VERSION));
     assert_eq!(accepted.peer.site, site("a"));
     assert_eq!(accepted.peer.uri, "spiffe://lifeboat/site/a");
     assert_eq!(accepted.peer.serial, "01");
