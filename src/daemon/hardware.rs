@@ -21,9 +21,10 @@ use crate::device_state::DeviceState;
 use crate::guest::any::AnyGuest;
 use crate::guest::builtin::{BuiltinGuest, Unbooted};
 use crate::guest::qemu::command::{self, Rewrite, Sockets};
+use crate::guest::qemu::left;
 use crate::guest::qemu::machine::Machine;
 use crate::guest::qemu::probe::Mode;
-use crate::guest::qemu::{self, DiskOptions, MirrorOptions, Options, QemuGuest, WatchdogOptions};
+use crate::guest::qemu::{DiskOptions, MirrorOptions, Options, QemuGuest, WatchdogOptions};
 use crate::guest::{Guest, GuestError};
 use crate::ids::{DiskId, GuestId};
 use crate::page::Layout;
@@ -149,7 +150,7 @@ pub(super) async fn end_migrated(
     hardware: Option<&Hardware>,
 ) -> Result<(), GuestError> {
     match qemu_options(site, guest, config, hardware) {
-        Some(options) => qemu::end_migrated(&options.qmp).await,
+        Some(options) => left::end_migrated(&options.qmp).await,
         None => Ok(()),
     }
 }
@@ -162,7 +163,7 @@ pub(super) async fn end_waiting(
     hardware: Option<&Hardware>,
 ) -> Result<(), GuestError> {
     match qemu_options(site, guest, config, hardware) {
-        Some(options) => qemu::end_waiting(&options.qmp).await,
+        Some(options) => left::end_waiting(&options.qmp).await,
         None => Ok(()),
     }
 }

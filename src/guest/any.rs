@@ -73,7 +73,7 @@ impl Guest for AnyGuest {
         any!(self, guest => guest.cut(strategy).await)
     }
 
-    async fn last_cut(&mut self, strategy: CutStrategy) -> Result<Cut, GuestError> {
+    async fn last_cut(&mut self, strategy: CutStrategy) -> Result<(Cut, Duration), GuestError> {
         any!(self, guest => guest.last_cut(strategy).await)
     }
 

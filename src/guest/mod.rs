@@ -29,7 +29,7 @@ pub mod network;
 pub mod qemu;
 
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -216,14 +216,16 @@ pub trait Guest: Send + 'static {
     ) -> impl Future<Output = Result<Cut, GuestError>> + Send;
 
     /// The cut of a guest that is about to be given away: it stands still from the cut's instant until
-    /// `resume`. After an error it may or may not run.
+    /// `resume`. After an error it may or may not run. Also for how long it has stood still by now.
     fn last_cut(
         &mut self,
         strategy: CutStrategy,
-    ) -> impl Future<Output = Result<Cut, GuestError>> + Send {
+    ) -> impl Future<Output = Result<(Cut, Duration), GuestError>> + Send {
         async move {
+            let since = Instant::now();
             self.pause().await?;
-            self.cut(strategy).await
+            let cut = self.cut(strategy).await?;
+            Ok((cut, since.elapsed()))
         }
     }
 

@@ -107,7 +107,10 @@ impl<G: Guest> Builder<'_, G> {
         let strategy = self.engine.options.strategy;
         let cut = if last {
             self.engine.handing = Handing::Paused(started);
-            self.engine.guest.last_cut(strategy).await?
+            let (cut, stood) = self.engine.guest.last_cut(strategy).await?;
+            let since = Instant::now().checked_sub(stood).unwrap_or(started);
+            self.engine.handing = Handing::Paused(since.max(started));
+            cut
         } else {
             let (guest, standing) = (&mut self.engine.guest, &mut self.engine.standing);
             match &mut turn {

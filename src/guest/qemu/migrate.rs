@@ -12,12 +12,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::sync::broadcast::{Receiver, error::TryRecvError};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::monitor::{Context, DOWNTIME_MS, DOWNTIME_MS_MAX, Taken, before_now};
 use super::probe::{self, Method};
+use super::qmp::Event;
 use super::session::{Hold, Session, Told};
+use crate::clock::{Clock, SystemClock, Timestamp};
 use crate::guest::GuestError;
 
 /// Time after which a copy that does not converge may stop the guest for longer.
@@ -153,7 +156,8 @@ async fn migrated(context: &Arc<Context>, hold: Hold) -> Result<Taken, GuestErro
         context.qmp.call("cont", json!({})).await?;
         context.pause(&mut events, ended.elapsed()).await?
     } else {
-        (before_now(ended.elapsed()), ended.elapsed())
+        let at = stopped_at(&mut events).unwrap_or_else(|| before_now(ended.elapsed()));
+        (at, SystemClock.now().since(at))
     };
     Ok(Taken {
         devices,
@@ -161,4 +165,16 @@ async fn migrated(context: &Arc<Context>, hold: Hold) -> Result<Taken, GuestErro
         captured_at,
         pause,
     })
+}
+
+/// When the guest was stopped, from QEMU's own clock; `None` if its word got lost.
+fn stopped_at(events: &mut Receiver<Event>) -> Option<Timestamp> {
+    let mut at = None;
+    loop {
+        match events.try_recv() {
+            Ok(event) if event.name == "STOP" => at = Some(event.at),
+            Ok(_) | Err(TryRecvError::Lagged(_)) => {}
+            Err(TryRecvError::Empty | TryRecvError::Closed) => return at,
+        }
+    }
 }

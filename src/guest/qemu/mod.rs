@@ -33,6 +33,7 @@ pub mod cpu;
 mod disks;
 mod handout;
 pub mod isolated;
+pub mod left;
 mod lifeline;
 pub mod machine;
 mod migrate;
@@ -48,13 +49,13 @@ pub mod stream;
 pub mod warm;
 pub mod watchdog;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 
 use self::colo::Colo;
 pub use self::disks::{DiskOptions, MirrorOptions};
@@ -70,11 +71,8 @@ use super::{
     Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round, RunState,
 };
 use crate::bitmap::{PageBitmap, PageSet};
+use crate::clock::{Clock, SystemClock};
 
-/// How long a QEMU whose guest was written to it may take until the guest runs, and the time between two
-/// looks.
-const LOADED_WITHIN: Duration = Duration::from_secs(2);
-const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// How long a QEMU that was told to quit may take (it flushes disks).
 const STOP_WITHIN: Duration = Duration::from_secs(60);
 
@@ -411,7 +409,7 @@ impl Guest for QemuGuest {
 
     /// By a migration, whatever the mode is: QEMU makes a guest in COLO run when its daemon dies, and
     /// one that was migrated stands still.
-    async fn last_cut(&mut self, _: CutStrategy) -> Result<Cut, GuestError> {
+    async fn last_cut(&mut self, _: CutStrategy) -> Result<(Cut, Duration), GuestError> {
         self.current = None;
         self.check_state().await?;
         self.mirrored().await?;
@@ -423,7 +421,9 @@ impl Guest for QemuGuest {
         // Also if nobody waits for it any more: `resume` knows then what is to be done.
         self.held = Held::Migrated;
         let taken = self.last.cut(&self.context, Hold::Last).await;
-        self.cut_is(taken, Held::Migrated).await
+        let cut = self.cut_is(taken, Held::Migrated).await?;
+        let stood = SystemClock.now().since(cut.captured_at);
+        Ok((cut, stood))
     }
 
     async fn disarm(&mut self) -> Result<(), GuestError> {
@@ -533,43 +533,6 @@ async fn quit(qmp: &Qmp) -> Result<(), GuestError> {
         let seconds = STOP_WITHIN.as_secs();
         GuestError::Failed(format!("QEMU is not gone {seconds} s after its quit"))
     })
-}
-
-/// Ends the QEMU with this monitor if its guest was migrated, which is how one stands still that was given
-/// to another site. Any other is left alone.
-pub async fn end_migrated(monitor: &Path) -> Result<(), GuestError> {
-    match connected(monitor).await? {
-        Some(qmp) if probe::status(&qmp).await? == "postmigrate" => quit(&qmp).await,
-        _ => Ok(()),
-    }
-}
-
-/// Ends the QEMU with this monitor if it waits for a guest that whoever began to give it to it does not
-/// finish: one that got all of it runs in a moment. Any other is left alone.
-pub async fn end_waiting(monitor: &Path) -> Result<(), GuestError> {
-    let Some(qmp) = connected(monitor).await? else {
-        return Ok(());
-    };
-    let deadline = Instant::now() + LOADED_WITHIN;
-    loop {
-        match probe::status(&qmp).await {
-            Ok(status) if status != "inmigrate" => return Ok(()),
-            // It did not get all of it.
-            Err(QmpError::Gone(_)) => return Ok(()),
-            Err(error) => return Err(error.into()),
-            Ok(_) if Instant::now() > deadline => return quit(&qmp).await,
-            Ok(_) => sleep(LOOK_EVERY).await,
-        }
-    }
-}
-
-/// `None` if nobody listens there.
-async fn connected(monitor: &Path) -> Result<Option<Qmp>, GuestError> {
-    match Qmp::connect(monitor).await {
-        Ok(qmp) => Ok(Some(qmp)),
-        Err(QmpError::Missing { .. }) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// What the guest of a QEMU does.
