@@ -31,6 +31,7 @@ use crate::clock::Env;
 use crate::guest::qemu::command::{self, Rewrite, Sockets, started};
 use crate::guest::qemu::cpu;
 use crate::guest::qemu::isolated::{Needs, isolated, needs};
+use crate::guest::qemu::left;
 use crate::guest::qemu::machine::Machine;
 use crate::guest::qemu::qmp::Qmp;
 use crate::ids::{DiskId, GuestId};
@@ -288,6 +289,10 @@ async fn attempt(
             )
         })
         .collect();
+    let sockets = Sockets::within(directory);
+    // Of a daemon that was killed in the middle of a rehearsal.
+    let ended = left::end_idle(&sockets.qmp).await;
+    ended.map_err(|e| format!("a QEMU of an earlier trial cannot be ended: {e}"))?;
     let owned = directory.to_owned();
     let made = env.offload(move || {
         // Of a rehearsal that did not come to its end.
@@ -301,7 +306,6 @@ async fn attempt(
     made.map_err(|e| format!("{}: {e}", directory.display()))?;
     let placed = command::placed(machine.clone(), &files(directory), &part.table);
     let placed = placed.map_err(|e| e.to_string())?;
-    let sockets = Sockets::within(directory);
     let command = started(&placed, &sockets).map_err(|e| e.to_string())?;
     if needs(&command).vhost_user {
         return Ok(None);

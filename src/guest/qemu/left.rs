@@ -43,6 +43,14 @@ pub async fn end_waiting(monitor: &Path) -> Result<(), GuestError> {
     }
 }
 
+/// Ends the QEMU with this monitor if it waits for a guest that nobody will give it. Any other is left alone.
+pub async fn end_idle(monitor: &Path) -> Result<(), GuestError> {
+    match connected(monitor).await? {
+        Some(qmp) if probe::status(&qmp).await? == "inmigrate" => quit(&qmp).await,
+        _ => Ok(()),
+    }
+}
+
 /// `None` if nobody listens there.
 async fn connected(monitor: &Path) -> Result<Option<Qmp>, GuestError> {
     match Qmp::connect(monitor).await {
