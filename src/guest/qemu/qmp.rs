@@ -178,7 +178,17 @@ impl Qmp {
             path: path.to_owned(),
             what,
         };
-        let greeting = timeout(GREETING_WITHIN, lines.next())
+        // Events that QEMU had for the client before us may come first.
+        let greeted = async {
+            for _ in 0..EVENTS_KEPT {
+                let line = lines.next().await?;
+                if line.get("event").is_none() {
+                    return Ok(line);
+                }
+            }
+            Err("it sends events and does not greet".to_owned())
+        };
+        let greeting = timeout(GREETING_WITHIN, greeted)
             .await
             .map_err(|_| QmpError::Busy(path.to_owned()))?
             .map_err(not_qmp)?;
@@ -494,6 +504,18 @@ mod tests {
         ));
         qmp.closed().await;
         assert!(qmp.call("query-status", json!({})).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn events_of_the_client_before_may_come_before_the_greeting() {
+        const LATE: &str = concat!(
+            r#"{"event": "STOP", "timestamp": {"seconds": 3, "microseconds": 5}}"#,
+            "\r\n",
+            r#"{"QMP": {"version": {"qemu": {"micro": 1, "minor": 0, "major": 10}, "package": "x"}, "capabilities": []}}"#
+        );
+        let (_dir, path) = monitor(LATE, vec![]);
+        let qmp = Qmp::connect(&path).await.unwrap();
+        assert_eq!(qmp.version().major, 10);
     }
 
     #[tokio::test]

@@ -44,6 +44,7 @@
 //! is blocked is of no use, and it acts while the daemon hangs. With the daemon's monitor, which serves
 //! one client at a time, it connects when it acts, and gets through only when the daemon is dead.
 
+use std::cell::Cell;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -294,11 +295,12 @@ enum Heard {
 }
 
 /// See [`Watchdog::intervene`].
-async fn stalled(qmp: &Qmp, told: &mut Told, mut heard: Instant) -> Result<Heard, QmpError> {
-    let asked = Instant::now();
+async fn stalled(qmp: &Qmp, told: &mut Told, heard: Instant) -> Result<Heard, QmpError> {
+    let (asked, heard) = (Instant::now(), Cell::new(heard));
     let mut acting = std::pin::pin!(async {
         let seen = look(qmp).await?;
-        if asked.elapsed() < BUSY_AFTER {
+        // Late answers excuse a daemon that lives, and no other.
+        if asked.elapsed() < BUSY_AFTER || heard.get().elapsed() > ANSWER_WITHIN {
             act(qmp, &seen, action(&seen, true, false)).await?;
         } else {
             tracing::debug!(took = ?asked.elapsed(), "QEMU was busy itself: the bound begins anew");
@@ -306,11 +308,11 @@ async fn stalled(qmp: &Qmp, told: &mut Told, mut heard: Instant) -> Result<Heard
         Ok(())
     });
     loop {
-        let silent = (heard + ANSWER_WITHIN).max(asked + ANSWER_WITHIN);
+        let silent = heard.get().max(asked) + ANSWER_WITHIN;
         tokio::select! {
             biased;
             word = told.recv() => match word {
-                Some(ALIVE) => heard = Instant::now(),
+                Some(ALIVE) => heard.set(Instant::now()),
                 Some(GIVEN) => {
                     // What was begun ends first: the answer says that nothing more will be done.
                     let ended = timeout(ANSWER_WITHIN, acting.as_mut()).await;
@@ -323,9 +325,9 @@ async fn stalled(qmp: &Qmp, told: &mut Told, mut heard: Instant) -> Result<Heard
                 Some(word) => return Ok(Heard::Word(word)),
                 None => return Ok(Heard::End),
             },
-            acted = &mut acting => return acted.map(|()| Heard::Nothing(heard)),
+            acted = &mut acting => return acted.map(|()| Heard::Nothing(heard.get())),
             () = sleep_until(silent.min(asked + ANSWER_WITHIN_MAX)) => {
-                return unblock(qmp).await.map(|()| Heard::Nothing(heard));
+                return unblock(qmp).await.map(|()| Heard::Nothing(heard.get()));
             }
         }
     }
