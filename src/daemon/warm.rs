@@ -50,6 +50,8 @@ const AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_
 const TAKE_WITHIN: Duration = Duration::from_secs(5);
 /// How long one may take to be filled before a guest is moved into it, and how long it waits for it then.
 const FILLED_WITHIN: Duration = Duration::from_secs(600);
+/// How long it is waited for one to be begun at all: what forbids it is not told by anybody.
+const BEGUN_WITHIN: Duration = Duration::from_secs(15);
 const EXPECTED_FOR: Duration = Duration::from_secs(120);
 /// How long a left-over may take to end.
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
@@ -97,7 +99,8 @@ impl Warms {
     /// The guest is about to be moved here: a QEMU is filled for it. Returns when that is done, or cannot
     /// be, or takes too long: the guest is then resumed in another one, which takes longer.
     pub async fn expect(&self, guest: &GuestId) {
-        let deadline = Instant::now() + FILLED_WITHIN;
+        let since = Instant::now();
+        let deadline = since + FILLED_WITHIN;
         self.expected().insert(guest.clone(), deadline);
         while Instant::now() < deadline {
             match self.of(guest) {
@@ -106,6 +109,10 @@ impl Warms {
                     problem: Some(why), ..
                 }) => {
                     tracing::warn!(%guest, why, "no QEMU waits for the guest, which is about to come");
+                    break;
+                }
+                None if since.elapsed() > BEGUN_WITHIN => {
+                    tracing::warn!(%guest, "no QEMU is filled for the guest, which is about to come");
                     break;
                 }
                 _ => sleep(FILLED_EVERY).await,
