@@ -121,9 +121,15 @@ pub(super) async fn make_ready(site: &Arc<SiteContext>, guest: &GuestId, copy: S
         process: None,
         directory,
     };
-    if matches!(Hardware::from_bytes(&machine), Ok(Hardware::Builtin(_))) {
+    if let Ok(Hardware::Builtin(spec)) = Hardware::from_bytes(&machine) {
         match BuiltinGuest::spawn(&site.exe, &site.run_dir(guest), guest).await {
-            Ok(process) => arrival.process = Some(process),
+            Ok(process) => {
+                // What is not ready then is made when the guest comes.
+                if let Err(error) = process.prepare(&spec).await {
+                    tracing::warn!(%guest, %error, "the guest's machine is not made beforehand");
+                }
+                arrival.process = Some(process);
+            }
             Err(error) => tracing::warn!(%guest, %error, "no monitor waits for the guest"),
         }
     }

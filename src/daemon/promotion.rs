@@ -275,18 +275,53 @@ impl Takeover {
         generation: Generation,
     ) -> Result<bool, ApiError> {
         let copy = self.copy.clone();
+        let claiming = self.site.env.offload(move || lock(&copy).claim(point));
+        let promotion = claiming.await?;
+        let described = Hardware::from_bytes(&promotion.manifest.machine);
+        if matches!(described, Ok(Hardware::Qemu(_))) {
+            self.promote_to(run, point, generation).await?;
+            return self.resume_from(run, promotion, generation).await;
+        }
+        // Neither needs the other, and nothing runs before both.
+        let promoting = async {
+            let promoted = self.promote_to(run, point, generation).await;
+            run.step("materialise");
+            promoted
+        };
+        let made = self.materialise(run, promotion, generation);
+        let from = match tokio::join!(promoting, made) {
+            (Ok(()), made) => made?,
+            (Err(error), made) => {
+                if let Some(process) = made.ok().and_then(|made| made.process) {
+                    process.end().await;
+                }
+                return Err(error);
+            }
+        };
+        run.step("resume");
+        self.run_from(from).await
+    }
+
+    /// Records the promotion to the number that was offered, and raises that of the copy.
+    async fn promote_to(
+        &self,
+        run: &RunHandle,
+        point: Epoch,
+        offered: Generation,
+    ) -> Result<(), ApiError> {
+        let copy = self.copy.clone();
         let known = self
             .site
             .env
             .offload(move || lock(&copy).journal().generation());
-        let (known, offered) = (known.await, generation);
-        let generation = self.promote(run, point, known).await?;
-        if generation != offered {
-            let text =
-                format!("generation {offered} was offered, {generation} is the next one here");
+        let next = self.promote(run, point, known.await).await?;
+        if next != offered {
+            let text = format!("generation {offered} was offered, {next} is the next one here");
             return Err(failed(text));
         }
-        self.resume(run, point, generation).await
+        let copy = self.copy.clone();
+        let raising = self.site.env.offload(move || lock(&copy).raise(offered));
+        Ok(raising.await?)
     }
 
     /// Records the promotion; its generation is above this one.
@@ -321,6 +356,15 @@ impl Takeover {
             .env
             .offload(move || lock(&copy).promote(generation, Some(point)));
         let promotion = promoting.await?;
+        self.resume_from(run, promotion, generation).await
+    }
+
+    async fn resume_from(
+        &self,
+        run: &RunHandle,
+        promotion: Promotion,
+        generation: Generation,
+    ) -> Result<bool, ApiError> {
         run.step("materialise");
         let (at, described) = (promotion.point.epoch, promotion.manifest.machine.clone());
         if let Some(fed) = self.fed(run, at, &described).await {

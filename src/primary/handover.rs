@@ -133,7 +133,7 @@ impl<G: Guest> Builder<'_, G> {
                 why.unwrap_or_else(|| "the last cut was given up".into())
             ));
         }
-        let epoch = self.head.epoch;
+        let (epoch, cut) = (self.head.epoch, Instant::now());
         if !self.all_durable().await? {
             return Ok(Err(
                 "the last checkpoint did not become durable in time".into()
@@ -142,6 +142,7 @@ impl<G: Guest> Builder<'_, G> {
         let Handing::Paused(since) = self.engine.handing else {
             unreachable!("the last checkpoint pauses the guest");
         };
+        let durable = Instant::now();
         if let Err(error) = self.engine.guest.disarm().await {
             return Ok(Err(error.to_string()));
         }
@@ -164,6 +165,14 @@ impl<G: Guest> Builder<'_, G> {
             return Ok(Err("the guest could not be given away".into()));
         };
         self.queue.push(ToStandby::Take { epoch, generation });
+        let ms = |from: Instant, to: Instant| (to - from).as_micros() as f64 / 1e3;
+        tracing::info!(
+            guest = %self.engine.options.guest,
+            cut_ms = ms(since, cut),
+            durable_ms = ms(cut, durable),
+            offered_ms = ms(durable, Instant::now()),
+            "the guest stands still and is offered"
+        );
         loop {
             let event = self.events.recv().await;
             let event = event.ok_or_else(|| SessionEnd::lost("the link's reader ended"))?;

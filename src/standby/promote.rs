@@ -25,17 +25,41 @@ impl<S: Store> Replica<S> {
         generation: Generation,
         point: Option<Epoch>,
     ) -> Result<Promotion, ReplicaError> {
+        let chosen = self.chosen(point)?;
+        self.retire();
+        self.journal.raise_generation(generation)?;
+        self.hand_out(chosen)
+    }
+
+    /// The same without raising the generation yet, for whoever does so before the guest runs. Until then
+    /// it is not decided who has the guest: a primary with a higher number may come first, and raising
+    /// fails.
+    pub fn claim(&mut self, point: Epoch) -> Result<Promotion, ReplicaError> {
+        let chosen = self.chosen(Some(point))?;
+        self.retire();
+        self.hand_out(chosen)
+    }
+
+    /// Raises the generation durably after a [`claim`](Self::claim).
+    pub fn raise(&mut self, generation: Generation) -> Result<(), ReplicaError> {
+        self.journal.raise_generation(generation)?;
+        self.publish();
+        Ok(())
+    }
+
+    fn chosen(&self, point: Option<Epoch>) -> Result<RecoveryPoint, ReplicaError> {
         let points = self.journal.points();
         let chosen = match point {
             None => points.last(),
             Some(epoch) => points.iter().find(|p| p.epoch == epoch),
         };
         let missing = || point.map(|e| format!(" #{e}")).unwrap_or_default();
-        let chosen = chosen
+        chosen
             .cloned()
-            .ok_or_else(|| ReplicaError::NoPoint(self.guest.clone(), missing()))?;
-        self.retire();
-        self.journal.raise_generation(generation)?;
+            .ok_or_else(|| ReplicaError::NoPoint(self.guest.clone(), missing()))
+    }
+
+    fn hand_out(&mut self, chosen: RecoveryPoint) -> Result<Promotion, ReplicaError> {
         self.promoted = true;
         let shown = self.shows.take_if(|epoch| *epoch == chosen.epoch);
         let image = shown.and_then(|_| self.image.take());

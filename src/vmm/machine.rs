@@ -32,7 +32,7 @@ use crate::vmm::devices::watch::DiskWatch;
 use crate::vmm::gate::Gate;
 use crate::vmm::kvm::{IrqLine, Vm};
 use crate::vmm::state::{self, VcpuCapture, VmState};
-use crate::vmm::{Console, Disk, GuestRam, MachineSpec, VmmError, cpuid, vcpu};
+use crate::vmm::{Console, Disk, GuestRam, MachineSpec, Shell, VmmError, cpuid, vcpu};
 
 /// Version of the device sections.
 const VERSION: u16 = 1;
@@ -70,17 +70,17 @@ impl Machine {
     pub fn boot(spec: &MachineSpec) -> Result<Machine, VmmError> {
         let ram = GuestRam::anonymous(spec)?;
         let entry = boot::load(spec, &ram)?;
-        Self::build(spec, ram, First::Boot(entry))
+        Self::build(spec, Shell::over(ram)?, First::Boot(entry))
     }
 
-    /// Builds the machine in a saved state. It is paused; `ram` holds the memory of that state, the
+    /// Builds the machine in a saved state. It is paused; the shell holds the memory of that state, the
     /// disk files their content.
     pub fn restore(
         spec: &MachineSpec,
-        ram: Arc<GuestRam>,
+        shell: Shell,
         state: DeviceState,
     ) -> Result<Machine, VmmError> {
-        Self::build(spec, ram, First::Restore(state))
+        Self::build(spec, shell, First::Restore(state))
     }
 
     /// As `boot`, with another payload in the place of the embedded one.
@@ -88,27 +88,18 @@ impl Machine {
     pub(crate) fn boot_payload(spec: &MachineSpec, elf: &[u8]) -> Result<Machine, VmmError> {
         let ram = GuestRam::anonymous(spec)?;
         let entry = boot::load_payload(spec, elf, &ram)?;
-        Self::build(spec, ram, First::Boot(entry))
+        Self::build(spec, Shell::over(ram)?, First::Boot(entry))
     }
 
-    fn build(
-        spec: &MachineSpec,
-        ram: Arc<GuestRam>,
-        mut first: First,
-    ) -> Result<Machine, VmmError> {
+    fn build(spec: &MachineSpec, shell: Shell, mut first: First) -> Result<Machine, VmmError> {
         let layout = spec.layout()?;
-        let sizes: Vec<(u64, u64)> = ram
-            .ranges()
-            .iter()
-            .map(|r| (r.gpa, r.bytes() as u64))
-            .collect();
-        if sizes != spec.ram_regions() {
+        if !shell.fits(spec) {
             return Err(VmmError::Spec(
                 "its RAM was made for another description".into(),
             ));
         }
         let disks = open_disks(spec, &layout)?;
-        let vm = Vm::new(&ram)?;
+        let Shell { ram, vm } = shell;
         let vcpus = spec.vcpus as usize;
         let fd = vm.fd.clone();
         let gate = Arc::new(Gate::new(vcpus, Box::new(move || VmState::capture(&fd))));

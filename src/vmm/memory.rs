@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   anonymous(spec)        fresh zero pages, transparent huge pages asked for
-//!   from_image(spec, fd)   private mapping of an image file: pages come in when they are touched, the
-//!                          file is never changed
+//!   show(fd)               private mapping of an image file in its place: pages come in when they are
+//!                          touched, the file is never changed
 //!
 //!   image:   | region 0 | region 1 |      the RAM regions without the gap between them
 //! ```
@@ -71,18 +71,19 @@ impl Drop for Mapping {
 }
 
 impl GuestRam {
-    /// Fresh RAM, all zero. Pages cost nothing until they are touched.
-    pub fn anonymous(spec: &MachineSpec) -> Result<Arc<GuestRam>, VmmError> {
-        Self::build(spec, None)
+    /// RAM with the content of an image; see [`show`](Self::show).
+    pub fn from_image(spec: &MachineSpec, image: &OwnedFd) -> Result<Arc<GuestRam>, VmmError> {
+        let ram = Self::anonymous(spec)?;
+        ram.show(image)?;
+        Ok(ram)
     }
 
-    /// RAM with the content of an image: the RAM regions of the layout one after the other. Nothing
-    /// is read now; the file itself never changes.
-    pub fn from_image(spec: &MachineSpec, image: &OwnedFd) -> Result<Arc<GuestRam>, VmmError> {
-        let error = |why: String| VmmError::Memory {
-            bytes: spec.memory_bytes,
-            why,
-        };
+    /// Puts an image in the place of what it holds, at the same addresses: the RAM regions of the layout
+    /// one after the other. Nothing is read now; the file itself never changes. Only before anything
+    /// of the guest runs. After an error its content is undefined.
+    pub fn show(&self, image: &OwnedFd) -> Result<(), VmmError> {
+        let bytes = self.ranges.iter().map(|r| r.bytes() as u64).sum();
+        let error = |why: String| VmmError::Memory { bytes, why };
         let fd = image.as_raw_fd();
         // Only a memfd can be sealed; for other files this fails and changes nothing.
         // SAFETY: no memory is passed.
@@ -96,24 +97,29 @@ impl GuestRam {
             }
             stat.st_size
         };
-        if u64::try_from(size).unwrap_or(0) < spec.memory_bytes {
+        if u64::try_from(size).unwrap_or(0) < bytes {
             return Err(error(format!("its image has only {size} bytes")));
         }
-        Self::build(spec, Some(image))
+        let mut offset = 0;
+        for range in &self.ranges {
+            map_fixed(range.hva, range.bytes(), Some((image, offset)))
+                .map_err(|e| error(format!("mmap failed: {e}")))?;
+            offset += range.bytes() as u64;
+        }
+        Ok(())
     }
 
-    fn build(spec: &MachineSpec, image: Option<&OwnedFd>) -> Result<Arc<GuestRam>, VmmError> {
+    /// Fresh RAM, all zero. Pages cost nothing until they are touched.
+    pub fn anonymous(spec: &MachineSpec) -> Result<Arc<GuestRam>, VmmError> {
         spec.check()?;
         let error = |why: String| VmmError::Memory {
             bytes: spec.memory_bytes,
             why,
         };
         let (mut ranges, mut regions, mut mappings) = (Vec::new(), Vec::new(), Vec::new());
-        let mut offset = 0;
         for (i, (gpa, bytes)) in spec.ram_regions().into_iter().enumerate() {
             let bytes = usize::try_from(bytes).expect("64-bit host");
-            let (mapping, hva) = map(bytes, image.map(|fd| (fd, offset)))
-                .map_err(|e| error(format!("mmap failed: {e}")))?;
+            let (mapping, hva) = map(bytes).map_err(|e| error(format!("mmap failed: {e}")))?;
             mappings.push(mapping);
             ranges.push(RamRange {
                 region: RegionId(i as u16),
@@ -133,7 +139,6 @@ impl GuestRam {
             .map_err(|e| error(e.to_string()))?;
             let region = GuestRegionMmap::new(region, GuestAddress(gpa));
             regions.push(region.expect("RAM ends far below 2^64"));
-            offset += bytes as u64;
         }
         let memory = GuestMemoryMmap::from_regions(regions).map_err(|e| error(e.to_string()))?;
         Ok(Arc::new(Self {
@@ -165,9 +170,9 @@ impl GuestRam {
     }
 }
 
-/// Maps `bytes` bytes at an address aligned to 2 MiB: anonymous, or privately from the image. The
-/// mapping also holds the reserved space around them.
-fn map(bytes: usize, image: Option<(&OwnedFd, u64)>) -> io::Result<(Mapping, usize)> {
+/// Maps `bytes` fresh bytes at an address aligned to 2 MiB. The mapping also holds the reserved space
+/// around them.
+fn map(bytes: usize) -> io::Result<(Mapping, usize)> {
     const ALIGN: usize = 2 << 20;
     let reserved = bytes + ALIGN;
     // SAFETY: a fresh mapping of address space only.
@@ -189,11 +194,22 @@ fn map(bytes: usize, image: Option<(&OwnedFd, u64)>) -> io::Result<(Mapping, usi
         bytes: reserved,
     };
     let hva = (start as usize).next_multiple_of(ALIGN);
+    map_fixed(hva, bytes, None)?;
+    // Advice only: without transparent huge pages the guest is slower, not wrong.
+    // SAFETY: the range was mapped just now.
+    unsafe { libc::madvise(hva as *mut libc::c_void, bytes, libc::MADV_HUGEPAGE) };
+    Ok((mapping, hva))
+}
+
+/// Replaces what is mapped at `hva`, which is ours and which nobody uses now: by zeros, or privately by
+/// a part of an image.
+fn map_fixed(hva: usize, bytes: usize, image: Option<(&OwnedFd, u64)>) -> io::Result<()> {
     let (fd, offset, kind) = match image {
         Some((fd, offset)) => (fd.as_raw_fd(), offset, 0),
         None => (-1, 0, libc::MAP_ANONYMOUS),
     };
-    // SAFETY: MAP_FIXED replaces a part of the reservation just made, which nobody uses yet.
+    // SAFETY: MAP_FIXED replaces a part of a reservation of `map`, whose content nobody has a
+    // reference to: access goes through vm-memory, which copies.
     let at = unsafe {
         libc::mmap(
             hva as *mut libc::c_void,
@@ -204,15 +220,10 @@ fn map(bytes: usize, image: Option<(&OwnedFd, u64)>) -> io::Result<(Mapping, usi
             libc::off_t::try_from(offset).expect("images are at most 1 TiB"),
         )
     };
-    if at == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
+    match at {
+        libc::MAP_FAILED => Err(io::Error::last_os_error()),
+        _ => Ok(()),
     }
-    if image.is_none() {
-        // Advice only: without transparent huge pages the guest is slower, not wrong.
-        // SAFETY: the range was mapped above.
-        unsafe { libc::madvise(at, bytes, libc::MADV_HUGEPAGE) };
-    }
-    Ok((mapping, hva))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //!   machine.rs   builds, runs, pauses, saves and restores a machine; the only entry from outside
 //!     spec.rs      what to build                     memory.rs   guest RAM and its device-write bitmap
 //!     kvm.rs       VM file descriptor, dirty log     vcpu.rs     vCPU threads and the gate they park at
+//!     shell.rs     a VM without a guest yet
 //!     boot/        first state of RAM and vCPUs      state.rs    vCPU and VM state as sections
 //!     gate.rs      where vCPU threads stop           cpuid.rs    what a vCPU is shown
 //!     devices/     serial port, virtio block, VM generation ID; console.rs is the host's side of the
@@ -40,6 +41,7 @@ pub mod memory;
 pub mod payload;
 pub mod process;
 pub mod protocol;
+pub mod shell;
 pub mod spec;
 pub mod staging;
 pub(crate) mod state;
@@ -52,4 +54,5 @@ pub use devices::disk::{Disk, WriteHook};
 pub use error::VmmError;
 pub use machine::Machine;
 pub use memory::{GuestRam, RamRange};
+pub use shell::Shell;
 pub use spec::{Boot, DiskSpec, MachineSpec};

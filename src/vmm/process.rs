@@ -38,7 +38,7 @@ use crate::guest::RunState;
 use crate::ids::GuestId;
 use crate::vmm::cut::{CutEngine, CutTarget};
 use crate::vmm::protocol::{self, FromVmm};
-use crate::vmm::{GuestRam, Machine, MachineSpec, VmmError};
+use crate::vmm::{Machine, MachineSpec, Shell, VmmError};
 
 /// Name of the control socket in the run directory.
 pub const CONTROL_SOCKET: &str = "vmm.sock";
@@ -88,6 +88,8 @@ pub(crate) struct Process {
     pub(crate) guest: GuestId,
     pub(crate) run: [u8; 16],
     monitor: Mutex<Option<Arc<Monitor>>>,
+    /// For the guest that is about to come.
+    shell: Mutex<Option<Shell>>,
     connection: Mutex<Option<Connection>>,
     connected: AtomicBool,
     end: SyncSender<End>,
@@ -113,6 +115,7 @@ pub fn run(guest: &GuestId, run_dir: &Path) -> Result<(), ProcessError> {
         guest: guest.clone(),
         run,
         monitor: Mutex::default(),
+        shell: Mutex::default(),
         connection: Mutex::default(),
         connected: AtomicBool::new(false),
         end,
@@ -168,14 +171,7 @@ impl Process {
         if slot.is_some() {
             return Err("this process has a guest already".into());
         }
-        let parsed: MachineSpec = serde_json::from_slice(&spec)
-            .map_err(|error| format!("the machine description does not parse: {error}"))?;
-        if parsed.guest != self.guest {
-            return Err(format!(
-                "the machine description is guest {}'s, this process is {}'s",
-                parsed.guest, self.guest
-            ));
-        }
+        let parsed = self.parse(&spec)?;
         let machine = Arc::new(build(&parsed).map_err(|error| error.to_string())?);
         let target: Arc<dyn CutTarget> = machine.clone();
         let engine = CutEngine::new(target).map_err(|error| error.to_string())?;
@@ -193,12 +189,32 @@ impl Process {
         Ok(monitor)
     }
 
-    /// RAM of a restored guest.
-    pub(crate) fn ram_of(
-        spec: &MachineSpec,
-        image: &std::os::fd::OwnedFd,
-    ) -> Result<Arc<GuestRam>, VmmError> {
-        GuestRam::from_image(spec, image)
+    /// Makes the machine's shell for a guest that is about to come.
+    pub(crate) fn prepare(&self, spec: &[u8]) -> Result<(), String> {
+        let slot = lock(&self.monitor);
+        if slot.is_some() {
+            return Err("this process has a guest already".into());
+        }
+        let shell = Shell::new(&self.parse(spec)?).map_err(|error| error.to_string())?;
+        *lock(&self.shell) = Some(shell);
+        Ok(())
+    }
+
+    /// The shell, if one was made.
+    pub(crate) fn take_shell(&self) -> Option<Shell> {
+        lock(&self.shell).take()
+    }
+
+    fn parse(&self, spec: &[u8]) -> Result<MachineSpec, String> {
+        let parsed: MachineSpec = serde_json::from_slice(spec)
+            .map_err(|error| format!("the machine description does not parse: {error}"))?;
+        if parsed.guest != self.guest {
+            return Err(format!(
+                "the machine description is guest {}'s, this process is {}'s",
+                parsed.guest, self.guest
+            ));
+        }
+        Ok(parsed)
     }
 
     /// Ends the process; the first call counts.

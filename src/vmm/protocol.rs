@@ -118,6 +118,11 @@ pub enum Command {
     },
     /// Let a guest run that stands still since such a cut.
     Release,
+    /// A guest of this shape is about to come with `Restore`: make what does not depend on its content.
+    Prepare {
+        /// `MachineSpec`; its disks may be elsewhere.
+        spec: Vec<u8>,
+    },
 }
 
 /// First message of the guest's process.

@@ -71,6 +71,8 @@ struct Supervisor {
     moving: Option<moving::Moving>,
     /// What the record was before a promotion that may be withdrawn.
     before: Option<GuestRecord>,
+    /// The machine that runs here, until that is written down: whoever waits for it to run comes first.
+    unremembered: Option<Hardware>,
 }
 
 /// Starts the supervisor of a guest.
@@ -94,6 +96,7 @@ pub(super) fn spawn(
         start_later: None,
         moving: None,
         before: None,
+        unremembered: None,
     };
     let task = tokio::spawn(supervisor.run(inbox));
     (
@@ -119,6 +122,9 @@ impl Supervisor {
         let mut tick = tokio::time::interval(ASK_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            if let Some(machine) = self.unremembered.take() {
+                leftover::remember(&self.site.state_dir, &self.guest, &machine);
+            }
             tokio::select! {
                 order = inbox.recv() => match order {
                     Some(Order::Shutdown { reply }) => {
@@ -234,9 +240,7 @@ impl Supervisor {
     /// The same of a guest that does this now.
     fn hold_in(&mut self, guest: AnyGuest, state: RunState) {
         let machine = Hardware::from_bytes(&guest.info().machine).ok();
-        if let Some(machine) = &machine {
-            leftover::remember(&self.site.state_dir, &self.guest, machine);
-        }
+        self.unremembered.clone_from(&machine);
         let method = guest.method();
         let pid = guest.pid();
         self.process = Process::Held(guest);

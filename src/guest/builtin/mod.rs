@@ -1,7 +1,7 @@
 //! A guest of the built-in monitor: one process per guest, spoken to over its control socket.
 //!
 //! ```text
-//!   spawn ─▶ Unbooted ── boot | restore ──▶ BuiltinGuest ── stop ──▶ process exits
+//!   spawn ─▶ Unbooted [ prepare ] ── boot | restore ──▶ BuiltinGuest ── stop ──▶ process exits
 //!   adopt (the process outlived an earlier daemon) ──▶ BuiltinGuest ── drop ──▶ guest lives on,
 //!                                                                     its debts are given back
 //! ```
@@ -247,6 +247,16 @@ impl Unbooted {
             state,
         };
         self.started(command, Some(ram)).await
+    }
+
+    /// A guest of this shape is about to come: makes its machine as far as that goes. Only its
+    /// `restore` will be faster.
+    pub async fn prepare(&self, spec: &MachineSpec) -> Result<(), GuestError> {
+        let command = Command::Prepare { spec: json(spec) };
+        match self.connection.call(command, None).await? {
+            Reply::Done => Ok(()),
+            other => Err(connection::odd(&other)),
+        }
     }
 
     /// Ends the process, which got no guest.

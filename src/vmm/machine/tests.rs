@@ -69,8 +69,8 @@ fn reincarnate(machine: Machine) -> Machine {
     let spec = machine.spec.clone();
     drop(machine);
     let state = DeviceState::from_bytes(&state.to_bytes()).unwrap();
-    let ram = GuestRam::from_image(&spec, &image).unwrap();
-    Machine::restore(&spec, ram, state).unwrap()
+    let shell = Shell::new(&spec).unwrap().show(&image).unwrap();
+    Machine::restore(&spec, shell, state).unwrap()
 }
 
 fn output(machine: &Machine) -> Vec<u8> {
@@ -328,8 +328,8 @@ fn a_state_of_another_machine_is_refused() {
     let state = machine.save().unwrap();
     let image = image(&machine);
     let restore = |spec: &MachineSpec, state: &DeviceState| {
-        let ram = GuestRam::from_image(spec, &image)?;
-        Machine::restore(spec, ram, state.clone()).map(drop)
+        let shell = Shell::new(spec)?.show(&image)?;
+        Machine::restore(spec, shell, state.clone()).map(drop)
     };
     let good = spec(1, vec![]);
     restore(&good, &state).unwrap();

@@ -22,13 +22,13 @@ use std::time::Duration;
 use super::{Monitor, Process};
 use crate::guest::CutId;
 use crate::page::PageAddr;
-use crate::vmm::Machine;
 use crate::vmm::cut::{CutError, CutStart, Outbox, Session};
 use crate::vmm::protocol::{
     self, COMMAND_BYTES_MAX, Command, Failure, FrameReader, FromVmm, Info, ProtocolError, Reply,
     ToVmm, Welcome, WireSet,
 };
 use crate::vmm::staging::{Staging, StagingOptions};
+use crate::vmm::{Machine, MachineSpec, Shell};
 
 /// How long a new connection may take for its first frame.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -373,12 +373,20 @@ impl Serving {
             }
             Command::Restore { spec, state } => {
                 let image = image.ok_or_else(|| failed("no memory image came along"))?;
-                let restore = |spec: &_| {
-                    let ram = Process::ram_of(spec, &image)?;
-                    Machine::restore(spec, ram, state)
+                let shell = self.process.take_shell();
+                let restore = |spec: &MachineSpec| {
+                    let shell = match shell.filter(|shell| shell.fits(spec)) {
+                        Some(shell) => shell,
+                        None => Shell::new(spec)?,
+                    };
+                    Machine::restore(spec, shell.show(&image)?, state)
                 };
                 let monitor = self.process.start(spec, restore).map_err(failed)?;
                 monitor.engine.attach(Arc::clone(&self.session));
+                Ok(Reply::Done)
+            }
+            Command::Prepare { spec } => {
+                self.process.prepare(&spec).map_err(failed)?;
                 Ok(Reply::Done)
             }
             Command::Info => Ok(Reply::Info {

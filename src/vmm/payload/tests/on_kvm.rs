@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::guest::RunState;
 use crate::vmm::payload::abi::LANES_MAX;
 use crate::vmm::payload::check::{CheckReport, check, counter};
-use crate::vmm::{Boot, DiskSpec, GuestRam, Machine, MachineSpec};
+use crate::vmm::{Boot, DiskSpec, Machine, MachineSpec, Shell};
 
 /// The RAM image of a paused machine.
 fn ram(machine: &Machine) -> Vec<u8> {
@@ -59,8 +59,11 @@ fn restored(machine: Machine, spec: &MachineSpec) -> Machine {
     };
     image.write_all(&ram(&machine)).unwrap();
     drop(machine);
-    let ram = GuestRam::from_image(spec, &OwnedFd::from(image)).unwrap();
-    Machine::restore(spec, ram, state).unwrap()
+    let shell = Shell::new(spec)
+        .unwrap()
+        .show(&OwnedFd::from(image))
+        .unwrap();
+    Machine::restore(spec, shell, state).unwrap()
 }
 
 #[test]
