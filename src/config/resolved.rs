@@ -103,7 +103,7 @@ pub struct PeerConfig {
     pub qemu: bool,
     /// What is written into those command lines in the place of what, in order.
     pub rewrites: Vec<Rewrite>,
-    /// For these of them a QEMU waits here, and is fed what becomes durable.
+    /// For these of them a process and disks wait here, which are fed what becomes durable.
     pub warm: Vec<GuestId>,
     /// Longest silence before a ping.
     pub keepalive: Duration,

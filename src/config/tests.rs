@@ -277,7 +277,7 @@ fn one_image_under_two_names_is_found() {
 }
 
 #[test]
-fn a_qemu_waits_warm_only_for_guests_whose_qemu_may_be_started() {
+fn what_waits_warm_is_for_guests_of_the_peer() {
     let peer = |lines: &str| {
         let text = format!(
             "[site]\nname = \"site-b\"\n[listen]\naddress = \"127.0.0.1:7443\"\n\
@@ -287,12 +287,11 @@ fn a_qemu_waits_warm_only_for_guests_whose_qemu_may_be_started() {
         load_text(&text, &[]).map(|loaded| loaded.config.peers.into_values().next().unwrap().warm)
     };
     assert_eq!(peer("").unwrap(), []);
-    let warm = peer("qemu = true\nwarm = [\"web\"]").unwrap();
+    let warm = peer("warm = [\"web\"]").unwrap();
     assert_eq!(warm, ["web".parse().unwrap()]);
     for (bad, word) in [
-        ("warm = [\"web\"]", "qemu = true"),
-        ("qemu = true\nwarm = [\"mail\"]", "not in `guests`"),
-        ("qemu = true\nwarm = [\"\"]", "warm"),
+        ("warm = [\"mail\"]", "not in `guests`"),
+        ("warm = [\"\"]", "warm"),
     ] {
         let error = peer(bad).unwrap_err().to_string();
         assert!(error.contains(word), "{bad}: {error}");

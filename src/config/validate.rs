@@ -319,7 +319,7 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
     }
     let qemu = check.plain(&format!("{prefix}.qemu"), raw.qemu, false);
     let rewrites = rewrites(check, prefix, raw.rewrite, &guests);
-    let warm = warm(check, prefix, raw.warm, &guests, qemu.value);
+    let warm = warm(check, prefix, raw.warm, &guests);
     let keepalive = check.parsed(
         &format!("{prefix}.keepalive"),
         raw.keepalive,
@@ -350,22 +350,17 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
     }
 }
 
-/// Guests for which a QEMU waits here.
+/// Guests for which something waits here.
 fn warm(
     check: &mut Check<'_>,
     prefix: &str,
     raw: Vec<Spanned<String>>,
     guests: &[GuestId],
-    qemu: bool,
 ) -> Vec<GuestId> {
     let key = format!("{prefix}.warm");
     let place = raw.first().map(|first| check.place(first));
     let names: Vec<_> = raw.iter().map(|name| name.get_ref()).collect();
     check.setting(&key, format!("{names:?}"), place.as_ref());
-    if !raw.is_empty() && !qemu {
-        let message = "has this site start QEMUs, which it may not: set qemu = true as well";
-        check.problem(&key, place, message);
-    }
     let mut warm = Vec::new();
     for name in raw {
         match parse_as::<GuestId>(name.get_ref()) {

@@ -89,10 +89,10 @@ pub struct ProtectReport {
     pub sent_bytes: u64,
 }
 
-/// A QEMU that waits at the standby and is fed what becomes durable.
+/// A process that waits at the standby, and is fed what becomes durable, as its disks are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WarmStatus {
-    /// It has everything up to this epoch. `null`: a failover starts a QEMU of its own.
+    /// It has everything up to this epoch. `null`: a failover starts a process of its own.
     pub fed: Option<Epoch>,
     /// Its process.
     pub pid: Option<u32>,

@@ -185,7 +185,7 @@ pub struct GuestStatus {
     /// The command line of its QEMU: as it runs here, or as a failover to this site would start it.
     #[serde(default)]
     pub command: Option<String>,
-    /// The QEMU that waits warm for it; `null` where none is to.
+    /// What waits warm for it; `null` where nothing is to.
     #[serde(default)]
     pub warm: Option<super::reports::WarmStatus>,
     /// The machine.

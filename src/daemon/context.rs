@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use super::arrivals::Arrivals;
 use super::bandwidth::Limits;
 use super::quiesce::Quiesces;
 use super::warm::Warms;
@@ -45,10 +44,8 @@ pub(super) struct SiteContext {
     pub exe: PathBuf,
     /// For guests that are not configured here.
     pub replication: ReplicationConfig,
-    /// QEMUs that wait for guests of other sites.
+    /// What waits for guests of other sites.
     pub warms: Warms,
-    /// Guests that are about to come here.
-    pub arrivals: Arrivals,
     /// Of what is sent to each peer.
     pub limits: Limits,
     /// Of guests whose applications are at rest.

@@ -1,4 +1,10 @@
-//! One QEMU that waits warm, its disks, and the epochs that both are fed.
+//! What waits warm for one guest, its disks, and the epochs that they are fed.
+//!
+//! ```text
+//!                 process            memory                        disks
+//!   of QEMU       a QEMU             fed to it, epoch by epoch     files, epoch by epoch
+//!   our monitor's a monitor, a VM    that of the copy (image)      the same
+//! ```
 
 use std::fs::File;
 use std::io;
@@ -12,20 +18,22 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::hardware::Hardware;
+use super::promotion::machine;
 use super::qemu::{self, Leashed};
 use super::standbys::{Shared, lock};
 use crate::clock::Env;
 use crate::control::reports::WarmStatus;
 use crate::failover::DiskFiles;
-use crate::frame::{Manifest, PageImage};
-use crate::guest::qemu::command::{self, Rewrite, Sockets, started};
+use crate::frame::PageImage;
+use crate::guest::builtin::{BuiltinGuest, Unbooted};
+use crate::guest::qemu::command::{Rewrite, Sockets, started};
 use crate::guest::qemu::machine::Machine;
 use crate::guest::qemu::restore::ImageFile;
 use crate::guest::qemu::warm::WarmQemu;
-use crate::ids::Epoch;
+use crate::ids::{Epoch, GuestId};
 use crate::journal::{DirStore, Held};
-use crate::page::{PAGE_SIZE, PageAddr};
-use crate::standby::{Follower, Image, Told};
+use crate::page::{PAGE_SIZE, PageAddr, RegionId};
+use crate::standby::{Follower, Image, ReplicaError, Told};
 
 /// Most bytes of epochs that wait to be fed; more than that, and it begins anew.
 const QUEUE_BYTES_MAX: usize = 256 << 20;
@@ -39,7 +47,7 @@ const GONE_WITHIN: Duration = Duration::from_secs(10);
 
 /// See the module.
 pub(super) struct Feeding {
-    fed: FedQemu,
+    fed: Fed,
     /// `None` while it is lent to a thread.
     content: Option<Content>,
     follower: Follower,
@@ -59,18 +67,46 @@ pub(super) enum News {
 
 /// What is written to.
 struct Content {
-    qemu: WarmQemu,
+    /// Where there is one.
+    qemu: Option<WarmQemu>,
     disks: DiskFiles,
 }
 
-/// A QEMU that was fed all of a point but its devices. Dropping it kills it and removes its disks.
+/// Where and how something waits for a guest.
+pub(super) struct Place {
+    pub guest: GuestId,
+    /// This program, to start a monitor with.
+    pub exe: PathBuf,
+    /// Where the guest's monitor has its sockets.
+    pub run_dir: PathBuf,
+    /// Where a QEMU has them until it is taken.
+    pub waiting: PathBuf,
+    /// For the disks.
+    pub disks: PathBuf,
+    /// Of QEMU's command line; `None`: none may be started.
+    pub table: Option<Vec<Rewrite>>,
+}
+
+/// What has all of a point but its devices, and a monitor's memory. Dropping it ends it and removes its
+/// disks.
+pub(super) struct Fed {
+    vessel: Vessel,
+    hardware: Hardware,
+    disks: Directory,
+}
+
+/// The process that waits.
+pub(super) enum Vessel {
+    Qemu(FedQemu),
+    Monitor(Unbooted),
+}
+
+/// A QEMU that was fed all of a point but its devices. Dropping it kills it.
 pub(super) struct FedQemu {
     process: Leashed,
     /// `None` until it is taken.
     qemu: Option<WarmQemu>,
-    machine: Machine,
     place: PathBuf,
-    disks: Directory,
 }
 
 /// Files that go with it, unless they are kept.
@@ -85,12 +121,28 @@ impl Drop for Directory {
     }
 }
 
-impl FedQemu {
+impl Fed {
     /// The machine, in its place here.
-    pub fn hardware(&self) -> Hardware {
-        Hardware::Qemu(Box::new(self.machine.clone()))
+    pub fn hardware(&self) -> &Hardware {
+        &self.hardware
     }
 
+    /// Gives it away. Its disks stay where they are: they are in the guest's record soon, or swept.
+    pub fn keep(mut self) -> (Hardware, Vessel) {
+        self.disks.0 = None;
+        (self.hardware, self.vessel)
+    }
+
+    async fn end(self) {
+        match self.vessel {
+            // One that ended is as good.
+            Vessel::Qemu(mut qemu) => drop(qemu.process.release().kill().await),
+            Vessel::Monitor(process) => process.end().await,
+        }
+    }
+}
+
+impl FedQemu {
     /// Makes it the guest's own: its sockets are where those of a running guest are. Nobody ends it any
     /// more but the caller.
     pub fn adopt(mut self, run_dir: &Path) -> io::Result<(WarmQemu, Child)> {
@@ -105,16 +157,9 @@ impl FedQemu {
                 _ => {}
             }
         }
-        // From here on they are in the guest's record, or swept.
-        self.disks.0 = None;
         let qemu = self.qemu.take().expect("it was taken");
         let child = self.process.release();
         Ok((qemu, child))
-    }
-
-    async fn end(mut self) {
-        // One that ended is as good.
-        let _ = self.process.release().kill().await;
     }
 }
 
@@ -127,51 +172,53 @@ pub(super) async fn wait_gone(pid: u32) {
 }
 
 impl Feeding {
-    /// Makes the disks of the newest point below `directory`, starts a QEMU with its sockets in
-    /// `place`, and fills it. Errors say why it cannot be.
+    /// Makes the disks of the newest point, starts what waits for the guest, and fills it. Errors say why
+    /// it cannot be.
     pub async fn begin(
         env: &Env,
         copy: Shared,
-        directory: PathBuf,
-        place: PathBuf,
-        table: &[Rewrite],
+        place: Place,
         told: &watch::Sender<WarmStatus>,
     ) -> Result<Self, String> {
-        let followed = env.offload(move || lock(&copy).follow(QUEUE_BYTES_MAX));
-        let (held, follower) = followed.await.map_err(|e| e.to_string())?;
-        let epoch = held.point().epoch;
-        let guard = Directory(Some(directory.clone()));
-        let given_up = GivesUp::default();
-        let flag = given_up.0.clone();
-        let replaying = env.offload(move || replay(held, &directory, flag));
-        let (image, disks, manifest) = replaying.await?;
-        let machine = Machine::from_bytes(&manifest.machine).map_err(|e| e.to_string())?;
-        if machine.layout().map_err(|e| e.to_string())? != manifest.layout {
-            return Err("the machine of the point has other memory or disks than the point".into());
-        }
-        let placed = command::placed(machine, &disks.files(), table).map_err(|e| e.to_string())?;
-        let sockets = Sockets::within(&place);
-        let command = started(&placed, &sockets).map_err(|e| e.to_string())?;
-        let log = qemu::log(&place);
-        let child = qemu::start(&command, &sockets, &log).await;
-        let process = Leashed::new(child.map_err(|e| e.to_string())?);
-        told.send_modify(|status| status.pid = process.pid());
-        let warm = WarmQemu::connect(&sockets.qmp, placed.head.clone()).await;
-        let mut warm = warm.map_err(|e| e.to_string())?;
-        let head = placed.head.clone();
-        let filling = env.offload(move || {
-            let ram = File::from(image.fd().try_clone()?);
-            warm.seed(&mut ImageFile::new(ram, &head))?;
-            Ok::<_, io::Error>(warm)
+        let following = env.offload(move || {
+            let mut replica = lock(&copy);
+            let (held, follower) = replica.follow(QUEUE_BYTES_MAX)?;
+            let manifest = replica.journal().manifest(held.point().epoch)?;
+            Ok::<_, ReplicaError>((held, follower, manifest))
         });
-        let filled = filling.await;
-        let qemu = filled.map_err(|e| format!("{e}; QEMU said: {}", qemu::said(&log)))?;
+        let (held, follower, manifest) = following.await.map_err(|e| e.to_string())?;
+        let epoch = held.point().epoch;
+        let described = Hardware::from_bytes(&manifest.machine)?;
+        let with_memory = matches!(described, Hardware::Qemu(_));
+        let guard = Directory(Some(place.disks.clone()));
+        let given_up = GivesUp::default();
+        let (flag, directory) = (given_up.0.clone(), place.disks.clone());
+        let replaying = env.offload(move || replay(held, &directory, with_memory, flag));
+        let (image, disks) = replaying.await?;
+        let table = place.table.as_deref();
+        let placed = machine(&manifest, &disks.files(), table, &[]);
+        let (hardware, _) = placed.map_err(|e| e.to_string())?;
+        let (vessel, qemu) = match &hardware {
+            Hardware::Builtin(spec) => {
+                let process = BuiltinGuest::spawn(&place.exe, &place.run_dir, &place.guest).await;
+                let process = process.map_err(|e| e.to_string())?;
+                told.send_modify(|status| status.pid = Some(process.pid()));
+                if let Err(error) = process.prepare(spec).await {
+                    process.end().await;
+                    return Err(error.to_string());
+                }
+                (Vessel::Monitor(process), None)
+            }
+            Hardware::Qemu(machine) => {
+                let image = image.expect("it was read with its memory");
+                let (fed, warm) = fill(env, machine, &place.waiting, image, told).await?;
+                (Vessel::Qemu(fed), Some(warm))
+            }
+        };
         Ok(Self {
-            fed: FedQemu {
-                process,
-                qemu: None,
-                machine: placed,
-                place,
+            fed: Fed {
+                vessel,
+                hardware,
                 disks: guard,
             },
             content: Some(Content { qemu, disks }),
@@ -189,7 +236,10 @@ impl Feeding {
 
     /// Its process.
     pub fn pid(&self) -> Option<u32> {
-        self.fed.process.pid()
+        match &self.fed.vessel {
+            Vessel::Qemu(qemu) => qemu.process.pid(),
+            Vessel::Monitor(process) => Some(process.pid()),
+        }
     }
 
     /// Waits until there is something to do. Errors say why no more can be fed.
@@ -198,6 +248,7 @@ impl Feeding {
             .content
             .as_ref()
             .expect("it is lent only within a call");
+        let (vessel, qemu) = (&self.fed.vessel, &content.qemu);
         let sync_at = self.sync_at;
         let due = async {
             match sync_at {
@@ -205,12 +256,22 @@ impl Feeding {
                 None => std::future::pending().await,
             }
         };
+        let gone = async {
+            match (vessel, qemu) {
+                (Vessel::Qemu(fed), Some(qemu)) => {
+                    qemu.gone().await;
+                    format!("QEMU ended: {}", qemu::said(&qemu::log(&fed.place)))
+                }
+                (Vessel::Monitor(process), _) => {
+                    process.gone().await;
+                    "the monitor that waited ended".to_owned()
+                }
+                (Vessel::Qemu(_), None) => unreachable!("a QEMU that was not taken is fed"),
+            }
+        };
         tokio::select! {
             biased;
-            () = content.qemu.gone() => {
-                let said = qemu::said(&qemu::log(&self.fed.place));
-                Err(format!("QEMU ended: {said}"))
-            }
+            why = gone => Err(why),
             () = due => Ok(News::Sync),
             told = self.follower.next() => match told {
                 Ok(told) => Ok(News::Told(told)),
@@ -247,7 +308,10 @@ impl Feeding {
                     *content.disks.page_mut(addr).map_err(|e| e.to_string())? = *page;
                 }
             }
-            content.qemu.feed(told.pages()).map_err(|e| e.to_string())
+            match &mut content.qemu {
+                Some(qemu) => qemu.feed(told.pages()).map_err(|e| e.to_string()),
+                None => Ok(()),
+            }
         });
         feeding.await?;
         self.epoch = epoch;
@@ -270,14 +334,16 @@ impl Feeding {
     }
 
     /// Feeds what is left up to this point, which no epoch follows, and makes the disks durable.
-    pub async fn take(mut self, env: &Env, point: Epoch) -> Result<FedQemu, String> {
+    pub async fn take(mut self, env: &Env, point: Epoch) -> Result<Fed, String> {
         let drained = self.drain(env, point).await;
         if let Err(why) = drained {
             self.end().await;
             return Err(why);
         }
         let content = self.content.take().expect("it was given back");
-        self.fed.qemu = Some(content.qemu);
+        if let Vessel::Qemu(fed) = &mut self.fed.vessel {
+            fed.qemu = content.qemu;
+        }
         Ok(self.fed)
     }
 
@@ -293,12 +359,21 @@ impl Feeding {
             return Err(format!("it is at #{} already", self.epoch));
         }
         let content = self.content.as_ref().expect("it was given back");
-        let answers = content.qemu.answers(ANSWERS_WITHIN).await;
-        answers.map_err(|e| e.to_string())?;
+        match (&self.fed.vessel, &content.qemu) {
+            (Vessel::Monitor(process), _) => {
+                let answers = process.answers(ANSWERS_WITHIN).await;
+                answers.map_err(|e| e.to_string())?;
+            }
+            (Vessel::Qemu(_), Some(qemu)) => {
+                let answers = qemu.answers(ANSWERS_WITHIN).await;
+                answers.map_err(|e| e.to_string())?;
+            }
+            (Vessel::Qemu(_), None) => unreachable!("a QEMU that was not taken is fed"),
+        }
         self.sync(env).await
     }
 
-    /// Ends its QEMU.
+    /// Ends what waits.
     pub async fn end(self) {
         self.fed.end().await;
     }
@@ -314,21 +389,57 @@ impl Drop for GivesUp {
     }
 }
 
-/// RAM and disks of a point that is being read.
+/// Starts a QEMU with its sockets in `place` and gives it all of the image.
+async fn fill(
+    env: &Env,
+    machine: &Machine,
+    place: &Path,
+    image: Image,
+    told: &watch::Sender<WarmStatus>,
+) -> Result<(FedQemu, WarmQemu), String> {
+    let sockets = Sockets::within(place);
+    let command = started(machine, &sockets).map_err(|e| e.to_string())?;
+    let log = qemu::log(place);
+    let child = qemu::start(&command, &sockets, &log).await;
+    let process = Leashed::new(child.map_err(|e| e.to_string())?);
+    told.send_modify(|status| status.pid = process.pid());
+    let head = machine.head.clone();
+    let warm = WarmQemu::connect(&sockets.qmp, head.clone()).await;
+    let mut warm = warm.map_err(|e| e.to_string())?;
+    let filling = env.offload(move || {
+        let ram = File::from(image.fd().try_clone()?);
+        warm.seed(&mut ImageFile::new(ram, &head))?;
+        Ok::<_, io::Error>(warm)
+    });
+    let filled = filling.await;
+    let warm = filled.map_err(|e| format!("{e}; QEMU said: {}", qemu::said(&log)))?;
+    let fed = FedQemu {
+        process,
+        qemu: None,
+        place: place.to_owned(),
+    };
+    Ok((fed, warm))
+}
+
+/// Disks of a point that is being read, and its RAM if that is wanted.
 struct Whole {
-    ram: Image,
+    ram: Option<Image>,
     disks: DiskFiles,
     given_up: Arc<AtomicBool>,
 }
 
 impl PageImage for Whole {
+    fn wants(&self, region: RegionId) -> bool {
+        self.ram.is_some() || self.disks.wants(region)
+    }
+
     fn page_mut(&mut self, addr: PageAddr) -> io::Result<&mut [u8; PAGE_SIZE]> {
         if self.given_up.load(Ordering::Relaxed) {
             return Err(io::Error::other("nobody waits for it any more"));
         }
-        match self.disks.wants(addr.region) {
-            true => self.disks.page_mut(addr),
-            false => self.ram.page_mut(addr),
+        match &mut self.ram {
+            Some(ram) if !self.disks.wants(addr.region) => ram.page_mut(addr),
+            _ => self.disks.page_mut(addr),
         }
     }
 }
@@ -336,19 +447,23 @@ impl PageImage for Whole {
 fn replay(
     held: Held<DirStore>,
     directory: &Path,
+    with_memory: bool,
     given_up: Arc<AtomicBool>,
-) -> Result<(Image, DiskFiles, Manifest), String> {
+) -> Result<(Option<Image>, DiskFiles), String> {
     let point = held.point().clone();
     let layout = held.layout().clone();
+    let ram = with_memory.then(|| Image::new(&layout)).transpose();
     let mut whole = Whole {
-        ram: Image::new(&layout).map_err(|e| e.to_string())?,
+        ram: ram.map_err(|e| e.to_string())?,
         disks: DiskFiles::create(&layout, directory).map_err(|e| e.to_string())?,
         given_up,
     };
-    let manifest = held.replay(&mut whole, &mut |_| {});
-    let manifest = manifest.map_err(|e| e.to_string())?;
-    if whole.ram.root() != point.root {
+    let replayed = held.replay(&mut whole, &mut |_| {});
+    replayed.map_err(|e| e.to_string())?;
+    let root = whole.ram.as_mut().map(Image::root);
+    // Without its memory it is only what the journal's own checks say.
+    if root.is_some_and(|root| root != point.root) {
         return Err(format!("recovery point #{} is damaged", point.epoch));
     }
-    Ok((whole.ram, whole.disks, manifest))
+    Ok((whole.ram, whole.disks))
 }

@@ -4,7 +4,6 @@ use std::path::Path;
 
 use tokio::sync::watch;
 
-use super::arrivals::make_ready;
 use super::backend::Site;
 use super::context::writer_of;
 use super::fitness::examine;
@@ -151,17 +150,15 @@ impl Lookup<DirStore> for Site {
             let manifest = journal.manifest(newest).map_err(|e| e.to_string())?;
             Hardware::from_bytes(&manifest.machine)
         });
-        match room.await? {
-            Hardware::Builtin(_) => make_ready(&self.context, guest, copy).await,
-            Hardware::Qemu(_) if self.qemu_of(guest).is_none() => {
-                let text = format!(
-                    "site {} may not start a QEMU for the guest",
-                    self.context.site
-                );
-                return Err(text);
-            }
-            Hardware::Qemu(_) => self.context.warms.expect(guest).await,
+        let hardware = room.await?;
+        if matches!(hardware, Hardware::Qemu(_)) && self.qemu_of(guest).is_none() {
+            let text = format!(
+                "site {} may not start a QEMU for the guest",
+                self.context.site
+            );
+            return Err(text);
         }
+        self.context.warms.expect(guest).await;
         Ok(())
     }
 

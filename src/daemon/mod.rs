@@ -10,7 +10,6 @@
 //!   SIGHUP:  configuration and certificates are read again, as a whole or not at all.
 //! ```
 
-mod arrivals;
 mod backend;
 mod bandwidth;
 mod context;
@@ -197,7 +196,6 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         exe,
         replication: config.replication,
         warms: warm::Warms::default(),
-        arrivals: arrivals::Arrivals::default(),
         limits,
         quiesces: quiesce::Quiesces::default(),
         dialers: RwLock::new(transport.dialers),
@@ -241,7 +239,6 @@ pub async fn run(file: &Path) -> Result<(), SiteError> {
         tasks.spawn(listener::accept(site.clone(), listening));
     }
     tasks.spawn(standbys.maintain());
-    arrivals::tidy(&config.state_dir);
     site.start_guests();
     tasks.spawn(refresh(site.clone()));
     tasks.spawn(drills::schedule(site.clone()));

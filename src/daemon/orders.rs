@@ -94,6 +94,16 @@ pub(super) struct Materialised {
     pub process: Option<Unbooted>,
 }
 
+impl Materialised {
+    /// Nothing is resumed from it.
+    pub async fn end(self) {
+        // A QEMU that was fed ends when it is dropped.
+        if let Some(process) = self.process {
+            process.end().await;
+        }
+    }
+}
+
 /// A guest was given to another site.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Moved {

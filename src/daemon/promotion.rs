@@ -1,14 +1,14 @@
 //! The failover run: the steps of `failover`, driven at the site that becomes the owner.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::arrivals::{Arrival, ReadyDisks};
 use super::context::SiteContext;
-use super::feeding::FedQemu;
+use super::feeding::{Fed, Vessel};
 use super::hardware::{Hardware, Memory};
 use super::orders::{Handle, Materialised, Order, Resume};
 use super::record::{FailedOver, guest_dir};
@@ -29,6 +29,7 @@ use crate::guest::qemu::command::Rewrite;
 use crate::guest::qemu::network::changed;
 use crate::ids::{DiskId, Epoch, Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
+use crate::page::Layout;
 use crate::standby::{Promotion, ReplicaError};
 
 /// Everything a failover needs.
@@ -237,6 +238,13 @@ impl Failover {
     }
 }
 
+/// A point, and its RAM.
+struct Source {
+    point: Epoch,
+    manifest: Manifest,
+    ram: Arc<OwnedFd>,
+}
+
 /// Making this site the owner of a guest, from a point of its copy here.
 pub(super) struct Takeover {
     pub site: Arc<SiteContext>,
@@ -272,43 +280,8 @@ impl Takeover {
         &self,
         run: &RunHandle,
         point: Epoch,
-        generation: Generation,
-    ) -> Result<bool, ApiError> {
-        let copy = self.copy.clone();
-        let claiming = self.site.env.offload(move || lock(&copy).claim(point));
-        let promotion = claiming.await?;
-        let described = Hardware::from_bytes(&promotion.manifest.machine);
-        if matches!(described, Ok(Hardware::Qemu(_))) {
-            self.promote_to(run, point, generation).await?;
-            return self.resume_from(run, promotion, generation).await;
-        }
-        // Neither needs the other, and nothing runs before both.
-        let promoting = async {
-            let promoted = self.promote_to(run, point, generation).await;
-            run.step("materialise");
-            promoted
-        };
-        let made = self.materialise(run, promotion, generation);
-        let from = match tokio::join!(promoting, made) {
-            (Ok(()), made) => made?,
-            (Err(error), made) => {
-                if let Some(process) = made.ok().and_then(|made| made.process) {
-                    process.end().await;
-                }
-                return Err(error);
-            }
-        };
-        run.step("resume");
-        self.run_from(from).await
-    }
-
-    /// Records the promotion to the number that was offered, and raises that of the copy.
-    async fn promote_to(
-        &self,
-        run: &RunHandle,
-        point: Epoch,
         offered: Generation,
-    ) -> Result<(), ApiError> {
+    ) -> Result<bool, ApiError> {
         let copy = self.copy.clone();
         let known = self
             .site
@@ -320,8 +293,13 @@ impl Takeover {
             return Err(failed(text));
         }
         let copy = self.copy.clone();
+        let claiming = self.site.env.offload(move || lock(&copy).claim(point));
+        let promotion = claiming.await?;
+        // Nothing runs before it; what the guest will run in is made meanwhile.
+        let copy = self.copy.clone();
         let raising = self.site.env.offload(move || lock(&copy).raise(offered));
-        Ok(raising.await?)
+        let raised = async { Ok(raising.await?) };
+        self.resume_from(run, promotion, offered, raised).await
     }
 
     /// Records the promotion; its generation is above this one.
@@ -356,43 +334,59 @@ impl Takeover {
             .env
             .offload(move || lock(&copy).promote(generation, Some(point)));
         let promotion = promoting.await?;
-        self.resume_from(run, promotion, generation).await
+        let done = std::future::ready(Ok(()));
+        self.resume_from(run, promotion, generation, done).await
     }
 
+    /// Runs the guest once `first` is done, from what waits warm or else from files.
     async fn resume_from(
         &self,
         run: &RunHandle,
         promotion: Promotion,
         generation: Generation,
+        first: impl Future<Output = Result<(), ApiError>>,
     ) -> Result<bool, ApiError> {
         run.step("materialise");
-        let (at, described) = (promotion.point.epoch, promotion.manifest.machine.clone());
-        if let Some(fed) = self.fed(run, at, &described).await {
-            let (hardware, memory) = (fed.hardware(), Memory::Fed(Box::new(fed)));
-            let state = DeviceState::from_bytes(&promotion.manifest.device_state);
-            let from = Materialised {
-                generation,
-                hardware,
-                state: state.map_err(failed)?,
-                memory,
-                failover: self.failover.clone(),
-                process: None,
-            };
-            run.step("resume");
-            match self.run_from(from).await {
-                Ok(_) => {
-                    run.detail("in the QEMU that waited warm");
-                    return Ok(true);
-                }
-                Err(error) => {
-                    // It is gone, the point is as it was, and so is the record.
-                    tracing::warn!(guest = %self.guest, %error, "the QEMU that waited warm could not resume the guest");
-                    run.detail(format!("not in the QEMU that waited warm: {error}"));
+        let source = Source {
+            point: promotion.point.epoch,
+            manifest: promotion.manifest,
+            ram: promotion.image.fd(),
+        };
+        let made = async {
+            match self.fed(run, &source, generation).await? {
+                Some(fed) => Ok::<_, ApiError>((fed, true)),
+                None => {
+                    let made = self.materialise(&source, generation).await?;
+                    Ok((made, false))
                 }
             }
-            run.step("materialise");
+        };
+        let (from, warm) = match tokio::join!(first, made) {
+            (Ok(()), made) => made?,
+            (Err(error), Ok((made, _))) => {
+                made.end().await;
+                return Err(error);
+            }
+            (Err(error), Err(_)) => return Err(error),
+        };
+        run.step("resume");
+        let error = match self.run_from(from).await {
+            Ok(runs) => {
+                if warm {
+                    run.detail("in the process that waited warm");
+                }
+                return Ok(runs);
+            }
+            Err(error) => error,
+        };
+        if !warm {
+            return Err(error);
         }
-        let from = self.materialise(run, promotion, generation).await?;
+        // It is gone, the point is as it was, and so is the record.
+        tracing::warn!(guest = %self.guest, %error, "the process that waited warm could not resume the guest");
+        run.detail(format!("not in the process that waited warm: {error}"));
+        run.step("materialise");
+        let from = self.materialise(&source, generation).await?;
         run.step("resume");
         self.run_from(from).await
     }
@@ -402,87 +396,89 @@ impl Takeover {
         self.handle.ask(order).await
     }
 
-    /// The QEMU that waits warm for the guest, if it has this point of this machine, and the networks
-    /// that are wanted. If not, none is left.
-    async fn fed(&self, run: &RunHandle, epoch: Epoch, machine: &[u8]) -> Option<FedQemu> {
-        let taken = self.site.warms.take(&self.guest, epoch).await?;
-        // It was started when that was allowed, which may have changed.
-        let allowed = self.qemu.is_some();
-        let plugged = match Hardware::from_bytes(machine) {
+    /// What waits warm for the guest, if it has this point of this machine, and the networks that are
+    /// wanted. If not, nothing is left.
+    async fn fed(
+        &self,
+        run: &RunHandle,
+        source: &Source,
+        generation: Generation,
+    ) -> Result<Option<Materialised>, ApiError> {
+        let (point, manifest) = (source.point, &source.manifest);
+        let Some(taken) = self.site.warms.take(&self.guest, point).await else {
+            return Ok(None);
+        };
+        let plugged = match Hardware::from_bytes(&manifest.machine) {
             Ok(hardware) => plugged(&hardware, &self.networks),
             Err(_) => Vec::new(),
         };
-        let fitting = |fed: FedQemu| {
-            let there = match fed.hardware() {
-                Hardware::Qemu(machine) => machine.command,
-                Hardware::Builtin(_) => Vec::new(),
+        let fitting = |fed: Fed| {
+            let Hardware::Qemu(machine) = fed.hardware() else {
+                return Ok(fed);
             };
-            let has = |(at, value): &(usize, String)| there.get(*at) == Some(value);
-            match (allowed, plugged.iter().all(has)) {
+            let has = |(at, value): &(usize, String)| machine.command.get(*at) == Some(value);
+            // It was started when that was allowed, which may have changed.
+            match (self.qemu.is_some(), plugged.iter().all(has)) {
                 (false, _) => Err("it is not allowed here".to_owned()),
                 (_, false) => Err("its networks are not those that were asked for".to_owned()),
                 _ => Ok(fed),
             }
         };
-        match taken.and_then(fitting) {
-            Ok(fed) => {
-                run.detail("memory and disks are in the QEMU that waits warm");
-                Some(fed)
-            }
+        let fed = match taken.and_then(fitting) {
+            Ok(fed) => fed,
             Err(why) => {
-                run.detail(format!("not from the QEMU that waits warm: {why}"));
-                None
+                run.detail(format!("not from what waits warm: {why}"));
+                return Ok(None);
             }
-        }
+        };
+        let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
+        let (hardware, vessel) = fed.keep();
+        let (memory, process) = match vessel {
+            Vessel::Qemu(qemu) => (Memory::Fed(Box::new(qemu)), None),
+            Vessel::Monitor(process) => {
+                let ram = source.ram.try_clone().map_err(failed)?;
+                (Memory::Image(ram), Some(process))
+            }
+        };
+        run.detail("the guest's process waits warm, its disks are there");
+        Ok(Some(Materialised {
+            generation,
+            hardware,
+            state,
+            memory,
+            failover: self.failover.clone(),
+            process,
+        }))
     }
 
     /// What the guest is resumed from: machine, device state, memory; its disks are written beside the
-    /// guest's record. What was made ready before is used.
+    /// guest's record.
     async fn materialise(
         &self,
-        run: &RunHandle,
-        promotion: Promotion,
+        source: &Source,
         generation: Generation,
     ) -> Result<Materialised, ApiError> {
-        let manifest = promotion.manifest.clone();
-        let ram = promotion.image.fd().try_clone().map_err(failed)?;
+        let manifest = &source.manifest;
+        let memory = Memory::Image(source.ram.try_clone().map_err(failed)?);
         let directory = guest_dir(&self.site.state_dir, &self.guest)
             .join("disks")
             .join(format!("generation-{generation}"));
-        let mut arrival = self.site.arrivals.take(&self.guest);
-        let process = arrival.as_mut().and_then(Arrival::process);
-        let ready = arrival.as_mut().and_then(Arrival::disks);
+        let (layout, point) = (manifest.layout.clone(), source.point);
         let copy = self.copy.clone();
         let writing = self
             .site
             .env
-            .offload(move || write_disks(&copy, &promotion, ready, directory));
-        let written = match writing.await {
-            Ok((files, added)) => {
-                if let Some(after) = added {
-                    run.detail(format!("disks of #{after} were there before"));
-                }
-                machine(&manifest, &files, self.qemu.as_deref(), &self.networks)
-            }
-            Err(error) => Err(error),
-        };
-        let (hardware, state) = match written {
-            Ok(machine) => machine,
-            Err(error) => {
-                // The next attempt starts its own.
-                if let Some(process) = process {
-                    process.end().await;
-                }
-                return Err(error);
-            }
-        };
+            .offload(move || write_disks(&copy, &layout, point, directory));
+        let files = writing.await?;
+        let (table, networks) = (self.qemu.as_deref(), &self.networks);
+        let (hardware, state) = machine(manifest, &files, table, networks)?;
         Ok(Materialised {
             generation,
             hardware,
             state,
-            memory: Memory::Image(ram),
+            memory,
             failover: self.failover.clone(),
-            process,
+            process: None,
         })
     }
 }
@@ -531,35 +527,20 @@ pub(super) fn plugged(hardware: &Hardware, networks: &[NetworkChange]) -> Vec<(u
 /// The file of each disk.
 type Files = Vec<(DiskId, PathBuf)>;
 
-/// Writes the disks; or adds what is missing to those that are `ready`, which show a point. The files,
-/// and that point.
+/// Writes the disks of a point.
 fn write_disks(
     copy: &Shared,
-    promotion: &Promotion,
-    ready: Option<ReadyDisks>,
+    layout: &Layout,
+    point: Epoch,
     directory: PathBuf,
-) -> Result<(Files, Option<Epoch>), ApiError> {
-    let (layout, point) = (&promotion.manifest.layout, promotion.point.epoch);
+) -> Result<Files, ApiError> {
     if layout.regions().len() == layout.ram_regions() {
-        return Ok((Vec::new(), None));
-    }
-    if let Some(mut ready) = ready.filter(|ready| ready.files.layout() == layout) {
-        let replica = lock(copy);
-        let journal = replica.journal();
-        let known = match journal.id() == ready.journal {
-            true => journal.replay_after(ready.point, point, &mut ready.files),
-            false => Ok(None),
-        };
-        drop(replica);
-        if known.map_err(failed)?.is_some() {
-            ready.files.move_to(&directory).map_err(failed)?;
-            return Ok((ready.files.finish().map_err(failed)?, Some(ready.point)));
-        }
+        return Ok(Vec::new());
     }
     let mut disks = DiskFiles::create(layout, &directory).map_err(failed)?;
     lock(copy)
         .journal()
         .replay(point, &mut disks)
         .map_err(failed)?;
-    Ok((disks.finish().map_err(failed)?, None))
+    disks.finish().map_err(failed)
 }

@@ -16,7 +16,6 @@ impl Site {
         // In this order: without a copy no other one is begun.
         self.standbys.close(guest).await;
         self.context.warms.end(guest).await;
-        self.context.arrivals.end(guest).await;
         self.context.metrics.guest(guest).forget_durable();
         leftover::forget_memory(&self.context.state_dir, guest);
         let directory = self.standbys.directory(guest);

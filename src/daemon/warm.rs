@@ -1,21 +1,23 @@
-//! QEMUs that wait warm for guests of other sites (`warm` of a peer, or while one is about to be moved
-//! here): each is fed what becomes durable.
+//! What waits warm for guests of other sites (`warm` of a peer, or while one is about to be moved here): a
+//! QEMU or one of our monitors, and disks, which are fed what becomes durable.
 //!
 //! ```text
 //!   tend ─▶ keeper of a guest:
-//!             sweep ─▶ newest point: RAM, disk files ─▶ start QEMU ─▶ feed all ─▶ follow ─▶ taken, ended
-//!               ▲                                                                   │
-//!               └── a while later ◀── QEMU ended, fell behind, machine changed ◀────┘  and the status
-//!                                                                                      says why
-//!   guests/NAME/run/warm/       its sockets and log, until it is taken: then they are moved up
+//!             sweep ─▶ newest point: RAM, disk files ─▶ start it ─▶ feed all ─▶ follow ─▶ taken, ended
+//!               ▲                                                                 │
+//!               └── a while later ◀── it ended, fell behind, machine changed ◀────┘  and the status
+//!                                                                                    says why
+//!   guests/NAME/run/warm/       sockets and log of a QEMU, until it is taken: then they are moved up
 //!   guests/NAME/disks/warm-N/   its disks; the guest's own from then on
 //! ```
 //!
-//! * A QEMU is taken only when it and its disks are at the point that is to be resumed; else it is
-//!   ended, and whoever asked starts a cold one.
-//! * None is left behind: a keeper that ends kills its QEMU, and a daemon that was killed leaves
-//!   sockets in `run/warm` by which the next one finds it. Only a QEMU that waits there is ended.
-//! * Memory: the guest's RAM once more in QEMU, and once more again while it is being filled.
+//! * It is taken only when it and its disks are at the point that is to be resumed; else it is ended, and
+//!   whoever asked starts a cold one.
+//! * None is left behind: a keeper that ends kills its QEMU, and a daemon that was killed leaves sockets
+//!   in `run/warm` by which the next one finds it. Only a QEMU that waits there is ended. One of our
+//!   monitors ends with its connection.
+//! * Memory: the guest's RAM once more in QEMU, and once more again while it is being filled; none for
+//!   our monitor, which gets that of the copy.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -29,7 +31,8 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::backend::Site;
 use super::context::run_dir;
-use super::feeding::{self, FedQemu, Feeding};
+use super::feeding::{self, Fed, Feeding, Place};
+use super::leftover;
 use super::record::{self, Standing, guest_dir};
 use super::standbys::Standbys;
 use crate::clock::Env;
@@ -65,7 +68,7 @@ pub(super) struct Warms {
 }
 
 struct Keeper {
-    table: Vec<Rewrite>,
+    table: Option<Vec<Rewrite>>,
     asks: mpsc::Sender<Ask>,
     status: watch::Receiver<WarmStatus>,
     task: JoinHandle<()>,
@@ -73,10 +76,10 @@ struct Keeper {
 
 /// What a keeper is asked for; it ends with it.
 enum Ask {
-    /// Its QEMU, at this point.
+    /// What waits, at this point.
     Take {
         point: Epoch,
-        reply: oneshot::Sender<Result<FedQemu, String>>,
+        reply: oneshot::Sender<Result<Fed, String>>,
     },
     /// Nothing more.
     End,
@@ -96,8 +99,8 @@ impl Warms {
         until.is_some_and(|until| until > Instant::now())
     }
 
-    /// The guest is about to be moved here: a QEMU is filled for it. Returns when that is done, or cannot
-    /// be, or takes too long: the guest is then resumed in another one, which takes longer.
+    /// The guest is about to be moved here: something is made to wait for it. Returns when that is done, or
+    /// cannot be, or takes too long: the guest is then resumed in another process, which takes longer.
     pub async fn expect(&self, guest: &GuestId) {
         let since = Instant::now();
         let deadline = since + FILLED_WITHIN;
@@ -108,11 +111,11 @@ impl Warms {
                 Some(WarmStatus {
                     problem: Some(why), ..
                 }) => {
-                    tracing::warn!(%guest, why, "no QEMU waits for the guest, which is about to come");
+                    tracing::warn!(%guest, why, "nothing waits for the guest, which is about to come");
                     break;
                 }
                 None if since.elapsed() > BEGUN_WITHIN => {
-                    tracing::warn!(%guest, "no QEMU is filled for the guest, which is about to come");
+                    tracing::warn!(%guest, "nothing is made ready for the guest, which is about to come");
                     break;
                 }
                 _ => sleep(FILLED_EVERY).await,
@@ -122,15 +125,15 @@ impl Warms {
         self.expected().insert(guest.clone(), until);
     }
 
-    /// How the guest's QEMU is.
+    /// How what waits for the guest is.
     pub fn of(&self, guest: &GuestId) -> Option<WarmStatus> {
         let guests = self.guests();
         Some(guests.get(guest)?.status.borrow().clone())
     }
 
-    /// Takes the guest's QEMU, if there is one that gets to this point in time. Otherwise none is left,
-    /// and the answer says why.
-    pub async fn take(&self, guest: &GuestId, point: Epoch) -> Option<Result<FedQemu, String>> {
+    /// Takes what waits for the guest, if it gets to this point in time. Otherwise nothing is left, and the
+    /// answer says why.
+    pub async fn take(&self, guest: &GuestId, point: Epoch) -> Option<Result<Fed, String>> {
         self.expected().remove(guest);
         let keeper = self.guests().remove(guest)?;
         let (reply, taken) = oneshot::channel();
@@ -146,7 +149,7 @@ impl Warms {
         Some(answer.unwrap_or_else(|_| slow()))
     }
 
-    /// Ends the guest's QEMU.
+    /// Ends what waits for the guest.
     pub async fn end(&self, guest: &GuestId) {
         self.expected().remove(guest);
         let keeper = self.guests().remove(guest);
@@ -165,11 +168,11 @@ impl Warms {
 }
 
 impl Keeper {
-    /// Returns when its QEMU is gone or taken.
+    /// Returns when its process is gone or taken.
     async fn end(mut self) {
         let _ = self.asks.try_send(Ask::End);
         if timeout(TAKE_WITHIN, &mut self.task).await.is_err() {
-            // It kills its QEMU when it is dropped.
+            // It ends its process when it is dropped.
             self.task.abort();
             let _ = self.task.await;
         }
@@ -221,17 +224,18 @@ pub(super) async fn tend(site: Arc<Site>) {
     }
 }
 
-/// The table of its command line, if the guest is to have a QEMU here now.
-fn wanted(site: &Site, guest: &GuestId) -> Option<Vec<Rewrite>> {
+/// The table of its command line (none if no QEMU may be started for it), if something is to wait for
+/// the guest now.
+fn wanted(site: &Site, guest: &GuestId) -> Option<Option<Vec<Rewrite>>> {
     let config = site.config();
     let asked = site.context.warms.is_expected(guest)
         || config.peers.values().any(|peer| peer.warm.contains(guest));
     let copy = site.standbys.status(guest)?.ok()?;
     let standby = site.guest_status(guest).role == Role::Standby;
-    (asked && standby && copy.newest.is_some()).then(|| site.qemu_of(guest))?
+    (asked && standby && copy.newest.is_some()).then(|| site.qemu_of(guest))
 }
 
-/// A failover is on its way: it does not want another QEMU beside its own.
+/// A failover is on its way: it does not want another process beside its own.
 fn promoting(state_dir: &Path, guest: &GuestId) -> bool {
     let record = record::load(state_dir, guest).ok().flatten();
     record.is_some_and(|r| {
@@ -242,13 +246,14 @@ fn promoting(state_dir: &Path, guest: &GuestId) -> bool {
     })
 }
 
-fn keeper(site: &Site, guest: &GuestId, table: Vec<Rewrite>) -> Keeper {
+fn keeper(site: &Site, guest: &GuestId, table: Option<Vec<Rewrite>>) -> Keeper {
     let (asks, inbox) = mpsc::channel(2);
     let (told, status) = watch::channel(WarmStatus::default());
     let keep = Keep {
         env: site.context.env.clone(),
         standbys: site.standbys.clone(),
         state_dir: site.context.state_dir.clone(),
+        exe: site.context.exe.clone(),
         guest: guest.clone(),
         table: table.clone(),
         told,
@@ -265,8 +270,9 @@ struct Keep {
     env: Env,
     standbys: Standbys,
     state_dir: PathBuf,
+    exe: PathBuf,
     guest: GuestId,
-    table: Vec<Rewrite>,
+    table: Option<Vec<Rewrite>>,
     told: watch::Sender<WarmStatus>,
 }
 
@@ -279,7 +285,7 @@ impl Keep {
                 Err(why) => why,
             };
             if self.told.borrow().problem.as_ref() != Some(&why) {
-                tracing::warn!(guest = %self.guest, why, "no QEMU waits warm for the guest");
+                tracing::warn!(guest = %self.guest, why, "nothing waits warm for the guest");
             }
             self.told.send_replace(WarmStatus {
                 problem: Some(why.clone()),
@@ -292,7 +298,7 @@ impl Keep {
         }
     }
 
-    /// One QEMU, to its end. `Ok` if it was asked for.
+    /// One process, to its end. `Ok` if it was asked for.
     async fn once(
         &self,
         asks: &mut mpsc::Receiver<Ask>,
@@ -351,15 +357,15 @@ impl Keep {
             return Err("there is no copy of the guest now".into());
         }
         let copy = self.standbys.copy(&self.guest).await?;
-        Feeding::begin(
-            &self.env,
-            copy,
-            disks(&own).join(format!("warm-{number}")),
-            place(&self.state_dir, &self.guest),
-            &self.table,
-            &self.told,
-        )
-        .await
+        let place = Place {
+            guest: self.guest.clone(),
+            exe: self.exe.clone(),
+            run_dir: run_dir(&self.state_dir, &self.guest),
+            waiting: place(&self.state_dir, &self.guest),
+            disks: disks(&own).join(format!("warm-{number}")),
+            table: self.table.clone(),
+        };
+        Feeding::begin(&self.env, copy, place, &self.told).await
     }
 }
 
@@ -379,13 +385,15 @@ fn place(state_dir: &Path, guest: &GuestId) -> PathBuf {
     run_dir(state_dir, guest).join("warm")
 }
 
-/// Guests for which something waited.
+/// Guests for which something waited, or whose disks of earlier stays are left.
 fn left_over(state_dir: &Path) -> Vec<GuestId> {
     let entries = std::fs::read_dir(state_dir.join("guests"));
     let names = entries.into_iter().flatten();
     names
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok())
-        .filter(|guest| place(state_dir, guest).exists())
+        .filter(|guest| {
+            place(state_dir, guest).exists() || disks(&guest_dir(state_dir, guest)).exists()
+        })
         .collect()
 }
 
@@ -409,12 +417,18 @@ async fn sweep(env: &Env, state_dir: &Path, guest: &GuestId) -> Result<(), Strin
     let (state_dir, guest) = (state_dir.to_owned(), guest.clone());
     let sweeping = env.offload(move || {
         let record = record::load(&state_dir, &guest).map_err(|e| e.to_string())?;
-        let machine = record.and_then(|record| record.machine);
-        let used = |path: &Path| machine.as_ref().is_some_and(|m| m.has_disk_in(path));
+        // The one that it last ran in holds what the way back is compared with.
+        let machines = [
+            record.and_then(|record| record.machine),
+            leftover::machine(&state_dir, &guest),
+        ];
+        let used = |path: &Path| machines.iter().flatten().any(|m| m.has_disk_in(path));
         let entries = std::fs::read_dir(disks(&guest_dir(&state_dir, &guest)));
         for entry in entries.into_iter().flatten().flatten() {
-            let warm = entry.file_name().to_string_lossy().starts_with("warm-");
-            if warm && !used(&entry.path()) {
+            let name = entry.file_name();
+            let ours =
+                ["warm-", "generation-"].map(|kind| name.to_string_lossy().starts_with(kind));
+            if ours.contains(&true) && !used(&entry.path()) {
                 let path = entry.path();
                 std::fs::remove_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
             }

@@ -124,33 +124,6 @@ impl DiskFiles {
         })
     }
 
-    /// Renames the directory of the files, which replaces what is there.
-    pub fn move_to(&mut self, directory: &Path) -> Result<(), DisksError> {
-        let fail = |source: io::Error| DisksError::Io {
-            path: directory.to_owned(),
-            source,
-        };
-        let Some(first) = self.disks.iter().flatten().next() else {
-            return Ok(());
-        };
-        let from = first.path.parent().expect("it was made in a directory");
-        match std::fs::remove_dir_all(directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
-            _ => {}
-        }
-        std::fs::rename(from, directory).map_err(fail)?;
-        if let Some(parent) = directory.parent() {
-            File::open(parent)
-                .and_then(|parent| parent.sync_all())
-                .map_err(fail)?;
-        }
-        for disk in self.disks.iter_mut().flatten() {
-            let name = disk.path.file_name().expect("it was made with one");
-            disk.path = directory.join(name);
-        }
-        Ok(())
-    }
-
     /// Makes what was written durable and returns the files.
     pub fn finish(self) -> Result<Vec<(DiskId, PathBuf)>, DisksError> {
         self.sync()?;

@@ -44,32 +44,6 @@ impl<S: Store> Journal<S> {
         Ok(manifest)
     }
 
-    /// Applies what changed after point `after`, up to point `upto`, to an image that shows `after`, and
-    /// returns the manifest of `upto`. `None`, with the image as it was: the journal does not know the
-    /// difference (a full copy came between, or `after` was merged into a later point).
-    pub fn replay_after(
-        &self,
-        after: Epoch,
-        upto: Epoch,
-        image: &mut dyn PageImage,
-    ) -> Result<Option<Manifest>, JournalError> {
-        self.usable()?;
-        let end = self.frame(upto)?;
-        if after == upto {
-            return self.manifest_of(&self.frames[end]).map(Some);
-        }
-        let mut first = self.frames[..=end].iter();
-        let first = first.position(|f| f.prev_epoch == after && f.epoch > after);
-        let frames = first.map(|first| &self.frames[first..=end]);
-        let Some(frames) = frames.filter(|frames| frames.iter().all(|f| !f.full)) else {
-            return Ok(None);
-        };
-        let joined = |two: &[FrameInfo]| two[1].prev_epoch == two[0].epoch;
-        assert!(frames.windows(2).all(joined), "frames follow each other");
-        let mut none = BTreeSet::new();
-        self.apply_frames(frames, &mut none, image).map(Some)
-    }
-
     /// Applies these frames, which follow each other; the manifest of the last one.
     fn apply_frames(
         &self,

@@ -67,12 +67,13 @@ pub enum ToVmm {
 /// What can be asked.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Command {
-    /// Build the machine of this description (JSON) and run it.
+    /// Build the machine of this description (JSON) and run it. Answered as `Info` is.
     Boot {
         /// `MachineSpec`.
         spec: Vec<u8>,
     },
-    /// Build the machine in a saved state and run it. The memory image comes as a descriptor.
+    /// Build the machine in a saved state; it stands still until `Resume`. The memory image comes as a
+    /// descriptor. Answered as `Info` is.
     Restore {
         /// `MachineSpec`.
         spec: Vec<u8>,

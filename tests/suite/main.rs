@@ -9,6 +9,7 @@
 //!   bandwidth     a limit of what is sent over it
 //!   events        what happened, kept and told to a program
 //!   kills         random kills; LIFEBOAT_KILLS=200 for a long run, LIFEBOAT_SEED=N to replay one
+//!   warm          a monitor that waits at the standby, fed with every checkpoint
 //!   rot           flipped bits in a journal
 //!   aborts        moves and failovers cut off at each step; LIFEBOAT_ABORTS=all for all of them
 //!   doctor        two sites compared by what they tell each other
@@ -63,3 +64,4 @@ mod restart;
 mod rot;
 mod runbooks;
 mod seeds;
+mod warm;

@@ -155,8 +155,9 @@ impl Supervisor {
             self.resolve().await;
             return Ok(());
         }
-        // A QEMU that was never ours is left alone until it is to be.
-        let looked_for = self.record.is_some() || self.qemu().is_none();
+        // A QEMU that was never ours is left alone until it is to be, and what waits warm is no guest.
+        let waits = self.site.warms.of(&self.guest).is_some();
+        let looked_for = self.record.is_some() || (self.qemu().is_none() && !waits);
         if looked_for {
             self.end_given().await?;
             let found = self.find().await.inspect_err(|_| self.try_again())?;

@@ -61,6 +61,8 @@ impl Supervisor {
         let record = self.record.clone().unwrap_or(record);
         self.save(record)?;
         leftover::forget_memory(&self.site.state_dir, &self.guest);
+        // It would be where the guest is to be.
+        self.site.warms.end(&self.guest).await;
         let unbooted =
             BuiltinGuest::spawn(&self.site.exe, &self.site.run_dir(&self.guest), &self.guest)
                 .await

@@ -69,7 +69,7 @@ impl Supervisor {
             }
         }
         assert!(matches!(self.process, Process::Absent), "it was stopped");
-        let discarded = record.generation;
+        let machine = record.machine.clone();
         let generation = record.generation.next();
         tracing::warn!(guest = %self.guest, to = %failover.from, %generation, "the failover is rolled back");
         self.save(GuestRecord {
@@ -85,14 +85,15 @@ impl Supervisor {
         self.view.send_modify(|v| v.machine = None);
         self.publish();
         self.problem(None);
-        let disks = guest_dir(&self.site.state_dir, &self.guest)
-            .join("disks")
-            .join(format!("generation-{discarded}"));
-        match std::fs::remove_dir_all(&disks) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!(guest = %self.guest, %error, "the discarded disks are left at {}", disks.display());
+        let disks = guest_dir(&self.site.state_dir, &self.guest).join("disks");
+        for entry in std::fs::read_dir(disks).into_iter().flatten().flatten() {
+            let discarded = entry.path();
+            if !machine.as_ref().is_some_and(|m| m.has_disk_in(&discarded)) {
+                continue;
             }
-            _ => {}
+            if let Err(error) = std::fs::remove_dir_all(&discarded) {
+                tracing::warn!(guest = %self.guest, %error, "the discarded disks are left at {}", discarded.display());
+            }
         }
         Ok((failover.from, generation))
     }

@@ -239,9 +239,9 @@ impl Connection {
     }
 
     /// Waits until the connection has ended.
-    pub async fn closed(&mut self) {
+    pub async fn closed(&self) {
         // A sender that is gone has ended too.
-        let _ = self.ended.wait_for(Option::is_some).await;
+        let _ = self.ended.clone().wait_for(Option::is_some).await;
     }
 }
 

@@ -41,8 +41,8 @@ use crate::vmm::staging::{SLOT_PAGES, StagingView};
 const START_WITHIN: Duration = Duration::from_secs(15);
 /// How long a stopped process may take until it is gone (it flushes disks).
 const STOP_WITHIN: Duration = Duration::from_secs(60);
-/// How long a process that got no guest may take until it is gone.
-const END_WITHIN: Duration = Duration::from_secs(5);
+/// How long a process that got no guest may take until it is killed.
+const END_WITHIN: Duration = Duration::from_secs(1);
 /// Time between two attempts to reach a process that starts.
 const RETRY: Duration = Duration::from_millis(2);
 /// The same while another process answers.
@@ -259,14 +259,34 @@ impl Unbooted {
         }
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.connection.pid()
+    }
+
+    /// An error if it does not answer in time.
+    pub async fn answers(&self, within: Duration) -> Result<(), GuestError> {
+        match timeout(within, self.connection.info()).await {
+            Ok(answer) => answer.map(drop),
+            Err(_) => Err(GuestError::Failed("the monitor does not answer".into())),
+        }
+    }
+
+    /// Waits until it has ended.
+    pub async fn gone(&self) {
+        self.connection.closed().await;
+    }
+
     /// Ends the process, which got no guest.
     pub async fn end(self) {
         let (guest, mut child) = (self.guest, self.child);
         // A process without a guest ends with its connection. The next one needs its directory, so its
         // end is waited for.
         drop(self.connection);
-        if timeout(END_WITHIN, child.wait()).await.is_err() {
-            tracing::warn!(%guest, "the monitor that got no guest has not ended");
+        if timeout(END_WITHIN, child.wait()).await.is_err()
+            && let Err(error) = child.kill().await
+        {
+            tracing::warn!(%guest, %error, "the monitor that got no guest has not ended");
         }
     }
 
@@ -290,15 +310,9 @@ impl Unbooted {
         image: Option<OwnedFd>,
     ) -> Result<Info, GuestError> {
         match self.connection.call(command, image).await? {
-            Reply::Done => {}
-            other => return Err(connection::odd(&other)),
+            Reply::Info { guest: Some(info) } => Ok(info),
+            other => Err(connection::odd(&other)),
         }
-        self.connection.info().await?.ok_or_else(|| {
-            GuestError::Failed(format!(
-                "it has no guest \"{}\" after its start",
-                self.guest
-            ))
-        })
     }
 }
 

@@ -363,13 +363,23 @@ impl Serving {
         monitor.ok_or_else(|| failed("no guest was booted or restored in this process"))
     }
 
+    fn info(&self) -> Reply {
+        let guest = self.process.monitor().map(|monitor| Info {
+            layout: monitor.machine.layout().clone(),
+            machine: monitor.spec.clone(),
+            state: monitor.machine.run_state().into(),
+            base: monitor.engine.base(),
+        });
+        Reply::Info { guest }
+    }
+
     fn carry_out(&self, command: Command, image: Option<OwnedFd>) -> Result<Reply, Failure> {
         match command {
             Command::Boot { spec } => {
                 let monitor = self.process.start(spec, Machine::boot).map_err(failed)?;
                 monitor.engine.attach(Arc::clone(&self.session));
                 monitor.machine.resume();
-                Ok(Reply::Done)
+                Ok(self.info())
             }
             Command::Restore { spec, state } => {
                 let image = image.ok_or_else(|| failed("no memory image came along"))?;
@@ -383,20 +393,13 @@ impl Serving {
                 };
                 let monitor = self.process.start(spec, restore).map_err(failed)?;
                 monitor.engine.attach(Arc::clone(&self.session));
-                Ok(Reply::Done)
+                Ok(self.info())
             }
             Command::Prepare { spec } => {
                 self.process.prepare(&spec).map_err(failed)?;
                 Ok(Reply::Done)
             }
-            Command::Info => Ok(Reply::Info {
-                guest: self.process.monitor().map(|monitor| Info {
-                    layout: monitor.machine.layout().clone(),
-                    machine: monitor.spec.clone(),
-                    state: monitor.machine.run_state().into(),
-                    base: monitor.engine.base(),
-                }),
-            }),
+            Command::Info => Ok(self.info()),
             Command::State => Ok(Reply::State(self.monitor()?.machine.run_state().into())),
             Command::Round { contents } => {
                 let round = self.monitor()?.engine.round(contents).map_err(cut_failed)?;

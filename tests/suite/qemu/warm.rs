@@ -204,7 +204,7 @@ fn a_failover_to_a_warm_qemu_takes_milliseconds() {
         fed(&pair.b, None, Epoch(epoch.0 + 3));
         let ran = failover(&mut pair, &mut vm, &[]);
         println!("{}", steps(&ran));
-        assert!(steps(&ran).contains("in the QEMU that waited warm"));
+        assert!(steps(&ran).contains("in the process that waited warm"));
         let status = web(&pair.b);
         assert_eq!(
             (status.role, status.run_state, status.pid),
@@ -247,7 +247,7 @@ fn without_a_usable_warm_qemu_a_failover_starts_one() {
                 failover(&mut pair, &mut vm, &["--point", &point])
             };
             println!("{}", steps(&ran));
-            assert!(steps(&ran).contains("not from the QEMU that waits warm"));
+            assert!(steps(&ran).contains("not from what waits warm"));
             let status = web(&pair.b);
             ends.0.set(status.pid);
             assert_eq!(status.run_state, Some(RunState::Running));
