@@ -37,13 +37,16 @@ const GATHER_WITHIN: Duration = Duration::from_secs(2);
 /// No guest stands still for so long: the longest `pause_max`, and calls that take their time.
 const STANDS_MAX: Duration = Duration::from_secs(5);
 
+/// What came of an attempt.
+type Met = Result<Vec<(GuestId, Epoch)>, Missed>;
+
 /// See the module.
 pub struct Group {
     members: [World; 2],
     dice: Dice,
     trace: Trace,
     talk: JoinHandle<()>,
-    attempt: Option<JoinHandle<Result<Vec<(GuestId, Epoch)>, Missed>>>,
+    attempt: Option<JoinHandle<Met>>,
     /// Of the last attempt.
     number: u64,
     /// The newest common point that site B had, and the disks that it had it on.
