@@ -24,7 +24,7 @@ use crate::control::types::{
     ProtectRequest, Run, RunId, SiteStatus,
 };
 use crate::ids::{Epoch, GuestId};
-use crate::standby::CONSISTENT;
+use crate::journal::CONSISTENT;
 
 /// `lifeboat guest list`
 #[derive(Debug, Serialize)]

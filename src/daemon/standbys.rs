@@ -287,8 +287,12 @@ impl Standbys {
                     .and_then(|s| s.newest);
                 let newest_at = newest.map(|newest| newest.captured_at);
                 let spared = kept::spared(&groups, &points, &guest, newest_at);
+                let complete = kept::complete(&groups, &guest);
                 let step = move || {
-                    lock(&replica).spare(spared, seen);
+                    let mut copy = lock(&replica);
+                    copy.spare(spared, seen);
+                    copy.prefer(complete);
+                    drop(copy);
                     steps(&replica, now)
                 };
                 let worked = self.inner.env.offload(step).await;

@@ -23,9 +23,10 @@ use super::error::JournalError;
 use super::fold::STEP_BYTES;
 use super::open::Journal;
 use super::recover::{self, read_part, verify_frame};
-use super::retention::{Keep, Retention, judge};
+use super::retention::{Judged, Keep, Quality, Retention, judge};
 use super::segment::{Lane, Loc};
 use super::store::Store;
+use super::{CONSISTENT, RecoveryPoint};
 use crate::clock::Timestamp;
 use crate::frame::{FrameError, Merger, PART_BYTES_MAX};
 use crate::ids::Epoch;
@@ -103,6 +104,22 @@ impl<S: Store> Journal<S> {
         self.spared = points;
     }
 
+    /// Where one point of several is kept, one of these is, or else one with the tag [`CONSISTENT`]. Said
+    /// for as long as [`spare`](Self::spare).
+    pub fn prefer(&mut self, points: BTreeSet<Epoch>) {
+        self.preferred = points;
+    }
+
+    fn quality(&self, point: &RecoveryPoint) -> Quality {
+        if self.preferred.contains(&point.epoch) {
+            Quality::Group
+        } else if point.tags.iter().any(|tag| tag == CONSISTENT) {
+            Quality::Application
+        } else {
+            Quality::Crash
+        }
+    }
+
     /// True if the journal has no space to grow: an operator should know.
     pub fn is_full(&self) -> bool {
         self.pressed
@@ -140,7 +157,11 @@ impl<S: Store> Journal<S> {
         let judged: Vec<_> = self
             .points
             .iter()
-            .map(|p| (p.durable_at, p.pinned || self.spared.contains(&p.epoch)))
+            .map(|p| Judged {
+                at: p.durable_at,
+                pinned: p.pinned || self.spared.contains(&p.epoch),
+                quality: self.quality(p),
+            })
             .collect();
         let verdicts = judge(&judged, &retention);
         if let Some(to) = self.fold_target(&verdicts).filter(|_| !held) {

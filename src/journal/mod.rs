@@ -122,6 +122,9 @@ impl Default for JournalOptions {
     }
 }
 
+/// The tag of a point that was cut while the guest's applications were at rest: retention prefers it.
+pub const CONSISTENT: &str = "application-consistent";
+
 /// A checkpoint from which the guest can be resumed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecoveryPoint {

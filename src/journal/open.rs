@@ -36,6 +36,7 @@ pub struct Journal<S: Store> {
     pub(super) marks_at: Option<Loc>,
     /// Points that somebody else than the retention needs.
     pub(super) spared: BTreeSet<Epoch>,
+    pub(super) preferred: BTreeSet<Epoch>,
     pub(super) pending: Option<Pending>,
     pub(super) fold: Option<Fold>,
     /// Dropped before the lock: nobody can change what a view reads before it has ended.
@@ -133,6 +134,7 @@ impl<S: Store> Journal<S> {
             marks: Marks::default(),
             marks_at: None,
             spared: BTreeSet::new(),
+            preferred: BTreeSet::new(),
             pending: None,
             fold: None,
             holds: Holds::default(),

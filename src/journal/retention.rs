@@ -3,7 +3,7 @@
 //! ```text
 //!   older <───────────────────────────────────────────────────────────> newest
 //!   |  daily   |    hourly     |     minutely       |    continuous     |
-//!    first of    first of each   first of each        every point
+//!    one of      one of each     one of each          every point
 //!    each day    hour            minute
 //! ```
 //!
@@ -11,8 +11,10 @@
 //!   cannot make history shorter.
 //! * Windows are counted back from the newest point, and tiers count periods that have a point: while
 //!   the link is down nothing ages away.
-//! * Of a period the *first* point is kept: the first of an hour is the first of one of its minutes,
-//!   so that a point that a coarse tier needs was never dropped by a finer one.
+//! * Of a period the first of its *best* points is kept: what that is of an hour, it is of one of its
+//!   minutes too, so that a point that a coarse tier needs was never dropped by a finer one.
+//! * A primary says which points are better. That chooses within a period, and makes none empty. A point
+//!   that is not better any more (a member of its group lost its own) stays while it is alone there.
 //! * Pinned points and the newest `min_points` are always wanted.
 
 use std::time::Duration;
@@ -28,11 +30,11 @@ const MINUTE_NS: u64 = 60_000_000_000;
 pub struct Retention {
     /// Every point that became durable within this time before the newest one.
     pub continuous: Duration,
-    /// The first point of each of this many minutes.
+    /// One point of each of this many minutes.
     pub minutely: u32,
-    /// The first point of each of this many hours.
+    /// One point of each of this many hours.
     pub hourly: u32,
-    /// The first point of each of this many days (of UTC).
+    /// One point of each of this many days (of UTC).
     pub daily: u32,
     /// At least this many of the newest points; 1 or more (0 counts as 1).
     pub min_points: u32,
@@ -77,19 +79,39 @@ pub(super) enum Keep {
     Pinned,
 }
 
-/// Judges points, oldest first, each with the time it became durable and whether it is pinned.
-pub(super) fn judge(points: &[(Timestamp, bool)], retention: &Retention) -> Vec<Keep> {
+/// What of a point decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Judged {
+    /// When it became durable.
+    pub at: Timestamp,
+    pub pinned: bool,
+    pub quality: Quality,
+}
+
+/// Which of the points of a period is kept. Ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Quality {
+    /// One as any other.
+    Crash,
+    /// The guest's applications were at rest.
+    Application,
+    /// Other guests have a point of the same instant, and make the same choice.
+    Group,
+}
+
+/// Judges points, oldest first.
+pub(super) fn judge(points: &[Judged], retention: &Retention) -> Vec<Keep> {
     let mut verdicts = vec![Keep::Surplus; points.len()];
-    let Some((newest, _)) = points.last() else {
+    let Some(newest) = points.last().map(|point| point.at) else {
         return verdicts;
     };
     let continuous = u64::try_from(retention.continuous.as_nanos()).unwrap_or(u64::MAX);
     let recent_from = newest.0.saturating_sub(continuous);
     let min_points = retention.min_points.max(1) as usize;
-    for (i, (at, pinned)) in points.iter().enumerate() {
-        if *pinned {
+    for (i, point) in points.iter().enumerate() {
+        if point.pinned {
             verdicts[i] = Keep::Pinned;
-        } else if points.len() - i <= min_points || (continuous > 0 && at.0 >= recent_from) {
+        } else if points.len() - i <= min_points || (continuous > 0 && point.at.0 >= recent_from) {
             verdicts[i] = Keep::Recent;
         }
     }
@@ -98,15 +120,16 @@ pub(super) fn judge(points: &[(Timestamp, bool)], retention: &Retention) -> Vec<
         (60 * MINUTE_NS, retention.hourly),
         (24 * 60 * MINUTE_NS, retention.daily),
     ] {
-        let mut left = count;
-        for i in (0..points.len()).rev() {
-            let of = |i: usize| points[i].0.0 / period;
-            // A clock that was set back repeats periods; then more is kept, never less.
-            let first = i == 0 || of(i - 1) != of(i);
-            if first && left > 0 {
-                left -= 1;
-                verdicts[i] = verdicts[i].max(Keep::Tier);
-            }
+        // A clock that was set back repeats periods; then more is kept, never less.
+        let of_one = |a: &Judged, b: &Judged| a.at.0 / period == b.at.0 / period;
+        let mut end = points.len();
+        for points in points.chunk_by(of_one).rev().take(count as usize) {
+            let start = end - points.len();
+            let best = points.iter().map(|point| point.quality).max();
+            let first = points.iter().position(|point| Some(point.quality) == best);
+            let kept = &mut verdicts[start + first.expect("a period has a point")];
+            *kept = (*kept).max(Keep::Tier);
+            end = start;
         }
     }
     verdicts
@@ -120,12 +143,31 @@ mod tests {
 
     use super::*;
 
-    fn naive(points: &[(u64, bool)], r: &Retention) -> Vec<bool> {
+    /// Nanoseconds, pinned, quality.
+    type Plain = (u64, bool, Quality);
+
+    fn judged(&(at, pinned, quality): &Plain) -> Judged {
+        Judged {
+            at: Timestamp(at),
+            pinned,
+            quality,
+        }
+    }
+
+    fn quality() -> impl Strategy<Value = Quality> {
+        prop_oneof![
+            8 => Just(Quality::Crash),
+            1 => Just(Quality::Application),
+            1 => Just(Quality::Group),
+        ]
+    }
+
+    fn naive(points: &[Plain], r: &Retention) -> Vec<bool> {
         let newest = points.last().map_or(0, |p| p.0);
         let mut keep: Vec<bool> = points
             .iter()
             .enumerate()
-            .map(|(i, (at, pinned))| {
+            .map(|(i, (at, pinned, _))| {
                 let age = newest - at;
                 *pinned
                     || i + (r.min_points.max(1) as usize) >= points.len()
@@ -133,12 +175,15 @@ mod tests {
             })
             .collect();
         for (seconds, count) in [(60, r.minutely), (3600, r.hourly), (86400, r.daily)] {
-            let mut first: BTreeMap<u64, usize> = BTreeMap::new();
-            for (i, (at, _)) in points.iter().enumerate() {
-                first.entry(at / (seconds * 1_000_000_000)).or_insert(i);
+            let mut periods: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+            for (i, (at, _, _)) in points.iter().enumerate() {
+                let period = periods.entry(at / (seconds * 1_000_000_000));
+                period.or_default().push(i);
             }
-            for i in first.values().rev().take(count as usize) {
-                keep[*i] = true;
+            for period in periods.values().rev().take(count as usize) {
+                let of = |wanted: Quality| period.iter().find(|i| points[**i].2 == wanted);
+                let best = of(Quality::Group).or(of(Quality::Application));
+                keep[*best.unwrap_or(&period[0])] = true;
             }
         }
         keep
@@ -147,20 +192,21 @@ mod tests {
     proptest! {
         #[test]
         fn the_grid_equals_the_naive_one(
-            gaps in prop::collection::vec((0u64..200_000, prop::bool::weighted(0.03)), 0..120),
+            gaps in prop::collection::vec(
+                (0u64..200_000, prop::bool::weighted(0.03), quality()), 0..120),
             continuous in 0u64..500, minutely in 0u32..20, hourly in 0u32..20, daily in 0u32..5,
             min_points in 0u32..4,
         ) {
             let mut at = 1_700_000_000_000_000_000;
-            let points: Vec<(u64, bool)> = gaps.iter().map(|(gap, pinned)| {
+            let points: Vec<Plain> = gaps.iter().map(|(gap, pinned, quality)| {
                 at += gap * 37_000_000;
-                (at, *pinned)
+                (at, *pinned, *quality)
             }).collect();
             let retention = Retention {
                 continuous: Duration::from_secs(continuous), minutely, hourly, daily, min_points,
             };
-            let stamped: Vec<_> = points.iter().map(|(at, p)| (Timestamp(*at), *p)).collect();
-            let verdicts = judge(&stamped, &retention);
+            let all: Vec<_> = points.iter().map(judged).collect();
+            let verdicts = judge(&all, &retention);
             let kept: Vec<bool> = verdicts.iter().map(|k| *k != Keep::Surplus).collect();
             prop_assert_eq!(kept, naive(&points, &retention));
         }
@@ -169,16 +215,18 @@ mod tests {
         /// point that judging the whole history at the end would keep.
         #[test]
         fn pruning_early_is_the_same_as_pruning_late(
-            gaps in prop::collection::vec(1u64..40_000, 1..200), minutely in 0u32..10, hourly in 0u32..10,
+            gaps in prop::collection::vec((1u64..40_000, quality()), 1..200),
+            minutely in 0u32..10, hourly in 0u32..10,
         ) {
             let retention = Retention {
                 continuous: Duration::from_secs(30), minutely, hourly, daily: 2, min_points: 1,
             };
             let (mut at, mut all, mut pruned) = (1_700_000_000_000_000_000, Vec::new(), Vec::new());
-            for gap in gaps {
+            for (gap, quality) in gaps {
                 at += gap * 10_000_000;
-                all.push((Timestamp(at), false));
-                pruned.push((Timestamp(at), false));
+                let point = judged(&(at, false, quality));
+                all.push(point);
+                pruned.push(point);
                 let verdicts = judge(&pruned, &retention);
                 let mut verdict = verdicts.iter();
                 pruned.retain(|_| *verdict.next().unwrap() != Keep::Surplus);

@@ -9,7 +9,8 @@
 //!                timeout, modes = ["failover"]
 //! ```
 //!
-//! A move is placed by the other site: what networks are called there is in `rewrite` of its `[peer]`.
+//! A move is placed by the other site: what networks are called there is in `rewrite` of its `[peer]`. It
+//! is asked for at the old site, and that one's plan has no say in what a guest is plugged into elsewhere.
 //! A clone of a drill is cut off from the networks that are not named, and never on the one that the
 //! guest itself would be on.
 

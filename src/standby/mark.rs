@@ -5,10 +5,7 @@ use std::collections::BTreeSet;
 use super::replica::{Replica, ReplicaError, SessionId};
 use crate::clock::Timestamp;
 use crate::ids::{Epoch, GroupMark};
-use crate::journal::{JournalError, RecoveryPoint, Store};
-
-/// The tag of a point that was cut while the guest's applications were quiesced.
-pub const CONSISTENT: &str = "application-consistent";
+use crate::journal::{CONSISTENT, JournalError, RecoveryPoint, Store};
 
 /// Most tags of groups in a journal. They take some 25 KB of those that an operator's tags share.
 const GROUP_TAGS_MAX: usize = 512;
@@ -89,6 +86,12 @@ impl<S: Store> Replica<S> {
         let unseen = all.iter().map(|point| point.epoch);
         points.extend(unseen.filter(|epoch| *epoch > seen));
         self.journal.spare(points);
+    }
+
+    /// Where retention keeps one point of several, one of these is kept, until others are named: of groups
+    /// whose other members have theirs.
+    pub fn prefer(&mut self, points: BTreeSet<Epoch>) {
+        self.journal.prefer(points);
     }
 
     /// Until somebody who knows the other members says which points of groups are needed: all of them.

@@ -36,7 +36,7 @@ mod tests;
 pub use follow::{Follower, Lost, Told};
 pub use ground::Leftover;
 pub use image::{Image, ImageError};
-pub use mark::{CONSISTENT, GroupPoint};
+pub use mark::GroupPoint;
 pub use promote::Promotion;
 pub use replica::{Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId};
 pub use seed::{LayError, SeedError, SeedInfo, read_seed};

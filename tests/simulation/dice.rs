@@ -75,6 +75,8 @@ impl Clock for SimClock {
 #[derive(Clone)]
 pub struct Trace {
     start: Instant,
+    /// In front of each line.
+    who: &'static str,
     shared: Arc<Mutex<Lines>>,
 }
 
@@ -93,15 +95,24 @@ impl Trace {
         };
         Self {
             start,
+            who: "",
             shared: Arc::new(Mutex::new(lines)),
         }
+    }
+
+    /// The same, for one of several.
+    pub fn of(&self, who: &'static str) -> Self {
+        let shared = self.shared.clone();
+        let start = self.start;
+        Self { start, who, shared }
     }
 
     /// Notes an event of this kind.
     pub fn note(&self, kind: &'static str, text: impl std::fmt::Display) {
         let line = format!(
-            "{:9.4}s {kind:<10} {text}",
-            self.start.elapsed().as_secs_f64()
+            "{:9.4}s {:<5} {kind:<10} {text}",
+            self.start.elapsed().as_secs_f64(),
+            self.who
         );
         let mut shared = self.shared.lock().unwrap();
         if shared.live {

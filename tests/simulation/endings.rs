@@ -9,12 +9,12 @@ use lifeboat::ids::Generation;
 use lifeboat::primary::{Command, Outcome};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::site_b;
+use crate::site_b::{self, Shared};
 use crate::world::{Undo, World};
 
 /// After the last fault there must be a new point within this (virtual) time. The sum of what the
 /// roles may wait: dead-peer detection twice, the longest backoff, a full copy.
-const CONVERGE_WITHIN: Duration = Duration::from_secs(40);
+pub const CONVERGE_WITHIN: Duration = Duration::from_secs(40);
 
 impl World {
     /// The guest is protected for some steps, and nothing fails but what the script sabotages.
@@ -126,19 +126,24 @@ impl World {
         format!("{status:?}")
     }
 
-    /// Site B becomes the owner while A runs and knows nothing of it.
-    pub async fn promote(&mut self) {
+    /// Site B works, and has its copy open.
+    pub async fn open_b(&mut self) -> Shared {
         if self.site_b.store.is_off() {
             self.kill_b(true).await;
         }
         self.undo(Undo::HealDisk);
         self.start_b();
-        let replica = loop {
+        loop {
             if let Some(replica) = self.b.as_ref().and_then(site_b::Daemon::replica) {
-                break replica;
+                return replica;
             }
             sleep(Duration::from_millis(10)).await;
-        };
+        }
+    }
+
+    /// Site B becomes the owner while A runs and knows nothing of it.
+    pub async fn promote(&mut self) {
+        let replica = self.open_b().await;
         let generation = Generation(2);
         let (state, image, newest) = {
             let mut replica = replica.lock().unwrap();

@@ -26,6 +26,8 @@ pub enum Sabotage {
     DropDiskBit,
     /// Disk blocks of a cut are read when they are handed out, not as of the cut.
     LateDiskWrite,
+    /// A guest that is to stand still after its cut runs on.
+    RunOn,
 }
 
 /// What guests did, for the checker.
@@ -97,13 +99,28 @@ impl SimGuest {
         self.book.lock().unwrap().began.insert((run, id), counter);
     }
 
+    /// Writes the cut into the book.
+    fn note(&mut self, cut: &mut Cut) {
+        self.begun(cut.id);
+        self.in_cut = true;
+        let state = cut.device_state.clone();
+        let mut book = self.book.lock().unwrap();
+        let twice = book.cuts.insert(cut.captured_at, state);
+        drop(book);
+        assert!(
+            twice.is_none(),
+            "two cuts at one time: the clock's readings are unique"
+        );
+        self.drop_a_bit(cut);
+    }
+
     /// Picks the page that a sabotaged cut leaves out.
     fn drop_a_bit(&mut self, cut: &mut Cut) {
         let layout = self.machine.layout();
         let memory = match self.manners.sabotage {
             Sabotage::DropMemoryBit => true,
             Sabotage::DropDiskBit => false,
-            Sabotage::None | Sabotage::LateDiskWrite => return,
+            Sabotage::None | Sabotage::LateDiskWrite | Sabotage::RunOn => return,
         };
         let is_ram = |a: &PageAddr| layout.get(a.region).expect("in the layout").is_ram();
         self.dropped = cut.dirty.iter().find(|a| is_ram(a) == memory);
@@ -154,20 +171,7 @@ impl Guest for SimGuest {
     async fn cut(&mut self, strategy: CutStrategy) -> Result<Cut, GuestError> {
         self.delay().await;
         let mut cut = self.inner.cut(strategy).await?;
-        self.begun(cut.id);
-        self.in_cut = true;
-        let state = cut.device_state.clone();
-        let twice = self
-            .book
-            .lock()
-            .unwrap()
-            .cuts
-            .insert(cut.captured_at, state);
-        assert!(
-            twice.is_none(),
-            "two cuts at one time: the clock's readings are unique"
-        );
-        self.drop_a_bit(&mut cut);
+        self.note(&mut cut);
         self.delay().await;
         Ok(cut)
     }
@@ -178,11 +182,20 @@ impl Guest for SimGuest {
         within: Duration,
     ) -> Result<Cut, GuestError> {
         self.delay().await;
-        self.inner.cut_held(strategy, within).await
+        let mut cut = self.inner.cut_held(strategy, within).await?;
+        if self.manners.sabotage == Sabotage::RunOn {
+            self.machine.end_hold();
+        }
+        self.note(&mut cut);
+        self.delay().await;
+        Ok(cut)
     }
 
     async fn release(&mut self) -> Result<bool, GuestError> {
-        self.inner.release().await
+        self.delay().await;
+        let held = self.inner.release().await?;
+        self.delay().await;
+        Ok(held || self.manners.sabotage == Sabotage::RunOn)
     }
 
     async fn next_chunk(&mut self) -> Result<Option<Chunk>, GuestError> {

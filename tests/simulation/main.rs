@@ -8,13 +8,15 @@
 //!            first the faults, then it must converge; the invariants of `checker` after every step
 //! ```
 //!
-//! `LIFEBOAT_SIM_SEEDS=n` runs n seeds (default 1,000; with `LIFEBOAT_SIM_FIRST=s` from seed s on);
-//! `LIFEBOAT_SIM_SEED=s` replays one and prints its events. A failure prints its seed and its last
+//! `LIFEBOAT_SIM_SEEDS=n` runs n seeds (default 1,000; with `LIFEBOAT_SIM_FIRST=s` from seed s on), and
+//! a tenth as many of two guests that are a group (`group`); `LIFEBOAT_SIM_SEED=s` with the name of a
+//! test replays one and prints its events. A failure prints its seed and its last
 //! events. The runs are deterministic: one thread, virtual time, all chance from the seed.
 
 mod checker;
 mod dice;
 mod endings;
+mod group;
 mod guest;
 mod net;
 mod site_a;
@@ -27,6 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use dice::Trace;
+use group::Group;
 use guest::Sabotage;
 use tokio::runtime::Builder;
 use tokio::time::Instant;
@@ -42,8 +45,15 @@ struct Run {
     failure: Option<String>,
 }
 
+/// Who is in a world.
+#[derive(Clone, Copy)]
+enum Cast {
+    Alone,
+    Group,
+}
+
 /// Runs one seed.
-fn run(seed: u64, script: Script, live: bool) -> Run {
+fn run(seed: u64, cast: Cast, script: Script, live: bool) -> Run {
     let kept: Arc<Mutex<Option<Trace>>> = Arc::default();
     let keep = kept.clone();
     let result = catch_unwind(AssertUnwindSafe(move || {
@@ -55,8 +65,10 @@ fn run(seed: u64, script: Script, live: bool) -> Run {
         runtime.block_on(async move {
             let trace = Trace::new(Instant::now(), live);
             *keep.lock().unwrap() = Some(trace.clone());
-            let mut world = World::new(seed, script, trace);
-            world.run(script).await;
+            match cast {
+                Cast::Alone => World::new(seed, script, trace).run(script).await,
+                Cast::Group => Group::new(seed, script, trace).run(script).await,
+            }
         });
     }));
     let failure = result.err().map(|panic| {
@@ -94,16 +106,16 @@ const CHAOS: Script = Script {
     promote: None,
 };
 
-#[test]
-fn faults_lose_nothing_and_replication_converges() {
+/// Runs many seeds, or the one that is asked for. If they are as many as this, each of these events has to
+/// be among what happened.
+fn chaos(cast: Cast, seeds: u64, (enough, wanted): (u64, &[&str])) {
     if let Some(seed) = number("LIFEBOAT_SIM_SEED") {
-        let run = run(seed, CHAOS, true);
+        let run = run(seed, cast, CHAOS, true);
         if let Some(failure) = &run.failure {
             panic!("seed {seed} fails: {failure}");
         }
         return;
     }
-    let seeds = number("LIFEBOAT_SIM_SEEDS").unwrap_or(1000);
     let first = number("LIFEBOAT_SIM_FIRST").unwrap_or(0);
     println!("seeds {first}..{}", first + seeds);
     let next = AtomicU64::new(first);
@@ -118,7 +130,7 @@ fn faults_lose_nothing_and_replication_converges() {
                     if seed >= first + seeds || failures.lock().unwrap().len() >= 3 {
                         return;
                     }
-                    let run = run(seed, CHAOS, false);
+                    let run = run(seed, cast, CHAOS, false);
                     kinds.lock().unwrap().extend(run.kinds.iter().copied());
                     if let Some(failure) = &run.failure {
                         failures.lock().unwrap().push(report(seed, &run, failure));
@@ -129,33 +141,9 @@ fn faults_lose_nothing_and_replication_converges() {
     });
     let failures = failures.into_inner().unwrap();
     assert!(failures.is_empty(), "{}", failures.join("\n\n"));
-    if seeds >= 1000 {
+    if seeds >= enough {
         let kinds = kinds.into_inner().unwrap();
-        for wanted in [
-            "cut-link",
-            "dead-link",
-            "block",
-            "refuse",
-            "weather",
-            "kill-a",
-            "guest-dies",
-            "kill-b",
-            "power-b",
-            "bad-write",
-            "bad-sync",
-            "disk-full",
-            "power-op",
-            "catalogue",
-            "new-disk",
-            "pace",
-            "reopen",
-            "resume",
-            "delta",
-            "compare",
-            "full",
-            "promoted",
-            "converged",
-        ] {
+        for wanted in wanted {
             assert!(
                 kinds.contains(wanted),
                 "no seed saw {wanted:?}: the simulation lost its teeth"
@@ -164,11 +152,53 @@ fn faults_lose_nothing_and_replication_converges() {
     }
 }
 
+fn seeds() -> u64 {
+    number("LIFEBOAT_SIM_SEEDS").unwrap_or(1000)
+}
+
+#[test]
+fn faults_lose_nothing_and_replication_converges() {
+    let wanted = [
+        "cut-link",
+        "dead-link",
+        "block",
+        "refuse",
+        "weather",
+        "kill-a",
+        "guest-dies",
+        "kill-b",
+        "power-b",
+        "bad-write",
+        "bad-sync",
+        "disk-full",
+        "power-op",
+        "catalogue",
+        "new-disk",
+        "pace",
+        "reopen",
+        "resume",
+        "delta",
+        "compare",
+        "full",
+        "promoted",
+        "converged",
+    ];
+    chaos(Cast::Alone, seeds(), (1000, &wanted));
+}
+
+#[test]
+fn a_common_point_of_two_guests_is_one_instant_whatever_fails() {
+    let wanted = ["together", "missed", "group-well", "group-over"];
+    chaos(Cast::Group, seeds().div_ceil(10), (100, &wanted));
+}
+
 #[test]
 fn a_seed_replays_the_same_run() {
     for seed in [1, 2, 3] {
-        let (first, second) = (run(seed, CHAOS, false), run(seed, CHAOS, false));
-        assert_eq!(first.trace, second.trace, "seed {seed} went two ways");
+        for cast in [Cast::Alone, Cast::Group] {
+            let [first, second] = [(); 2].map(|()| run(seed, cast, CHAOS, false));
+            assert_eq!(first.trace, second.trace, "seed {seed} went two ways");
+        }
     }
 }
 
@@ -237,4 +267,39 @@ fn control_a_late_disk_write_is_found() {
         "{torn:?}"
     );
     assert_eq!(mismatches, 0, "image roots are of RAM alone");
+}
+
+/// As [`sabotaged`], of two guests that are a group: what was found, and how many common points there were.
+fn sabotaged_group(sabotage: Sabotage) -> (Vec<String>, usize) {
+    let (mut violations, mut points) = (Vec::new(), 0);
+    for seed in 0..10 {
+        let script = Script {
+            steps: 0,
+            sabotage,
+            promote: None,
+        };
+        let runtime = Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            let trace = Trace::new(Instant::now(), false);
+            let mut group = Group::new(seed, script, trace);
+            group.run_sabotaged(15).await;
+            violations.extend(group.violations());
+            points += group.looked_at();
+        });
+    }
+    (violations, points)
+}
+
+#[test]
+fn control_guests_that_run_on_after_their_cuts_are_found() {
+    let (violations, points) = sabotaged_group(Sabotage::None);
+    assert_eq!(violations, [""; 0]);
+    assert!(points >= 20, "{points} common points");
+    let (violations, points) = sabotaged_group(Sabotage::RunOn);
+    assert!(points >= 20, "{points} common points");
+    assert!(!with(&violations, "web had answered").is_empty());
 }

@@ -58,7 +58,8 @@ pub fn options(
 pub struct Writer {
     /// Most steps in a burst; 0 stops the guest's work.
     pub pace: Arc<AtomicU64>,
-    task: JoinHandle<()>,
+    /// `None`: somebody else lets the guest work, at this pace.
+    task: Option<JoinHandle<()>>,
 }
 
 impl Writer {
@@ -72,13 +73,22 @@ impl Writer {
                 machine.step(dice.pick(0..most + 1));
             }
         });
+        let task = Some(task);
         Self { pace, task }
+    }
+
+    /// The pace alone.
+    pub fn led(pace: u64) -> Self {
+        let pace = Arc::new(AtomicU64::new(pace));
+        Self { pace, task: None }
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Some(task) = &self.task {
+            task.abort();
+        }
     }
 }
 

@@ -24,6 +24,8 @@ use crate::net::{Net, Weather};
 use crate::site_a::{self, Writer};
 use crate::site_b::{self, SiteB};
 
+/// Usual pace of the guest's writer.
+const PACE: u64 = 10;
 /// Fastest pace of the guest's writer that a fault sets.
 const PACE_MAX: u64 = 60;
 
@@ -69,6 +71,10 @@ pub struct World {
     pub weather: Weather,
     /// Site B's disk as it was some time ago.
     pub backup: Option<(MemStore, MemCatalogue)>,
+    /// How often site B's disk was replaced.
+    pub disks: u32,
+    /// The guest works when another one makes it.
+    led: bool,
 }
 
 fn name<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
@@ -77,6 +83,15 @@ fn name<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
 
 impl World {
     pub fn new(seed: u64, script: Script, trace: Trace) -> Self {
+        Self::build(seed, script, trace, "db", false)
+    }
+
+    /// A guest that works when somebody steps its machine, at the pace of its writer.
+    pub fn led(seed: u64, script: Script, trace: Trace, guest: &str) -> Self {
+        Self::build(seed, script, trace, guest, true)
+    }
+
+    fn build(seed: u64, script: Script, trace: Trace, guest: &str, led: bool) -> Self {
         let start = Instant::now();
         let mut dice = Dice::new(seed);
         let spec = FakeSpec {
@@ -86,7 +101,7 @@ impl World {
             disk_pages: vec![dice.pick(1..24) as u32, dice.pick(1..8) as u32],
             chunk_pages: dice.pick(1..17) as u32,
             staging_pages: 32,
-            steps_in_copy: dice.pick(0..4),
+            steps_in_copy: if led { 0 } else { dice.pick(0..4) },
         };
         let checker = Checker::new(spec.clone(), script.sabotage != Sabotage::None);
         let weather = Weather {
@@ -98,7 +113,7 @@ impl World {
             Arc::new(move |message: crate::net::Seen<'_>| checker.seen(message))
         };
         let net = Net::new(dice.fork(), weather, tap);
-        let (guest, site_a, site_b) = (name::<GuestId>("db"), name::<SiteId>("a"), name("b"));
+        let (guest, site_a, site_b) = (name::<GuestId>(guest), name::<SiteId>("a"), name("b"));
         let options = site_a::options(&mut dice, &guest, &site_a, &site_b, Generation(1));
         // The sites' clocks differ.
         let clock_a = Arc::new(SimClock::new(start, dice.micros(0..5_000_000)));
@@ -115,7 +130,10 @@ impl World {
             peer: metrics.peer(&site_b),
         };
         let machine = FakeMachine::boot(spec.clone(), [1; 16], clock_a.clone());
-        let writer = Writer::start(&machine, dice.fork(), 10);
+        let writer = match led {
+            true => Writer::led(PACE),
+            false => Writer::start(&machine, dice.fork(), PACE),
+        };
         let site_b = SiteB {
             store: MemStore::new(),
             catalogue: MemCatalogue::new(),
@@ -147,6 +165,8 @@ impl World {
             undo: Vec::new(),
             weather,
             backup: None,
+            disks: 0,
+            led,
         }
     }
 
@@ -193,7 +213,7 @@ impl World {
                 self.site_b.catalogue.set_failing(false);
             }
             Undo::Calm => self.net.set_weather(self.weather),
-            Undo::Pace => self.writer.pace.store(10, Ordering::Relaxed),
+            Undo::Pace => self.writer.pace.store(PACE, Ordering::Relaxed),
         }
     }
 
@@ -221,7 +241,7 @@ impl World {
     }
 
     /// One more thing goes wrong.
-    async fn fault(&mut self) {
+    pub async fn fault(&mut self) {
         match self.dice.pick(0..21) {
             0 | 1 => {
                 self.trace.note("cut-link", "");
@@ -258,13 +278,7 @@ impl World {
                 self.kill_a().await;
             }
             10 => {
-                self.trace.note("guest-dies", "");
-                self.machine.kill();
-                self.kill_a().await;
-                self.runs += 1;
-                let run = [self.runs; 16];
-                self.machine = FakeMachine::boot(self.spec.clone(), run, self.clock_a.clone());
-                self.writer = Writer::start(&self.machine, self.dice.fork(), 10);
+                self.guest_dies().await;
             }
             11 | 12 => {
                 self.trace.note("kill-b", "");
@@ -300,6 +314,20 @@ impl World {
         }
     }
 
+    /// Its host too; it boots again.
+    pub async fn guest_dies(&mut self) {
+        self.trace.note("guest-dies", "");
+        self.machine.kill();
+        self.kill_a().await;
+        self.runs += 1;
+        let run = [self.runs; 16];
+        self.machine = FakeMachine::boot(self.spec.clone(), run, self.clock_a.clone());
+        self.writer = match self.led {
+            true => Writer::led(PACE),
+            false => Writer::start(&self.machine, self.dice.fork(), PACE),
+        };
+    }
+
     /// Site B's disk is replaced: by an empty one, or by what it was at an earlier time. What it
     /// promised in between is lost, and that is not the product's fault; it has to find its way from
     /// there.
@@ -321,6 +349,7 @@ impl World {
         (self.site_b.store, self.site_b.catalogue) = backup.unwrap_or_default();
         self.site_b.store.crash(self.dice.next());
         self.checker.forget_acks();
+        self.disks += 1;
     }
 
     fn disk_fault(&mut self) {

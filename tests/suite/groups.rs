@@ -53,10 +53,8 @@ fn results(ran: &Ran) -> BTreeMap<GuestId, Epoch> {
         .collect()
 }
 
-/// Two guests of a group that is cut every second.
-fn grouped() -> Pair {
-    let pair = two_guests();
-    pair.a.ok(&["--timeout", "60s", "protect", OTHER]);
+/// From now on both guests of site-a are a group that is cut every second.
+pub fn make(pair: &Pair) {
     let table = format!(
         "[[group]]\nname = \"{GROUP}\"\nguests = [\"{GUEST}\", \"{OTHER}\"]\nevery = \"1s\"\n\
          pause_max = \"600ms\"\n"
@@ -64,6 +62,13 @@ fn grouped() -> Pair {
     let second = format!("[[guest]]\nname = \"{OTHER}\"");
     pair.a.edit(&second, &format!("{table}{second}"));
     pair.a.ok(&["reload"]);
+}
+
+/// Two guests of such a group, both protected.
+fn grouped() -> Pair {
+    let pair = two_guests();
+    pair.a.ok(&["--timeout", "60s", "protect", OTHER]);
+    make(&pair);
     pair
 }
 

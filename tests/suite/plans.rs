@@ -13,17 +13,22 @@ use crate::harness::{GUEST, Options, Pair, Ran, Site, free_port, kill_now, kvm, 
 /// The second guest.
 pub const OTHER: &str = "db2";
 
-/// Both guests run at site-a; the first one is protected.
-pub fn two_guests() -> Pair {
+/// A second guest in the configuration of both sites.
+pub fn with_other() -> Options {
     let more_a = format!(
         "\n[[guest]]\nname = \"{OTHER}\"\npeer = \"site-b\"\nmemory = \"64MiB\"\nvcpus = 1\n\
          boot = {{ demo = {{ working_set = \"4MiB\" }} }}\n"
     );
-    let pair = Pair::protected(Options {
+    Options {
         more_a,
         allowed: r#"["db1", "db2"]"#,
         ..Options::default()
-    });
+    }
+}
+
+/// Both guests run at site-a; the first one is protected.
+pub fn two_guests() -> Pair {
+    let pair = Pair::protected(with_other());
     pair.a.ok(&["guest", "start", OTHER]);
     pair
 }

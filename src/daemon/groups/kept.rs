@@ -120,6 +120,15 @@ pub fn spared(
     spared
 }
 
+/// The points of a guest whose instants are complete: retention keeps them rather than others. (Each copy
+/// goes by when its own points became durable; of an instant on the boundary of two minutes, guests may
+/// choose differently.)
+pub fn complete(groups: &BTreeMap<GroupId, Kept>, guest: &GuestId) -> BTreeSet<Epoch> {
+    let instants = groups.values().flat_map(|kept| &kept.complete);
+    let points = instants.filter_map(|instant| instant.points.get(guest));
+    points.copied().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,6 +174,9 @@ mod tests {
         assert_eq!(newest(&all, "shop"), Some((2, vec![9, 8])));
         assert_eq!(left(&all, "db1", 20), [9, 15]);
         assert_eq!(left(&all, "web1", 20), [8]);
+        let of = |name: &str| complete(&groups(&all), &guest(name));
+        assert_eq!(of("db1"), BTreeSet::from([Epoch(4), Epoch(9)]));
+        assert_eq!(of("web1"), BTreeSet::from([Epoch(2), Epoch(8)]));
         // A third member, of which there is nothing here.
         let more = points(&[(21, "shop", 4, 3)]);
         all.get_mut(&guest("db1")).unwrap().extend(more.clone());

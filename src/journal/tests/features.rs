@@ -1,12 +1,14 @@
 //! What is refused, what is kept, what is counted.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::world::{World, guest, options};
 use crate::clock::Timestamp;
 use crate::ids::{Epoch, Generation, JournalId};
 use crate::journal::{
-    Faults, Journal, JournalError, JournalOptions, MemCatalogue, MemStore, Retention, Store,
+    CONSISTENT, Faults, Journal, JournalError, JournalOptions, MemCatalogue, MemStore, Retention,
+    Store,
 };
 
 #[test]
@@ -245,6 +247,44 @@ fn a_long_history_stays_bounded_and_its_grid_is_kept() {
     world.verify();
     world.crash(false);
     world.verify();
+}
+
+/// The same history twice, in which every fortieth point is better than the others of its minute: by
+/// its tag, or because somebody says so.
+#[test]
+fn of_each_minute_a_better_point_is_kept() {
+    for tagged in [true, false] {
+        let mut world = World::new(9);
+        world.retention = Retention {
+            continuous: Duration::from_secs(10),
+            minutely: 5,
+            hourly: 2,
+            daily: 0,
+            min_points: 1,
+        };
+        world.step = Duration::from_secs(1);
+        let is_better = |epoch: Epoch| epoch.0.is_multiple_of(40);
+        let mut better = BTreeSet::new();
+        for i in 0..600 {
+            world.commit(6, i == 0).unwrap();
+            let epoch = world.journal().newest().unwrap().epoch;
+            if is_better(epoch) && tagged {
+                world.journal().tag(epoch, CONSISTENT).unwrap();
+            } else if is_better(epoch) {
+                better.insert(epoch);
+                world.journal().prefer(better.clone());
+            }
+            while world.maintain().unwrap() {}
+        }
+        // What begins the history is folded in batches, and the last two minutes are under way.
+        let points = world.journal().points();
+        let points: Vec<Epoch> = points.iter().map(|point| point.epoch).collect();
+        let old = points.iter().filter(|epoch| epoch.0 < 480);
+        let old: Vec<_> = old.skip_while(|epoch| !is_better(**epoch)).collect();
+        assert!(old.len() >= 3, "{points:?}");
+        assert!(old.iter().all(|epoch| is_better(**epoch)), "{points:?}");
+        world.verify();
+    }
 }
 
 #[test]

@@ -16,6 +16,7 @@ pub mod image;
 pub mod proxy;
 pub mod site;
 pub mod strace;
+pub mod traces;
 
 use std::fs::{self, File};
 use std::net::TcpListener;

@@ -14,6 +14,7 @@ use super::rules::values;
 use super::{rules_text, tool};
 use crate::harness::{GUEST, Options, Pair, epochs, free_port, kvm, wait};
 use crate::kills::Dice;
+use crate::plans::{OTHER, with_other};
 
 /// Alerts that the tests of `live` cause.
 const LIVE: [&str; 11] = [
@@ -30,14 +31,15 @@ const LIVE: [&str; 11] = [
     "LifeboatTlsFailures",
 ];
 
-/// Alerts that the test below causes.
-const HERE: [&str; 16] = [
+/// Alerts that the tests below cause.
+const HERE: [&str; 17] = [
     "LifeboatCheckpointsFailing",
     "LifeboatCrlExpiring",
     "LifeboatDiskDisturbed",
     "LifeboatDrillFailed",
     "LifeboatDrillOverdue",
     "LifeboatFailoverObstructed",
+    "LifeboatGroupPointStale",
     "LifeboatJournalErrors",
     "LifeboatJournalFull",
     "LifeboatNoRecoveryPoint",
@@ -51,14 +53,10 @@ const HERE: [&str; 16] = [
 ];
 
 /// Alerts that nothing causes on purpose, and why.
-const NOT_CAUSED: [(&str, &str); 6] = [
+const NOT_CAUSED: [(&str, &str); 5] = [
     (
         "LifeboatClockSkew",
         "both sites have the clock of this machine",
-    ),
-    (
-        "LifeboatGroupPointStale",
-        "takes a second guest, and minutes in which it is late; `groups` has a member that fails",
     ),
     (
         "LifeboatJournalFillingUp",
@@ -216,6 +214,40 @@ fn what_is_not_in_the_story_of_a_lost_site_fires_too() {
     }
     pair.b.start();
     prometheus.wait_for(&["LifeboatJournalErrors"], &[]);
+}
+
+#[test]
+fn a_group_without_a_recent_common_point_fires_too() {
+    const TEST: &str = "a_group_without_a_recent_common_point_fires_too";
+    if !kvm(TEST) {
+        return;
+    }
+    let Some(command) = tool(TEST, "prometheus", "prometheus") else {
+        return;
+    };
+    let mut pair = Pair::new(with_other());
+    let ports = [free_port(), free_port()];
+    for (site, port) in [(&pair.a, ports[0]), (&pair.b, ports[1])] {
+        let listen = format!("listen = \"127.0.0.1:{port}\"");
+        site.edit("listen = \"off\"", &listen);
+    }
+    let sites = [("site-a", ports[0]), ("site-b", ports[1])];
+    let prometheus = Prometheus::start(command, &sites);
+    pair.protect();
+    let stale = ["LifeboatGroupPointStale"];
+
+    // A member that is not protected: there never was a common point.
+    pair.a.ok(&["guest", "start", OTHER]);
+    crate::groups::make(&pair);
+    prometheus.wait_for(&stale, &[]);
+    pair.a.ok(&["--timeout", "60s", "protect", OTHER]);
+    prometheus.wait_for(&[], &stale);
+
+    // One that hangs, with its monitor: there was one, and it grows old.
+    pair.a.stop_monitor();
+    prometheus.wait_for(&stale, &[]);
+    pair.a.continue_monitor();
+    prometheus.wait_for(&[], &stale);
 }
 
 /// Both sites get a revocation list that has to be renewed soon.

@@ -11,19 +11,20 @@ use super::panels::queries;
 use super::prometheus::{Prometheus, get};
 use super::tool;
 use crate::harness::{GUEST, Options, POLL, Pair, WITHIN, free_port, kill_now, kvm, wait};
+use crate::plans::{OTHER, with_other};
 
 /// Panels that have nothing to show while all is well, and why.
 const NEED_A_FAULT: [(&str, &str); 0] = [];
 
 /// A protected pair with a proxy between, whose metrics are scraped.
-fn scraped(name: &str) -> Option<(Pair, Prometheus, [u16; 2])> {
+fn scraped(name: &str, options: Options) -> Option<(Pair, Prometheus, [u16; 2])> {
     if !kvm(name) {
         return None;
     }
     let command = tool(name, "prometheus", "prometheus")?;
     let mut pair = Pair::new(Options {
         proxy: true,
-        ..Options::default()
+        ..options
     });
     let ports = [free_port(), free_port()];
     for (site, port) in [(&pair.a, ports[0]), (&pair.b, ports[1])] {
@@ -45,10 +46,13 @@ fn scraped(name: &str) -> Option<(Pair, Prometheus, [u16; 2])> {
 
 #[test]
 fn every_panel_shows_something_of_running_sites() {
-    let found = scraped("every_panel_shows_something_of_running_sites");
-    let Some((_pair, prometheus, ports)) = found else {
+    let found = scraped("every_panel_shows_something_of_running_sites", with_other());
+    let Some((pair, prometheus, ports)) = found else {
         return;
     };
+    pair.a.ok(&["guest", "start", OTHER]);
+    pair.a.ok(&["--timeout", "60s", "protect", OTHER]);
+    crate::groups::make(&pair);
     let mut empty = queries();
     println!("{} queries", empty.len());
     empty.retain(|query| {
@@ -83,7 +87,8 @@ const BY_CONSTRUCTION: &str = "LifeboatCertificateExpiring";
 
 #[test]
 fn alerts_fire_when_it_happens_and_end_when_it_is_over() {
-    let found = scraped("alerts_fire_when_it_happens_and_end_when_it_is_over");
+    let name = "alerts_fire_when_it_happens_and_end_when_it_is_over";
+    let found = scraped(name, Options::default());
     let Some((mut pair, prometheus, _)) = found else {
         return;
     };

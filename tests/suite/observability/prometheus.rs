@@ -25,8 +25,11 @@ fn impatient() -> String {
         match line.trim_start() {
             key if key.starts_with("keep_firing_for: ") => None,
             key if key.starts_with("for: ") => Some(format!("{indent}for: 1s\n")),
-            // What has stood still for minutes, and what is late by an hour.
-            _ => Some(line.replace("[2m]", "[5s]").replace("> 3600", "> 1") + "\n"),
+            // What has stood still for minutes, and what is late by an hour or a minute.
+            _ => {
+                let now = line.replace("[2m]", "[5s]").replace("> 3600", "> 1");
+                Some(now.replace("_interval_seconds + 60", "_interval_seconds") + "\n")
+            }
         }
     });
     lines.collect()
