@@ -183,11 +183,7 @@ impl VcpuCapture {
             .map_err(|e| VmmError::kvm("reading CPUID", e))?;
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
         let batches = msrs.chunks(MSR_BATCH).map(|chunk| {
-            let entry = |&index| kvm_msr_entry {
-                index,
-                ..Default::default()
-            };
-            let entries: Vec<kvm_msr_entry> = chunk.iter().map(entry).collect();
+            let entries: Vec<kvm_msr_entry> = chunk.iter().map(|&index| msr(index)).collect();
             Msrs::from_entries(&entries).expect("a batch is below KVM's limit")
         });
         Ok(Self {
@@ -231,15 +227,24 @@ impl VcpuCapture {
 
 /// The MSRs of KVM's list that a vCPU can really read here.
 pub(crate) fn readable_msrs(fd: &VcpuFd, vm: &Vm) -> Vec<u32> {
-    let readable = |&index: &u32| {
-        let entry = kvm_msr_entry {
-            index,
-            ..Default::default()
-        };
-        let mut one = Msrs::from_entries(&[entry]).expect("one entry");
-        matches!(fd.get_msrs(&mut one), Ok(1))
-    };
-    vm.msrs.iter().copied().filter(|i| readable(i)).collect()
+    let (mut readable, mut left) = (Vec::new(), &vm.msrs[..]);
+    while !left.is_empty() {
+        let batch = &left[..left.len().min(MSR_BATCH)];
+        let entries: Vec<_> = batch.iter().map(|&index| msr(index)).collect();
+        let mut msrs = Msrs::from_entries(&entries).expect("a batch is below KVM's limit");
+        // KVM reads up to the first that it cannot. One that fails otherwise is not read either.
+        let read = fd.get_msrs(&mut msrs).unwrap_or(0);
+        readable.extend_from_slice(&batch[..read]);
+        left = &left[(read + usize::from(read < batch.len()))..];
+    }
+    readable
+}
+
+fn msr(index: u32) -> kvm_msr_entry {
+    kvm_msr_entry {
+        index,
+        ..Default::default()
+    }
 }
 
 impl VcpuState {
@@ -266,22 +271,17 @@ impl VcpuState {
         fd.set_debug_regs(&self.debug_regs)
             .map_err(what("debug registers"))?;
         fd.set_lapic(&self.lapic).map_err(what("the local APIC"))?;
-        let (last, first): (Vec<&kvm_msr_entry>, Vec<&kvm_msr_entry>) =
+        let (last, first): (Vec<kvm_msr_entry>, Vec<kvm_msr_entry>) =
             self.msrs.iter().partition(|m| m.index == TSC_DEADLINE);
-        for msr in first.into_iter().chain(last) {
-            let one = Msrs::from_entries(&[*msr]).expect("one entry");
-            match fd.set_msrs(&one) {
-                Ok(1) => {}
-                Ok(_) => {
-                    return Err(VmmError::Cpu(format!(
-                        "its MSR {:#x} with value {:#x} cannot be set",
-                        msr.index, msr.data
-                    )));
-                }
-                Err(e) => {
-                    let item = format!("setting MSR {:#x} of vCPU {index}", msr.index);
-                    return Err(VmmError::kvm(item, e));
-                }
+        for batch in first.chunks(MSR_BATCH).chain(last.chunks(MSR_BATCH)) {
+            let msrs = Msrs::from_entries(batch).expect("a batch is below KVM's limit");
+            let set = fd.set_msrs(&msrs).map_err(what("MSRs"))?;
+            // KVM sets up to the first that it refuses.
+            if let Some(refused) = batch.get(set) {
+                return Err(VmmError::Cpu(format!(
+                    "its MSR {:#x} with value {:#x} cannot be set",
+                    refused.index, refused.data
+                )));
             }
         }
         fd.set_mp_state(self.mp_state)
