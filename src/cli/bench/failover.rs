@@ -67,7 +67,7 @@ async fn sizes(bench: &mut Bench) -> anyhow::Result<()> {
                 wanted += ", below QEMU";
             }
             if smallest != row.p50 {
-                wanted += ", as the smallest";
+                wanted += &format!(", {GROWTH_MAX} x the smallest");
             }
             bench.push(row.wanted(wanted, within && below));
         }

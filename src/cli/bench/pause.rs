@@ -196,8 +196,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     }
     let cases = if bench.quick { &CASES[..1] } else { &CASES };
     for (memory_mib, pages, samples) in cases {
-        // Only what the guest writes takes memory; twice, in a cut.
-        if let Some(why) = bench.no_room(memory_mib / 2) {
+        if let Some(why) = bench.no_room(*memory_mib) {
             bench.skip(Section::Pause, format!("{memory_mib} MiB: {why}"));
             continue;
         }

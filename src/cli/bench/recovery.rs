@@ -60,9 +60,11 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         source.frame(dirty.next(), |part| parts.push(part))?;
         commit(&mut journal, &parts)?;
     }
-    // Of a frame of which the end never comes.
+    // The beginning of a frame whose end never comes.
     parts.clear();
-    source.frame(&dirty.all(), |part| parts.push(part))?;
+    let mut lost = Dirty::new(of, of, Change::Whole);
+    source.frame(lost.next(), |part| parts.push(part))?;
+    ensure!(parts.len() > 1, "a frame of {of} pages has one part");
     journal.write_part(&parts[0])?;
     let (mut with, mut without) = (Vec::new(), Vec::new());
     for sample in 0..=bench.samples(9) {
