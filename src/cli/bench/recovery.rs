@@ -53,7 +53,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let mut source = Source::new(of, Codec::Lz4, journal.id(), Generation(1))?;
     let mut dirty = Dirty::new(of / 64, of, Change::Runs);
     let mut parts = Vec::new();
-    source.frame(&dirty.all(), |part| parts.push(part))?;
+    source.frame(dirty.all(), |part| parts.push(part))?;
     commit(&mut journal, &parts)?;
     for _ in 0..frames {
         parts.clear();

@@ -1,8 +1,9 @@
 //! How long a guest stands still for a checkpoint of so many dirty pages: QEMU's own COLO with a
 //! secondary of the same QEMU, the same read by Lifeboat's adapter, and a cut of Lifeboat's own monitor.
 //!
-//! All three take turns, and only the guest of the turn runs: each writes its whole working set, and is
-//! then cut. QEMU's pauses are by its own clock, between the events STOP and RESUME.
+//! All three take turns, and only the guest of the turn runs (and the pair's secondary, which runs all
+//! the time, as COLO has it): each writes its whole working set, and is then cut. QEMU's pauses are by
+//! its own clock, between the events STOP and RESUME.
 
 use anyhow::bail;
 use serde_json::json;

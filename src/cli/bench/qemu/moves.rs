@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::bail;
 use serde_json::{Value, json};
 use tokio::time::{interval, sleep, timeout};
 
@@ -84,9 +84,10 @@ pub(super) async fn measure(
         let uri = format!("tcp:127.0.0.1:{}", target.port().await?);
         source.ask("migrate", json!({ "uri": uri })).await?;
         let moved = timeout(CONVERGES_WITHIN, works(&mut source)).await;
-        let moved = moved.with_context(|| {
-            format!("it does not converge in {} s", CONVERGES_WITHIN.as_secs())
-        })??;
+        let Ok(moved) = moved else {
+            bail!("it does not converge in {} s", CONVERGES_WITHIN.as_secs());
+        };
+        let moved = moved?;
         target.runs().await?;
         source = target;
         source.answers().await?;
