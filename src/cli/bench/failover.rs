@@ -33,9 +33,9 @@ use crate::standby::Replica;
 use crate::vmm::MachineSpec;
 use crate::vmm::process::CONSOLE_SOCKET;
 
-/// Guest memory in MiB; a quarter of it is in use.
-const SIZES: [u64; 3] = [256, 1024, 4096];
-const QUICK: [u64; 1] = [64];
+/// Guest memory in MiB, a quarter of which is in use; samples.
+const SIZES: [(u64, usize); 3] = [(256, 11), (1024, 9), (4096, 5)];
+const QUICK: [(u64, usize); 1] = [(64, 3)];
 /// A larger guest may take so much longer than the smallest.
 const GROWTH_MAX: f64 = 1.5;
 const SPEAKS_WITHIN: Duration = Duration::from_secs(30);
@@ -49,15 +49,15 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
 }
 
 async fn sizes(bench: &mut Bench) -> anyhow::Result<()> {
-    let sizes: &[u64] = if bench.quick { &QUICK } else { &SIZES };
+    let sizes: &[(u64, usize)] = if bench.quick { &QUICK } else { &SIZES };
     let mut first: Option<[f64; 2]> = None;
-    for memory_mib in sizes {
+    for (memory_mib, samples) in sizes {
         // What is in use is there in the original, the image, and the guest that is resumed.
         if let Some(why) = bench.no_room(memory_mib * 2) {
             bench.skip(Section::Failover, format!("{memory_mib} MiB: {why}"));
             continue;
         }
-        let rows = size(bench, *memory_mib).await?;
+        let rows = size(bench, *memory_mib, *samples).await?;
         let smallest = *first.get_or_insert([rows[0].p50, rows[1].p50]);
         for ((row, most), smallest) in rows.into_iter().zip([30e-3, 300e-3]).zip(smallest) {
             let within = row.p50 <= most && row.p50 <= smallest * GROWTH_MAX;
@@ -76,7 +76,7 @@ async fn sizes(bench: &mut Bench) -> anyhow::Result<()> {
 }
 
 /// Warm and cold.
-async fn size(bench: &mut Bench, memory_mib: u64) -> anyhow::Result<[Row; 2]> {
+async fn size(bench: &mut Bench, memory_mib: u64, samples: usize) -> anyhow::Result<[Row; 2]> {
     let dir = bench.dir.path().join(format!("failover-{memory_mib}"));
     {
         let original = Original::start(memory_mib)?;
@@ -97,7 +97,7 @@ async fn size(bench: &mut Bench, memory_mib: u64) -> anyhow::Result<[Row; 2]> {
         }
     }
     let (mut warm, mut cold, mut incoming) = (Vec::new(), Vec::new(), Vec::new());
-    for sample in 0..=bench.samples(11) {
+    for sample in 0..=bench.samples(samples) {
         let run = bench.dir.path().join(format!("run-{memory_mib}-{sample}"));
         let mut replica = copy(&dir)?;
         let of_warm = resumed(&mut replica, &run.join("warm"), Instant::now()).await?;

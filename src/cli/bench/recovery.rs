@@ -5,7 +5,7 @@
 //! and in the middle of a frame, and each copy is opened once.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
@@ -15,7 +15,7 @@ use super::{Bench, Section};
 use crate::clock::{Clock, SystemClock};
 use crate::frame::Codec;
 use crate::ids::{Epoch, Generation};
-use crate::journal::{DirStore, Journal, JournalOptions, SledCatalogue};
+use crate::journal::{DirStore, Journal, JournalOptions, Retention, SledCatalogue};
 
 const CATALOGUE: &str = "catalog";
 
@@ -38,6 +38,15 @@ fn commit(journal: &mut Journal<DirStore>, parts: &[Vec<u8>]) -> anyhow::Result<
         journal.write_part(part)?;
     }
     journal.commit(last, SystemClock.now())?;
+    // As in a standby between two commits; all points are kept.
+    let retention = Retention {
+        continuous: Duration::from_secs(3600),
+        minutely: 0,
+        hourly: 0,
+        daily: 0,
+        min_points: 2,
+    };
+    while journal.maintain(SystemClock.now(), &retention)?.more {}
     Ok(())
 }
 
