@@ -119,6 +119,9 @@ pub enum Verb {
         /// Only this.
         #[arg(long, value_name = "NAME")]
         only: Option<bench::Section>,
+        /// Also run the same dirty sets through the stock QEMU of this machine. Takes minutes longer.
+        #[arg(long)]
+        compare_qemu: bool,
     },
     /// Run one guest's monitor; started by the daemon.
     #[command(hide = true)]

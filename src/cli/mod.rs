@@ -155,8 +155,18 @@ fn dispatch(cli: Cli, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
                 demo::DemoExit::Interrupted => ExitCode::Interrupted,
             })
         }
-        Verb::Bench { quick, dir, only } => {
-            let options = bench::BenchOptions { quick, dir, only };
+        Verb::Bench {
+            quick,
+            dir,
+            only,
+            compare_qemu,
+        } => {
+            let options = bench::BenchOptions {
+                quick,
+                dir,
+                only,
+                compare_qemu,
+            };
             bench::run(&options, out)
         }
         Verb::Config(verb) => config::run(&verb, file, out),

@@ -7,6 +7,7 @@
 //!   link          a link that is cut, or stalls
 //!   quiesce       checkpoints of applications at rest
 //!   bandwidth     a limit of what is sent over it
+//!   bench         measurements in quick runs, beside QEMU
 //!   events        what happened, kept and told to a program
 //!   kills         random kills; LIFEBOAT_KILLS=200 for a long run, LIFEBOAT_SEED=N to replay one
 //!   warm          a monitor that waits at the standby, fed with every checkpoint
@@ -38,6 +39,7 @@ mod aborts;
 mod bad_input;
 mod balance;
 mod bandwidth;
+mod bench;
 mod bundle;
 mod cli;
 mod doctor;

@@ -184,7 +184,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     // 2000 pages that were rewritten: some 5 MiB after compression.
     let mut dirty = Dirty::new(if bench.quick { 500 } else { 2000 }, of, Change::Whole);
     let mut parts = Vec::new();
-    source.frame(&dirty.all(), |part| parts.push(part))?;
+    source.frame(dirty.all(), |part| parts.push(part))?;
     standby.commit(&parts)?;
     let mut raw = Raw::create(&bench.dir.path().join("raw-commit"), 64 << 20)?;
     let (mut whole, mut writes, mut raws) = (Vec::new(), Vec::new(), Vec::new());

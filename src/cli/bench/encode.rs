@@ -1,6 +1,7 @@
 //! The primary's encoder: whole frames of dirty pages, shadow and image tree included, against a copy
 //! of the same scattered pages. The codec is said by the caller, not by back-pressure.
 
+use std::borrow::Borrow;
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -35,27 +36,41 @@ impl Source {
         journal: JournalId,
         generation: Generation,
     ) -> anyhow::Result<Self> {
-        let layout = layout(pages);
+        let manifest = Manifest {
+            layout: layout(pages),
+            machine: Vec::new(),
+            device_state: vec![0x5a; 8 << 10],
+        };
+        Self::of(manifest, codec, journal, generation)
+    }
+
+    /// A primary of this guest.
+    pub fn of(
+        manifest: Manifest,
+        codec: Codec,
+        journal: JournalId,
+        generation: Generation,
+    ) -> anyhow::Result<Self> {
         let options = EncodeOptions {
             codec,
             ..EncodeOptions::default()
         };
         Ok(Self {
-            encoder: Encoder::new(layout.clone(), options)?,
+            encoder: Encoder::new(manifest.layout.clone(), options)?,
             journal,
             generation,
             last: (Epoch(0), ImageRoot([0; 32])),
-            manifest: Manifest {
-                layout,
-                machine: Vec::new(),
-                device_state: vec![0x5a; 8 << 10],
-            },
+            manifest,
         })
     }
 
     /// Hands out the parts of the next frame as they become full, as a primary does. The first frame
     /// must cover all pages.
-    pub fn frame(&mut self, chunks: &[Chunk], mut part: impl FnMut(Vec<u8>)) -> anyhow::Result<()> {
+    pub fn frame(
+        &mut self,
+        chunks: impl IntoIterator<Item: Borrow<Chunk>>,
+        mut part: impl FnMut(Vec<u8>),
+    ) -> anyhow::Result<()> {
         let epoch = Epoch(self.last.0.0 + 1);
         self.encoder.begin(FrameStart {
             guest: guest(),
@@ -68,7 +83,7 @@ impl Source {
         });
         for chunk in chunks {
             self.encoder
-                .push(chunk, None)
+                .push(chunk.borrow(), None)
                 .into_iter()
                 .for_each(&mut part);
         }

@@ -7,6 +7,10 @@
 //!   stream   a link between two sites on loopback  against plain rustls in the same process layout
 //!   pause    consistent cuts of a guest on KVM     against stop-and-copy of the same set
 //!   guest    the guest's own speed while it is cut against its speed alone
+//!   seed     the first copy of a guest, durable     against a copy of the same memory
+//!   recovery the journal of a daemon that was killed, with its catalogue and without
+//!   failover from the command to the resumed guest  against QEMU's -incoming, if that is asked for
+//!   qemu     the stock QEMU of this machine with the same sets, if that is asked for
 //! ```
 //!
 //! Everything that is measured is the product's own code behind its public types. A measurement and
@@ -28,11 +32,16 @@
 
 mod commit;
 mod encode;
+mod failover;
 mod limits;
 mod link;
+mod original;
 mod pages;
 mod pause;
+mod qemu;
+mod recovery;
 mod sample;
+mod seed;
 mod steady;
 
 use std::path::PathBuf;
@@ -61,6 +70,14 @@ pub enum Section {
     Pause,
     /// How much slower a guest is while it is cut again and again.
     Guest,
+    /// The first copy of a guest.
+    Seed,
+    /// From the command to the first sign of life of the resumed guest.
+    Failover,
+    /// Opening the journal of a daemon that was killed.
+    Recovery,
+    /// The stock QEMU of this machine with the same dirty sets.
+    Qemu,
 }
 
 /// What `lifeboat bench` was asked for.
@@ -72,6 +89,8 @@ pub struct BenchOptions {
     pub dir: Option<PathBuf>,
     /// Only this; otherwise all.
     pub only: Option<Section>,
+    /// Also what the stock QEMU of this machine does with the same sets.
+    pub compare_qemu: bool,
 }
 
 /// What a figure counts.
@@ -151,6 +170,7 @@ pub const SCHEMAS: &[&str] = &[Report::SCHEMA];
 /// What the sections share.
 struct Bench {
     quick: bool,
+    compare_qemu: bool,
     /// For the disk tests; removed at the end.
     dir: tempfile::TempDir,
     rows: Vec<Row>,
@@ -171,18 +191,39 @@ impl Bench {
         let why = why.into();
         self.skipped.push(Skipped { section, why });
     }
+
+    /// Why so much memory cannot be had, if so; some is left for others.
+    fn no_room(&self, mib: u64) -> Option<String> {
+        let needed = mib + mib / 4;
+        let free = available_mib()?;
+        (free < needed).then(|| format!("it needs {needed} MiB of memory, {free} are free"))
+    }
 }
 
 type Measure = fn(&mut Bench) -> anyhow::Result<()>;
 
-const SECTIONS: [(Section, Measure); 6] = [
+const SECTIONS: [(Section, Measure); 10] = [
     (Section::Limits, limits::measure),
     (Section::Encode, encode::measure),
     (Section::Commit, commit::measure),
     (Section::Stream, link::measure),
     (Section::Pause, pause::measure),
     (Section::Guest, steady::measure),
+    (Section::Seed, seed::measure),
+    (Section::Recovery, recovery::measure),
+    (Section::Failover, failover::measure),
+    (Section::Qemu, qemu::measure),
 ];
+
+/// Runs work that has processes of its own, and ends these with it at a SIGINT too.
+fn interruptible(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Runtime::new()?.block_on(async {
+        tokio::select! {
+            done = work => done,
+            _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
+        }
+    })
+}
 
 /// Measures and prints. The error was not printed yet.
 pub fn run(options: &BenchOptions, out: &mut Output<'_>) -> Result<ExitCode, ApiError> {
@@ -197,12 +238,16 @@ pub fn run(options: &BenchOptions, out: &mut Output<'_>) -> Result<ExitCode, Api
     let host = host();
     let mut bench = Bench {
         quick: options.quick,
+        compare_qemu: options.compare_qemu || options.only == Some(Section::Qemu),
         dir,
         rows: Vec::new(),
         skipped: Vec::new(),
     };
     for (section, measure) in SECTIONS {
         if options.only.is_some_and(|only| only != section) {
+            continue;
+        }
+        if section == Section::Qemu && !bench.compare_qemu {
             continue;
         }
         out.note(&format!("measuring {} ...", name(section)));
@@ -236,6 +281,16 @@ fn host() -> Host {
     }
 }
 
+/// Memory that this machine can give, without hurting others; `None` if it does not say.
+fn available_mib() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib >> 10)
+}
+
 fn name(section: Section) -> &'static str {
     match section {
         Section::Limits => "limits",
@@ -244,6 +299,10 @@ fn name(section: Section) -> &'static str {
         Section::Stream => "stream",
         Section::Pause => "pause",
         Section::Guest => "guest",
+        Section::Seed => "seed",
+        Section::Failover => "failover",
+        Section::Recovery => "recovery",
+        Section::Qemu => "qemu",
     }
 }
 

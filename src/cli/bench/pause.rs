@@ -36,6 +36,45 @@ pub(super) fn counter(machine: &Machine) -> Option<u64> {
     abi::unseal(word)
 }
 
+/// A guest with this working set, which has not run yet. `spin` is the number of empty turns between
+/// two steps of it.
+pub(super) fn machine(
+    memory_bytes: u64,
+    working_set_pages: u32,
+    spin: u64,
+) -> anyhow::Result<(MachineSpec, Machine)> {
+    let spec = MachineSpec {
+        guest: guest(),
+        memory_bytes,
+        vcpus: 1,
+        boot: Boot::Demo { working_set_pages },
+        disks: Vec::new(),
+    };
+    let machine = Machine::boot(&spec)?;
+    let address = GuestAddress(abi::PARAMETERS + abi::PARAMETER_SPIN * 8);
+    machine.ram().memory().write_obj(spin, address)?;
+    let address = GuestAddress(abi::PARAMETERS + abi::PARAMETER_REPORT_STEPS * 8);
+    machine.ram().memory().write_obj(1u64 << 40, address)?;
+    Ok((spec, machine))
+}
+
+/// Waits until the guest has done so many more steps; each rewrites the next page of its working set.
+pub(super) fn work(machine: &Machine, steps: u64) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let from = counter(machine).unwrap_or(0);
+    while counter(machine).is_none_or(|now| now < from + steps) {
+        let state = machine.run_state();
+        if state != RunState::Running {
+            bail!("the guest is {state:?}");
+        }
+        if started.elapsed() > WORK_TIME_MAX {
+            bail!("the guest did not do {steps} steps in {WORK_TIME_MAX:?}");
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}
+
 enum Event {
     Slot(u32),
     End,
@@ -72,21 +111,10 @@ pub(super) struct Cuttable {
 }
 
 impl Cuttable {
-    /// Boots a guest with this working set and takes the first copy. `spin` is the number of empty
-    /// turns between two steps of the guest.
+    /// Boots a guest with this working set and takes the first copy.
     pub fn start(memory_bytes: u64, working_set_pages: u32, spin: u64) -> anyhow::Result<Self> {
-        let spec = MachineSpec {
-            guest: guest(),
-            memory_bytes,
-            vcpus: 1,
-            boot: Boot::Demo { working_set_pages },
-            disks: Vec::new(),
-        };
-        let machine = Arc::new(Machine::boot(&spec)?);
-        let address = GuestAddress(abi::PARAMETERS + abi::PARAMETER_SPIN * 8);
-        machine.ram().memory().write_obj(spin, address)?;
-        let address = GuestAddress(abi::PARAMETERS + abi::PARAMETER_REPORT_STEPS * 8);
-        machine.ram().memory().write_obj(1u64 << 40, address)?;
+        let (_, machine) = machine(memory_bytes, working_set_pages, spin)?;
+        let machine = Arc::new(machine);
         let staging = Arc::new(Staging::new(StagingOptions::default())?);
         let (sender, events) = channel();
         let session = Arc::new(Session {
@@ -103,29 +131,16 @@ impl Cuttable {
             events,
             cuts: 0,
         };
-        this.work(u64::from(working_set_pages))?;
+        work(&this.machine, u64::from(working_set_pages))?;
         let round = this.engine.round(Contents::Dirty)?;
         this.drain()?;
         this.settle(round.id)?;
         Ok(this)
     }
 
-    /// Waits until the guest has done so many more steps; each rewrites the next page of its working
-    /// set.
+    /// Waits until the guest has done so many more steps.
     pub fn work(&self, steps: u64) -> anyhow::Result<()> {
-        let started = Instant::now();
-        let from = counter(&self.machine).unwrap_or(0);
-        while counter(&self.machine).is_none_or(|now| now < from + steps) {
-            let state = self.machine.run_state();
-            if state != RunState::Running {
-                bail!("the guest is {state:?}");
-            }
-            if started.elapsed() > WORK_TIME_MAX {
-                bail!("the guest did not do {steps} steps in {WORK_TIME_MAX:?}");
-            }
-            std::thread::sleep(POLL);
-        }
-        Ok(())
+        work(&self.machine, steps)
     }
 
     /// A cut, handed out wholly and settled.
@@ -164,13 +179,14 @@ pub(super) fn no_kvm() -> Option<String> {
 }
 
 /// Guest memory in MiB, dirty pages, samples.
-const CASES: [(u64, u32, usize); 6] = [
+const CASES: [(u64, u32, usize); 7] = [
     (256, 1_000, 40),
     (256, 10_000, 20),
     (256, 50_000, 9),
     (1024, 1_000, 40),
     (1024, 10_000, 20),
     (1024, 50_000, 9),
+    (4096, 50_000, 9),
 ];
 
 pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
@@ -180,6 +196,10 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     }
     let cases = if bench.quick { &CASES[..1] } else { &CASES };
     for (memory_mib, pages, samples) in cases {
+        if let Some(why) = bench.no_room(*memory_mib) {
+            bench.skip(Section::Pause, format!("{memory_mib} MiB: {why}"));
+            continue;
+        }
         let samples = bench.samples(*samples);
         case(bench, *memory_mib, *pages, samples)?;
     }

@@ -1,0 +1,182 @@
+//! From the command to the first sign of life of the resumed guest, as a standby does it: the owner's
+//! number is raised durably, a monitor is started, it maps the image, and its guest says on its console
+//! that it goes on.
+//!
+//! ```text
+//!   warm    the copy is open, the image of its newest point is in memory
+//!   cold    the journal is opened and the image read from it first
+//!   limit   QEMU -incoming: a QEMU is started and reads as large a guest from a file (--compare-qemu)
+//! ```
+//!
+//! What a daemon does besides is not in it: fencing, its own records, disks.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use super::encode::guest;
+use super::original::{Original, copy};
+use super::pause::no_kvm;
+use super::qemu::Talking;
+use super::sample::Samples;
+use super::{Bench, Row, Section, interruptible, qemu};
+use crate::clock::{Clock, SystemClock};
+use crate::device_state::DeviceState;
+use crate::guest::Guest;
+use crate::guest::builtin::BuiltinGuest;
+use crate::journal::DirStore;
+use crate::standby::Replica;
+use crate::vmm::MachineSpec;
+use crate::vmm::process::CONSOLE_SOCKET;
+
+/// Guest memory in MiB, a quarter of which is in use; samples.
+const SIZES: [(u64, usize); 3] = [(256, 11), (1024, 9), (4096, 5)];
+const QUICK: [(u64, usize); 1] = [(64, 3)];
+/// A larger guest may take so much longer than the smallest.
+const GROWTH_MAX: f64 = 1.5;
+const SPEAKS_WITHIN: Duration = Duration::from_secs(30);
+
+pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
+    if let Some(why) = no_kvm() {
+        bench.skip(Section::Failover, why);
+        return Ok(());
+    }
+    interruptible(sizes(bench))
+}
+
+async fn sizes(bench: &mut Bench) -> anyhow::Result<()> {
+    let sizes: &[(u64, usize)] = if bench.quick { &QUICK } else { &SIZES };
+    let mut first: Option<[f64; 2]> = None;
+    for (memory_mib, samples) in sizes {
+        // What is in use is there in the original, the image, and the guest that is resumed.
+        if let Some(why) = bench.no_room(memory_mib * 2) {
+            bench.skip(Section::Failover, format!("{memory_mib} MiB: {why}"));
+            continue;
+        }
+        let rows = size(bench, *memory_mib, *samples).await?;
+        let smallest = *first.get_or_insert([rows[0].p50, rows[1].p50]);
+        for ((row, most), smallest) in rows.into_iter().zip([30e-3, 300e-3]).zip(smallest) {
+            let within = row.p50 <= most && row.p50 <= smallest * GROWTH_MAX;
+            let below = row.limit.as_ref().is_none_or(|limit| limit.ratio > 1.0);
+            let mut wanted = format!("p50 <= {:.0} ms", most * 1e3);
+            if row.limit.is_some() {
+                wanted += ", below QEMU";
+            }
+            if smallest != row.p50 {
+                wanted += &format!(", {GROWTH_MAX} x the smallest");
+            }
+            bench.push(row.wanted(wanted, within && below));
+        }
+    }
+    Ok(())
+}
+
+/// Warm and cold.
+async fn size(bench: &mut Bench, memory_mib: u64, samples: usize) -> anyhow::Result<[Row; 2]> {
+    let dir = bench.dir.path().join(format!("failover-{memory_mib}"));
+    {
+        let original = Original::start(memory_mib)?;
+        let mut replica = copy(&dir)?;
+        original.seed(&mut replica)?;
+        while replica.maintain(SystemClock.now())? {}
+    }
+    let mut other = None;
+    if bench.compare_qemu {
+        match qemu::missing() {
+            Some(why) => bench.skip(Section::Failover, format!("QEMU -incoming: {why}")),
+            None => match Talking::new(memory_mib).await {
+                Ok(talking) => other = Some(talking),
+                Err(error) => {
+                    bench.skip(Section::Failover, format!("QEMU -incoming: {error:#}"));
+                }
+            },
+        }
+    }
+    let (mut warm, mut cold, mut incoming) = (Vec::new(), Vec::new(), Vec::new());
+    for sample in 0..=bench.samples(samples) {
+        let run = bench.dir.path().join(format!("run-{memory_mib}-{sample}"));
+        let mut replica = copy(&dir)?;
+        let of_warm = resumed(&mut replica, &run.join("warm"), Instant::now()).await?;
+        drop(replica);
+        let started = Instant::now();
+        let mut replica = copy(&dir)?;
+        let of_cold = resumed(&mut replica, &run.join("cold"), started).await?;
+        drop(replica);
+        let of_other = match &other {
+            Some(talking) => Some(talking.resume_time().await?),
+            None => None,
+        };
+        std::fs::remove_dir_all(&run)?;
+        if sample > 0 {
+            warm.push(of_warm);
+            cold.push(of_cold);
+            incoming.extend(of_other);
+        }
+    }
+    std::fs::remove_dir_all(&dir)?;
+    let times =
+        |samples: Vec<f64>, what: String| Samples::new(samples).times(Section::Failover, what);
+    let rows = [(warm, "warm"), (cold, "cold")];
+    let rows = rows.map(|(samples, how)| times(samples, format!("{memory_mib} MiB, {how}")));
+    Ok(match incoming.is_empty() {
+        true => rows,
+        false => {
+            let limit = times(incoming, "QEMU -incoming".to_owned());
+            rows.map(|row| row.against(&limit))
+        }
+    })
+}
+
+/// Ends a monitor, which would outlive this process otherwise.
+struct Ends(u32);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        let pid = libc::pid_t::try_from(self.0).expect("the kernel's process ids fit");
+        assert!(pid > 1, "process {pid} is no monitor");
+        // SAFETY: kill takes plain numbers and touches no memory. A process that is gone is what is
+        // wanted; it is a child of this process, so its number is nobody else's before it is reaped.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+}
+
+/// Resumes the newest point of the copy; seconds since `started` until its guest speaks.
+async fn resumed(
+    replica: &mut Replica<DirStore>,
+    run: &Path,
+    started: Instant,
+) -> anyhow::Result<f64> {
+    std::fs::create_dir_all(run)?;
+    let exe = std::env::current_exe().context("this program's file cannot be found")?;
+    let generation = replica.journal().generation().next();
+    let promotion = replica.promote(generation, None)?;
+    let spec: MachineSpec = serde_json::from_slice(&promotion.manifest.machine)?;
+    let state = DeviceState::from_bytes(&promotion.manifest.device_state)?;
+    let ram = promotion.image.fd().try_clone()?;
+    let unbooted = BuiltinGuest::spawn(&exe, run, &guest()).await?;
+    let mut resumed = unbooted.restore(&spec, state, ram).await?;
+    let ends = Ends(resumed.pid());
+    let speaks = speaks(run.join(CONSOLE_SOCKET));
+    let (resuming, spoke) = tokio::join!(resumed.resume(), timeout(SPEAKS_WITHIN, speaks));
+    resuming?;
+    spoke.context("the resumed guest is silent")??;
+    let took = started.elapsed().as_secs_f64();
+    resumed.stop().await?;
+    drop(ends);
+    Ok(took)
+}
+
+/// Returns when the guest says that it goes on.
+async fn speaks(console: PathBuf) -> anyhow::Result<()> {
+    let mut lines = BufReader::new(UnixStream::connect(console).await?).lines();
+    while let Some(line) = lines.next_line().await? {
+        if line.contains("resumed elsewhere") {
+            return Ok(());
+        }
+    }
+    bail!("the resumed guest has ended")
+}
