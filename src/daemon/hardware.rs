@@ -298,7 +298,7 @@ impl Ready {
                 // A guest that runs and is not in our hands could get a second owner.
                 let lost = match found {
                     Ok(Some(running)) => {
-                        waiting.set_clock(&site.env, guest);
+                        waiting.greet(&site.env, guest);
                         return Ok(running);
                     }
                     Ok(None) => GuestError::Gone("QEMU ended after its guest was resumed".into()),

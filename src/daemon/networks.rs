@@ -94,6 +94,8 @@ pub(super) async fn address(
         .collect();
     // A QEMU of ours has it beside our monitors, whatever its machine said at its old site.
     let own = Sockets::within(run_dir).agent;
+    // Its point may be one of applications at rest, and a frozen agent runs nothing. If it cannot, that shows now.
+    let _ = agent::thaw(&own, within).await;
     let mut ran = agent::run(&own, &address.commands(), &environment, within).await;
     if matches!(&ran, Err(AgentError::Io(error)) if is_nobody(error)) {
         ran = agent::run(&socket, &address.commands(), &environment, within).await;

@@ -26,6 +26,8 @@ use crate::ids::GuestId;
 const LISTENS_WITHIN: Duration = Duration::from_secs(20);
 /// Time between two looks for it.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// How long the agent of a resumed guest may take to let its file systems go on.
+const THAWS_WITHIN: Duration = Duration::from_secs(60);
 /// Of what a QEMU said before it ended, so much is told, in bytes.
 const SAID_MAX: u64 = 600;
 
@@ -106,15 +108,23 @@ impl WaitingQemu {
         })
     }
 
-    /// Has the guest's clock set, which is that of the checkpoint, if it has an agent. Nothing waits
-    /// for it.
-    pub fn set_clock(&self, env: &Env, guest: &GuestId) {
+    /// Tells the guest's agent, if it has one, what the guest cannot know: that its file systems may go on,
+    /// if its point is one of applications at rest, and what time it is. Nothing waits for it.
+    pub fn greet(&self, env: &Env, guest: &GuestId) {
         if !has_agent(&self.machine) {
             return;
         }
         let (socket, env) = (Sockets::within(&self.run_dir).agent, env.clone());
         let guest = guest.clone();
         tokio::spawn(async move {
+            // First: a frozen agent does nothing else.
+            if let Err(error) = agent::thaw(&socket, THAWS_WITHIN).await {
+                tracing::warn!(
+                    %guest,
+                    %error,
+                    "file systems of the guest may still be frozen, if its applications were at rest at its checkpoint"
+                );
+            }
             match agent::set_time(&socket, || env.now()).await {
                 Ok(()) => tracing::info!(%guest, "the guest's clock was set by its agent"),
                 Err(error) => tracing::warn!(

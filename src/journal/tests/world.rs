@@ -254,8 +254,6 @@ pub struct World {
     /// Time between two commits.
     pub step: Duration,
     pub options: JournalOptions,
-    /// Differences between two points that were known, and right.
-    pub differences: u32,
 }
 
 impl World {
@@ -276,7 +274,6 @@ impl World {
             retention: retention(),
             step: Duration::from_secs(5),
             options: options(),
-            differences: 0,
         };
         let report = world.open().unwrap();
         assert!(report.created);

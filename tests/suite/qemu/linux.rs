@@ -393,8 +393,8 @@ fn readdress(pair: &Pair, dir: &Path) {
     assert!(error.message.contains(expected), "{error:?}");
 }
 
-/// Boot, protect, kill, fail over.
-fn round(dir: &Path, parts: &Parts, delay: Duration) {
+/// Boot, protect, kill, fail over with these arguments.
+fn round(dir: &Path, parts: &Parts, delay: Duration, more: &[&str]) {
     let serial = Serial::new(dir);
     let ends = Ends(Cell::new(None));
     let mut vm = Linux::boot(dir, "vm", &parts.kernel, &serial);
@@ -430,9 +430,8 @@ fn round(dir: &Path, parts: &Parts, delay: Duration) {
     // So long that the guest's clock shows whether it was set.
     std::thread::sleep(LOSS);
     let asked = Instant::now();
-    let ran = pair
-        .b
-        .cli(&["failover", WEB, "--fenced-by-operator", "--yes"]);
+    let args = ["failover", WEB, "--fenced-by-operator", "--yes"];
+    let ran = pair.b.cli(&[&args, more].concat());
     let report: FailoverReport = ran.failover();
     ends.0.set(web(&pair.b).pid);
     let goes_on = serial.wait("the guest goes on", before.len(), committed);
@@ -507,8 +506,22 @@ fn a_database_in_linux_goes_on_with_all_that_it_has_promised() {
             return;
         };
         let delay = Duration::from_millis(dice.below(DELAY_MS));
-        round(dir.path(), &parts, delay);
+        round(dir.path(), &parts, delay, &[]);
     }
+}
+
+/// Its file systems are frozen at that point, and nobody else will let them go on.
+#[test]
+fn linux_goes_on_from_a_point_at_which_its_applications_were_at_rest() {
+    let test = "linux_goes_on_from_a_point_at_which_its_applications_were_at_rest";
+    let Some((dir, parts)) = workspace(test) else {
+        return;
+    };
+    if parts.agent.is_none() {
+        println!("skipped: {test}: there is no guest agent");
+        return;
+    }
+    round(dir.path(), &parts, Duration::ZERO, &["--consistent"]);
 }
 
 /// What the guest checks is the disk: one that is newer than its memory is noticed.
