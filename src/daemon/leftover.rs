@@ -131,8 +131,16 @@ pub(super) struct Left {
 
 /// The machine as it ran here last.
 pub(super) fn machine(state_dir: &Path, guest: &GuestId) -> Option<Hardware> {
-    let bytes = durable::read(&machine_path(state_dir, guest), MACHINE_BYTES_MAX);
-    Hardware::from_bytes(&bytes.ok()??).ok()
+    known(state_dir, guest).ok()?
+}
+
+/// The same, for whom it makes a difference that it cannot be read.
+pub(super) fn known(state_dir: &Path, guest: &GuestId) -> Result<Option<Hardware>, String> {
+    let path = machine_path(state_dir, guest);
+    let told = |why: String| format!("{}: {why}", path.display());
+    let bytes = durable::read(&path, MACHINE_BYTES_MAX).map_err(|e| told(e.to_string()))?;
+    let machine = bytes.map(|bytes| Hardware::from_bytes(&bytes));
+    machine.transpose().map_err(told)
 }
 
 impl Left {

@@ -385,16 +385,24 @@ fn place(state_dir: &Path, guest: &GuestId) -> PathBuf {
     run_dir(state_dir, guest).join("warm")
 }
 
-/// Guests for which something waited, or whose disks of earlier stays are left.
+/// Guests for which something waited.
 fn left_over(state_dir: &Path) -> Vec<GuestId> {
     let entries = std::fs::read_dir(state_dir.join("guests"));
     let names = entries.into_iter().flatten();
     names
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok())
         .filter(|guest| {
-            place(state_dir, guest).exists() || disks(&guest_dir(state_dir, guest)).exists()
+            place(state_dir, guest).exists() || !warm_disks(state_dir, guest).is_empty()
         })
         .collect()
+}
+
+/// The directories of disks that are fed, or were until they were taken.
+fn warm_disks(state_dir: &Path, guest: &GuestId) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(disks(&guest_dir(state_dir, guest)));
+    let entries = entries.into_iter().flatten().flatten();
+    let warm = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("warm-"));
+    warm.map(|entry| entry.path()).collect()
 }
 
 /// Ends a QEMU that waits and that nobody keeps, and removes what nobody uses. A QEMU that was taken
@@ -416,20 +424,16 @@ async fn sweep(env: &Env, state_dir: &Path, guest: &GuestId) -> Result<(), Strin
     }
     let (state_dir, guest) = (state_dir.to_owned(), guest.clone());
     let sweeping = env.offload(move || {
+        // Disks that were taken are the guest's own. What says so and cannot be read is an error: they may
+        // be the only ones.
         let record = record::load(&state_dir, &guest).map_err(|e| e.to_string())?;
-        // The one that it last ran in holds what the way back is compared with.
         let machines = [
             record.and_then(|record| record.machine),
-            leftover::machine(&state_dir, &guest),
+            leftover::known(&state_dir, &guest)?,
         ];
         let used = |path: &Path| machines.iter().flatten().any(|m| m.has_disk_in(path));
-        let entries = std::fs::read_dir(disks(&guest_dir(&state_dir, &guest)));
-        for entry in entries.into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            let ours =
-                ["warm-", "generation-"].map(|kind| name.to_string_lossy().starts_with(kind));
-            if ours.contains(&true) && !used(&entry.path()) {
-                let path = entry.path();
+        for path in warm_disks(&state_dir, &guest) {
+            if !used(&path) {
                 std::fs::remove_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
             }
         }
