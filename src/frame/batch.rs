@@ -217,6 +217,17 @@ impl Decompressor {
         out: &mut Vec<u8>,
     ) -> Result<(), &'static str> {
         out.resize(raw_len, 0);
+        self.decode_into(codec, stored, out)
+    }
+
+    /// The same, into exactly as many bytes as there are.
+    pub(super) fn decode_into(
+        &mut self,
+        codec: Codec,
+        stored: &[u8],
+        out: &mut [u8],
+    ) -> Result<(), &'static str> {
+        let raw_len = out.len();
         let len = match codec {
             Codec::None if stored.len() == raw_len => {
                 out.copy_from_slice(stored);
@@ -231,7 +242,7 @@ impl Decompressor {
                 .get_or_insert_with(|| {
                     zstd::bulk::Decompressor::new().expect("zstd without a dictionary")
                 })
-                .decompress_to_buffer(stored, out.as_mut_slice())
+                .decompress_to_buffer(stored, out)
                 .map_err(|_| "it is no zstd")?,
         };
         if len == raw_len {

@@ -72,6 +72,7 @@ mod shadow;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod verified;
 mod writer;
 
 pub use batch::{Batch, Codec, Decompressor};
@@ -85,9 +86,10 @@ pub use fingerprint::{
 pub use format::{FORMAT_VERSION, Footer, HEADER_BYTES, PartHeader};
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
 pub use merge::{Merger, merge};
-pub use part::{Content, PageImage, PartView, Row, RowKind};
+pub use part::{Content, PageImage, PageSink, PartView, Row, RowKind};
 pub use shadow::Shadow;
 pub use tree::ImageTree;
+pub use verified::{Decoded, VerifiedPart};
 pub use writer::FrameStart;
 
 /// Most bytes of one part: 16 MiB. Bounds every buffer on the path of a frame.

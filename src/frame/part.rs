@@ -1,6 +1,7 @@
 //! Reads parts: judges the bytes, hands out rows, applies them to an image.
 
 use std::io;
+use std::sync::Arc;
 
 use super::PART_BYTES_MAX;
 use super::batch::{Batch, BatchKind, Decompressor};
@@ -11,6 +12,7 @@ use super::format::{
     pack_trailer,
 };
 use super::manifest::Manifest;
+use super::verified::{Decoded, Judged};
 use crate::page::{Layout, PAGE_SIZE, PageAddr, REGION_PAGES_MAX, REGIONS_MAX, RegionId};
 
 pub(super) const KIND_ZERO: u8 = 0;
@@ -79,6 +81,23 @@ pub trait PageImage {
 
     /// The page has its new content. A page can be touched several times by one frame.
     fn touched(&mut self, _addr: PageAddr) {}
+
+    /// Where several threads at once may put whole pages of this region. Each page is put at most
+    /// once, and [`put`](Self::put) is called for it. `None`: they are written one by one.
+    fn sink(&self, _region: RegionId) -> Option<Arc<dyn PageSink>> {
+        None
+    }
+
+    /// A page of RAM was put into the [`sink`](Self::sink); this is the leaf of its content.
+    fn put(&mut self, _addr: PageAddr, _leaf: [u8; 32]) {
+        unreachable!("an image that offers a sink notes what is put there");
+    }
+}
+
+/// See [`PageImage::sink`].
+pub trait PageSink: Send + Sync {
+    /// Puts pages that follow each other in one region, of which `addr` is the first.
+    fn put(&self, addr: PageAddr, pages: &[[u8; PAGE_SIZE]]) -> io::Result<()>;
 }
 
 /// The bytes of one part, verified.
@@ -89,6 +108,8 @@ pub struct PartView<'a> {
     batches: Vec<Batch>,
     footer: Option<Footer>,
     hash: [u8; 32],
+    /// Batches that somebody has decoded already.
+    decoded: Option<&'a Decoded>,
 }
 
 impl<'a> PartView<'a> {
@@ -122,10 +143,38 @@ impl<'a> PartView<'a> {
             footer: None,
             hash,
             header,
+            decoded: None,
         };
         view.check_rows()?;
         view.footer = view.parse_footer()?;
         Ok(view)
+    }
+
+    pub(super) fn into_judged(self) -> Judged {
+        Judged {
+            header: self.header,
+            batches: self.batches,
+            footer: self.footer,
+            hash: self.hash,
+        }
+    }
+
+    /// `judged` was made of exactly these bytes.
+    pub(super) fn of_judged(bytes: &'a [u8], judged: &Judged) -> Self {
+        Self {
+            bytes,
+            header: judged.header.clone(),
+            batches: judged.batches.clone(),
+            footer: judged.footer,
+            hash: judged.hash,
+            decoded: None,
+        }
+    }
+
+    /// `decoded` was made of this part.
+    pub fn with_decoded(mut self, decoded: &'a Decoded) -> Self {
+        self.decoded = Some(decoded);
+        self
     }
 
     fn parse_footer(&self) -> Result<Option<Footer>, FrameError> {
@@ -276,12 +325,14 @@ impl<'a> PartView<'a> {
                 RowKind::Raw => BatchKind::Raw,
                 RowKind::Delta => BatchKind::Delta,
             };
+            let ahead = self.decoded.and_then(|decoded| decoded.batch(row.batch));
             let (number, decoded) = &mut open[kind.index()];
-            if *number != Some(row.batch) {
+            if ahead.is_none() && *number != Some(row.batch) {
                 self.decode(row.batch, &mut decoder, decoded)?;
                 *number = Some(row.batch);
             }
-            let bytes = &decoded[usize::from(row.off)..][..usize::from(row.len)];
+            let content = ahead.unwrap_or(decoded);
+            let bytes = &content[usize::from(row.off)..][..usize::from(row.len)];
             match kind {
                 BatchKind::Raw => {
                     let page = bytes.try_into().expect("a raw row has the size of a page");

@@ -69,6 +69,12 @@ impl ImageTree {
         hasher.finalize_non_root()
     }
 
+    /// Calls `each` with position and leaf of pages that are neighbours in the image, of which the
+    /// first is at position `first`. Faster than one by one.
+    pub fn leaves_of(first: usize, pages: &[[u8; PAGE_SIZE]], each: impl FnMut(usize, [u8; 32])) {
+        leaves::of_run(first, pages, each);
+    }
+
     /// Replaces a leaf. Panics outside the image.
     pub fn set(&mut self, index: usize, cv: [u8; 32]) {
         self.levels[0][index] = cv;

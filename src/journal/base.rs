@@ -44,10 +44,18 @@ pub(super) struct Base<S: Store> {
 }
 
 /// Some pages of a region, as they are stored.
+#[derive(Default)]
 pub(super) struct Chunk {
     pub start: u32,
     pub leaves: Vec<[u8; LEAF_BYTES]>,
     pub content: Vec<u8>,
+}
+
+/// Pages of a chunk that are not zero, by their index in it.
+pub(super) struct Run {
+    pub pages: std::ops::Range<usize>,
+    /// Those whose content does not fit their leaf.
+    pub damaged: Vec<usize>,
 }
 
 /// What one stored page turned out to be.
@@ -147,36 +155,93 @@ impl<S: Store> Base<S> {
     }
 
     fn read_leaves(&self, id: RegionId, range: PageRange) -> Result<Vec<[u8; 32]>, JournalError> {
-        let mut bytes = vec![0; range.len() as usize * LEAF_BYTES];
+        let mut leaves = Vec::new();
+        self.leaves_into(id, range, &mut leaves)?;
+        Ok(leaves)
+    }
+
+    fn leaves_into(
+        &self,
+        id: RegionId,
+        range: PageRange,
+        leaves: &mut Vec<[u8; LEAF_BYTES]>,
+    ) -> Result<(), JournalError> {
+        leaves.resize(range.len() as usize, NO_LEAF);
         let name = leaves_name(usize::from(id.0));
         self.region(id)
             .leaves
-            .read_at(u64::from(range.start) * LEAF_BYTES as u64, &mut bytes)
-            .map_err(|e| JournalError::corrupt(name, format!("it cannot be read: {e}")))?;
-        Ok(bytes.as_chunks().0.to_vec())
+            .read_at(
+                u64::from(range.start) * LEAF_BYTES as u64,
+                leaves.as_flattened_mut(),
+            )
+            .map_err(|e| JournalError::corrupt(name, format!("it cannot be read: {e}")))
     }
 
     /// Reads at most [`CHUNK_PAGES`] pages. Content is read only if a leaf says that there is some, or
     /// `all` is set.
     pub fn read(&self, id: RegionId, range: PageRange, all: bool) -> Result<Chunk, JournalError> {
-        let leaves = self.read_leaves(id, range)?;
-        let mut content = Vec::new();
-        if all || leaves.iter().any(|leaf| *leaf != NO_LEAF) {
-            content = vec![0; leaves.len() * PAGE_SIZE];
+        let mut chunk = Chunk::default();
+        self.read_into(id, range, all, &mut chunk)?;
+        Ok(chunk)
+    }
+
+    /// As [`read`](Self::read), into a chunk that may have been used for others.
+    pub fn read_into(
+        &self,
+        id: RegionId,
+        range: PageRange,
+        all: bool,
+        chunk: &mut Chunk,
+    ) -> Result<(), JournalError> {
+        chunk.start = range.start;
+        self.leaves_into(id, range, &mut chunk.leaves)?;
+        chunk.content.truncate(0);
+        if all || chunk.leaves.iter().any(|leaf| *leaf != NO_LEAF) {
+            chunk.content.resize(chunk.leaves.len() * PAGE_SIZE, 0);
             let offset = u64::from(range.start) * PAGE_SIZE as u64;
             let name = content_name(usize::from(id.0));
             self.region(id)
                 .content
-                .read_at(offset, &mut content)
+                .read_at(offset, &mut chunk.content)
                 .map_err(|e| {
                     JournalError::corrupt(name, format!("it cannot be read at {offset}: {e}"))
                 })?;
         }
-        Ok(Chunk {
-            start: range.start,
-            leaves,
-            content,
-        })
+        Ok(())
+    }
+
+    /// The pages of a chunk of `region` that are not zero, as runs, and of each whether its content
+    /// fits its leaf.
+    pub fn judge_all(&self, region: RegionId, chunk: &Chunk, verdicts: &mut Vec<Run>) {
+        verdicts.clear();
+        let (pages, _) = chunk.content.as_chunks::<PAGE_SIZE>();
+        let first_leaf = self.region(region).first_leaf as usize + chunk.start as usize;
+        let mut at = 0;
+        for stored in chunk
+            .leaves
+            .chunk_by(|a, b| (*a == NO_LEAF) == (*b == NO_LEAF))
+        {
+            let run = at..at + stored.len();
+            at = run.end;
+            if stored[0] == NO_LEAF {
+                continue;
+            }
+            let mut damaged = Vec::new();
+            ImageTree::leaves_of(
+                first_leaf + run.start,
+                &pages[run.clone()],
+                |position, leaf| {
+                    let index = position - first_leaf;
+                    if leaf != chunk.leaves[index] {
+                        damaged.push(index);
+                    }
+                },
+            );
+            verdicts.push(Run {
+                pages: run,
+                damaged,
+            });
+        }
     }
 
     /// Judges one page of a chunk of `region`.

@@ -5,7 +5,8 @@ use super::catalogue::Hints;
 use super::error::JournalError;
 use super::marks::Marks;
 use super::open::Journal;
-use super::recover::{Recovery, RecoveryReport, read_part, verify_frame};
+use super::reading::{for_each_part, read_part};
+use super::recover::{Recovery, RecoveryReport};
 use super::store::Store;
 use super::superblock::{self, Slot};
 use crate::frame::FrameError;
@@ -199,7 +200,7 @@ impl<S: Store> Journal<S> {
             let from = Some(info.epoch);
             let base = state.done;
             let mut number = 0;
-            let verified = verify_frame(&self.segments, &info.parts, &mut |view| {
+            let verified = for_each_part(&self.segments, &info.parts, None, &mut |view| {
                 let owned = info.owns(view.header(), number);
                 state.done += u64::from(view.header().part_bytes);
                 number += 1;
@@ -287,13 +288,8 @@ impl<S: Store> Journal<S> {
             frames: self.frames.iter().map(|f| (f.epoch, f.clone())).collect(),
             ..Hints::default()
         };
-        let recovered = Recovery {
-            segments: &self.segments,
-            super_: &self.super_,
-            hints: &hints,
-            now: self.options.opened_at,
-        }
-        .run(true);
+        let recovered =
+            Recovery::new(&self.segments, &self.super_, &hints, self.options.opened_at).run(true);
         for loc in self
             .frames
             .iter()

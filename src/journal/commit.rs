@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use super::RecoveryPoint;
 use super::error::JournalError;
 use super::open::Journal;
-use super::recover::{self, read_part};
+use super::reading::read_part;
+use super::recover;
 use super::segment::{Lane, Loc};
 use super::store::Store;
 use crate::clock::Timestamp;
@@ -58,24 +59,23 @@ impl Pending {
 }
 
 impl<S: Store> Journal<S> {
-    /// Writes a part that is not the frame's last. It is verified and its header compared with the
-    /// journal; not durable yet. Part 0 begins a frame and gives up an unfinished one.
+    /// Writes a part that is not the frame's last. Its header is compared with the journal; that its
+    /// bytes are sound, the view shows. Not durable yet. Part 0 begins a frame and gives up an unfinished one.
     ///
     /// After an error other than [`JournalError::Poisoned`] the frame is given up and the history as
     /// it was.
-    pub fn write_part(&mut self, part: &[u8]) -> Result<(), JournalError> {
+    pub fn write_part(&mut self, part: &PartView<'_>) -> Result<(), JournalError> {
         self.writable("writing a frame")?;
         let written = self.write_part_inner(part);
         self.settle(written)
     }
 
-    fn write_part_inner(&mut self, part: &[u8]) -> Result<(), JournalError> {
-        let view = PartView::verify(part)?;
-        if view.header().last {
-            return Err(order(view.header(), "the last part is given to commit"));
+    fn write_part_inner(&mut self, part: &PartView<'_>) -> Result<(), JournalError> {
+        if part.header().last {
+            return Err(order(part.header(), "the last part is given to commit"));
         }
-        self.admit(&view)?;
-        let loc = self.append(part)?;
+        self.admit(part)?;
+        let loc = self.append(part.bytes())?;
         self.pending.as_mut().expect("admitted").parts.push(loc);
         Ok(())
     }
@@ -88,7 +88,7 @@ impl<S: Store> Journal<S> {
     /// only after reopening.
     pub fn commit(
         &mut self,
-        last_part: &[u8],
+        last_part: &PartView<'_>,
         now: Timestamp,
     ) -> Result<RecoveryPoint, JournalError> {
         self.writable("committing a frame")?;
@@ -98,15 +98,17 @@ impl<S: Store> Journal<S> {
 
     fn commit_inner(
         &mut self,
-        last_part: &[u8],
+        last_part: &PartView<'_>,
         now: Timestamp,
     ) -> Result<RecoveryPoint, JournalError> {
-        let view = PartView::verify(last_part)?;
-        if !view.header().last {
-            return Err(order(view.header(), "only a last part can be committed"));
+        if !last_part.header().last {
+            return Err(order(
+                last_part.header(),
+                "only a last part can be committed",
+            ));
         }
-        self.admit(&view)?;
-        let layout = view.manifest()?.layout;
+        self.admit(last_part)?;
+        let layout = last_part.manifest()?.layout;
         let pending = self.pending.as_ref().expect("admitted");
         if self.layout.as_ref().is_some_and(|known| *known != layout) {
             return Err(JournalError::LayoutChanged);
@@ -117,7 +119,7 @@ impl<S: Store> Journal<S> {
                 "it names pages outside its own layout",
             ));
         }
-        let loc = self.append(last_part)?;
+        let loc = self.append(last_part.bytes())?;
         self.segments.sync(Lane::Commit)?;
 
         // Durable: nothing below can fail.

@@ -18,7 +18,7 @@ use std::io;
 use super::base::{self, Base, Writer};
 use super::error::{JournalError, is_full};
 use super::open::Journal;
-use super::recover::read_part;
+use super::reading::read_part;
 use super::store::Store;
 use crate::frame::{FrameError, PageImage, PartView, Row, RowKind};
 use crate::ids::Epoch;

@@ -22,7 +22,8 @@ use super::catalogue::FrameInfo;
 use super::error::JournalError;
 use super::fold::STEP_BYTES;
 use super::open::Journal;
-use super::recover::{self, read_part, verify_frame};
+use super::reading::{read_part, verify_frame};
+use super::recover;
 use super::retention::{Judged, Keep, Quality, Retention, judge};
 use super::segment::{Lane, Loc};
 use super::store::Store;
@@ -316,7 +317,7 @@ impl<S: Store> Journal<S> {
             locs.push(self.segments.append(&self.store, Lane::Maintenance, part)?);
         }
         self.segments.sync(Lane::Maintenance)?;
-        let (header, footer) = verify_frame(&self.segments, locs, &mut |_| Ok(()))?;
+        let (header, footer) = verify_frame(&self.segments, locs)?;
         let (first, last) = (&self.frames[*range.start()], &self.frames[*range.end()]);
         let info = recover::info(&header, &footer, last.durable_at, locs.clone());
         assert_eq!(

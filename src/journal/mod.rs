@@ -36,6 +36,7 @@
 //! Dropped alternatives (measured): pages as sled values (12 times slower commits), a page index in
 //! sled (4 times), a file per checkpoint (two more device flushes each).
 
+mod ahead;
 mod base;
 mod catalogue;
 mod check;
@@ -50,6 +51,7 @@ mod marks;
 mod mem;
 mod open;
 mod page_index;
+mod reading;
 mod recover;
 mod replay;
 mod retention;

@@ -7,7 +7,8 @@ use super::commit::Pending;
 use super::error::JournalError;
 use super::fold::Fold;
 use super::marks::Marks;
-use super::recover::{Recovered, Recovery, RecoveryReport, read_part};
+use super::reading::read_part;
+use super::recover::{Recovered, Recovery, RecoveryReport};
 use super::rows::Rows;
 use super::segment::{self, Lane, Loc, Segments};
 use super::store::{LockError, Store};
@@ -115,13 +116,7 @@ impl<S: Store> Journal<S> {
                 }
             }
         };
-        let recovered = Recovery {
-            segments: &segments,
-            super_: &super_,
-            hints: &hints,
-            now: options.opened_at,
-        }
-        .run(false);
+        let recovered = Recovery::new(&segments, &super_, &hints, options.opened_at).run(false);
         let mut journal = Self {
             store,
             layout: super_.layout.clone(),

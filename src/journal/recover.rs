@@ -33,12 +33,13 @@ use std::collections::BTreeMap;
 use super::catalogue::{FrameInfo, Hints};
 use super::error::JournalError;
 use super::marks::Marks;
+use super::reading::{read_headers, verify_frame};
 use super::scan::{self, Found};
 use super::segment::{Loc, Segments};
 use super::store::Store;
 use super::superblock::Super;
 use crate::clock::Timestamp;
-use crate::frame::{Footer, FrameCheck, FrameError, HEADER_BYTES, PartHeader, PartView};
+use crate::frame::{Footer, FrameError, PartHeader};
 use crate::ids::{Epoch, Generation, ImageRoot};
 
 /// What opening a journal found.
@@ -137,59 +138,6 @@ impl Candidate {
     }
 }
 
-/// Reads a part into `buffer`.
-pub(super) fn read_part<S: Store>(
-    segments: &Segments<S>,
-    loc: Loc,
-    buffer: &mut Vec<u8>,
-) -> Result<(), JournalError> {
-    buffer.resize(loc.len as usize, 0);
-    match segments.read(loc, buffer) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(JournalError::corrupt(
-            loc.to_string(),
-            "it is not there any more",
-        )),
-        Err(error) => Err(JournalError::corrupt(
-            loc.to_string(),
-            format!("it cannot be read: {error}"),
-        )),
-    }
-}
-
-/// Reads and verifies all parts of a frame; `each` sees them in order.
-pub(super) fn verify_frame<S: Store>(
-    segments: &Segments<S>,
-    parts: &[Loc],
-    each: &mut dyn FnMut(&PartView<'_>) -> Result<(), JournalError>,
-) -> Result<(PartHeader, Footer), JournalError> {
-    let mut check = FrameCheck::new();
-    let mut buffer = Vec::new();
-    for loc in parts {
-        read_part(segments, *loc, &mut buffer)?;
-        let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
-        let view = PartView::verify(&buffer).map_err(damaged)?;
-        check.add(&view).map_err(damaged)?;
-        each(&view)?;
-    }
-    let Some(header) = check.first().cloned() else {
-        return Err(FrameError::Incomplete("it has no part").into());
-    };
-    Ok((header, check.finish()?))
-}
-
-fn headers_match<S: Store>(segments: &Segments<S>, row: &FrameInfo, super_: &Super) -> bool {
-    let mut block = super::dir::AlignedBuf::new(crate::frame::BLOCK);
-    row.parts.iter().enumerate().all(|(number, loc)| {
-        matches!(segments.read(*loc, &mut block), Ok(true))
-            && PartHeader::parse(&block[..HEADER_BYTES]).is_ok_and(|header| {
-                header.guest == super_.guest
-                    && header.journal == super_.journal
-                    && row.owns(&header, number)
-            })
-    })
-}
-
 /// Where a chain ends.
 struct End {
     epoch: Epoch,
@@ -209,13 +157,32 @@ impl End {
 }
 
 pub(super) struct Recovery<'a, S: Store> {
-    pub segments: &'a Segments<S>,
-    pub super_: &'a Super,
-    pub hints: &'a Hints,
-    pub now: Timestamp,
+    segments: &'a Segments<S>,
+    super_: &'a Super,
+    hints: &'a Hints,
+    now: Timestamp,
+    /// What lies where rows say that there are parts.
+    headers: BTreeMap<Loc, PartHeader>,
 }
 
-impl<S: Store> Recovery<'_, S> {
+impl<'a, S: Store> Recovery<'a, S> {
+    pub fn new(
+        segments: &'a Segments<S>,
+        super_: &'a Super,
+        hints: &'a Hints,
+        now: Timestamp,
+    ) -> Self {
+        let rows = hints.frames.values();
+        let rows = rows.filter(|row| row.epoch > super_.base_epoch);
+        Self {
+            segments,
+            super_,
+            hints,
+            now,
+            headers: read_headers(segments, rows.flat_map(|row| row.parts.iter().copied())),
+        }
+    }
+
     /// Finds the history. With `thorough` rows are not believed and all segments are read.
     pub fn run(&self, thorough: bool) -> Recovered {
         if !thorough && !self.hints.frames.is_empty() && self.hints.bad_rows == 0 {
@@ -323,8 +290,8 @@ impl<S: Store> Recovery<'_, S> {
             match known {
                 Some(candidate) => candidate.row = Some(row.clone()),
                 None if !thorough => {
-                    if let Some(header) = self.row_header(row) {
-                        let mut candidate = Candidate::new(header);
+                    if let Some(header) = self.headers.get(&row.parts[0]) {
+                        let mut candidate = Candidate::new(header.clone());
                         candidate.row = Some(row.clone());
                         candidates.push(candidate);
                     }
@@ -335,12 +302,14 @@ impl<S: Store> Recovery<'_, S> {
         pool
     }
 
-    fn row_header(&self, row: &FrameInfo) -> Option<PartHeader> {
-        let mut block = super::dir::AlignedBuf::new(crate::frame::BLOCK);
-        match self.segments.read(row.parts[0], &mut block) {
-            Ok(true) => PartHeader::parse(&block[..HEADER_BYTES]).ok(),
-            _ => None,
-        }
+    fn headers_match(&self, row: &FrameInfo) -> bool {
+        row.parts.iter().enumerate().all(|(number, loc)| {
+            self.headers.get(loc).is_some_and(|header| {
+                header.guest == self.super_.guest
+                    && header.journal == self.super_.journal
+                    && row.owns(header, number)
+            })
+        })
     }
 
     fn chain(
@@ -408,7 +377,7 @@ impl<S: Store> Recovery<'_, S> {
         // The newest frame of a quick attempt may rest on its row alone.
         if !thorough
             && let Some(newest) = chain.last()
-            && let Err(error) = verify_frame(self.segments, &newest.parts, &mut |_| Ok(()))
+            && let Err(error) = verify_frame(self.segments, &newest.parts)
         {
             report
                 .notices
@@ -459,13 +428,13 @@ impl<S: Store> Recovery<'_, S> {
     ) -> Result<(FrameInfo, bool), JournalError> {
         if !thorough
             && let Some(row) = &candidate.row
-            && headers_match(self.segments, row, self.super_)
+            && self.headers_match(row)
         {
             return Ok((row.clone(), true));
         }
         let mut error = JournalError::from(FrameError::Incomplete("a part is missing"));
         for parts in candidate.arrangements() {
-            match verify_frame(self.segments, &parts, &mut |_| Ok(())) {
+            match verify_frame(self.segments, &parts) {
                 Ok((header, footer)) => {
                     let row = candidate.row.as_ref().filter(|row| row.root == footer.root);
                     let guess = Timestamp(footer.captured_at.0.min(self.now.0));

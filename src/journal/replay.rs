@@ -11,15 +11,16 @@
 
 use std::collections::BTreeSet;
 
-use super::base::{self, Base, CHUNK_PAGES, Stored};
+use super::ahead;
+use super::base::{self, Base, CHUNK_PAGES, Chunk, Run};
 use super::catalogue::FrameInfo;
 use super::error::JournalError;
 use super::open::Journal;
-use super::recover::verify_frame;
+use super::reading::for_each_part;
 use super::store::Store;
 use crate::frame::{FrameError, Manifest, PageImage, PartView, RowKind};
 use crate::ids::Epoch;
-use crate::page::{PageAddr, PageRange};
+use crate::page::{PAGE_SIZE, PageAddr, PageRange, REGIONS_MAX, RegionId};
 
 fn image_failed(error: std::io::Error) -> JournalError {
     FrameError::Image(error).into()
@@ -54,27 +55,30 @@ impl<S: Store> Journal<S> {
         let layout = self.layout.as_ref().expect("a point has a layout");
         let upto = frames.last().expect("there is one").epoch;
         let mut manifest = None;
+        let wants = wanted_regions(image);
+        let wants = move |region: RegionId| wants.get(usize::from(region.0)) == Some(&true);
         for info in frames {
             let folding = info.epoch <= self.super_.floor;
             let mut number = 0;
-            let (header, footer) = verify_frame(&self.segments, &info.parts, &mut |view| {
-                if !info.owns(view.header(), number) {
-                    let place = info.parts[number].to_string();
-                    return Err(JournalError::corrupt(place, "it is another frame"));
-                }
-                let damaged = |error| match error {
-                    FrameError::Image(_) => JournalError::Frame(error),
-                    other => JournalError::corrupt(info.parts[number].to_string(), other),
-                };
-                view.check_layout(layout).map_err(damaged)?;
-                clear_suspects(suspects, view, folding);
-                view.apply(image).map_err(damaged)?;
-                number += 1;
-                if info.epoch == upto && view.footer().is_some() {
-                    manifest = Some(view.manifest()?);
-                }
-                Ok(())
-            })?;
+            let (header, footer) =
+                for_each_part(&self.segments, &info.parts, Some(&wants), &mut |view| {
+                    if !info.owns(view.header(), number) {
+                        let place = info.parts[number].to_string();
+                        return Err(JournalError::corrupt(place, "it is another frame"));
+                    }
+                    let damaged = |error| match error {
+                        FrameError::Image(_) => JournalError::Frame(error),
+                        other => JournalError::corrupt(info.parts[number].to_string(), other),
+                    };
+                    view.check_layout(layout).map_err(damaged)?;
+                    clear_suspects(suspects, view, folding);
+                    view.apply(image).map_err(damaged)?;
+                    number += 1;
+                    if info.epoch == upto && view.footer().is_some() {
+                        manifest = Some(view.manifest()?);
+                    }
+                    Ok(())
+                })?;
             if footer.root != info.root {
                 let place = format!("epoch {}", header.epoch);
                 return Err(JournalError::corrupt(place, "its root is another one"));
@@ -94,6 +98,18 @@ impl<S: Store> Journal<S> {
     }
 }
 
+/// Which regions the image wants, of all that there can be.
+pub(super) fn wanted_regions(image: &dyn PageImage) -> [bool; REGIONS_MAX] {
+    std::array::from_fn(|region| image.wants(RegionId(region as u16)))
+}
+
+/// A part of the base on its way into an image.
+#[derive(Default)]
+struct Loaded {
+    chunk: Chunk,
+    runs: Vec<Run>,
+}
+
 /// Puts the base into the image; returns the pages whose checksum is wrong.
 pub(super) fn load_base<S: Store>(
     base: &Base<S>,
@@ -104,25 +120,48 @@ pub(super) fn load_base<S: Store>(
         if !image.wants(region) {
             continue;
         }
-        let mut start = 0;
-        while start < pages {
-            let end = (start + CHUNK_PAGES).min(pages);
-            let chunk = base.read(region, PageRange { start, end }, false)?;
-            for (index, page) in (start..end).enumerate() {
-                let addr = PageAddr { region, page };
-                let content = match base.judge(region, &chunk, index) {
-                    Stored::Zero => continue,
-                    Stored::Page(content) => content,
-                    Stored::Damaged(content) => {
-                        suspects.insert(addr);
-                        content
+        let sink = image.sink(region);
+        let chunks = pages.div_ceil(CHUNK_PAGES);
+        ahead::in_order(
+            chunks as usize,
+            ahead::threads(chunks > 1),
+            |number, loaded: &mut Loaded| {
+                let start = number as u32 * CHUNK_PAGES;
+                let end = (start + CHUNK_PAGES).min(pages);
+                let Loaded { chunk, runs } = loaded;
+                base.read_into(region, PageRange { start, end }, false, chunk)?;
+                base.judge_all(region, chunk, runs);
+                let (contents, _) = chunk.content.as_chunks::<PAGE_SIZE>();
+                let put = |run: &Run| match &sink {
+                    Some(sink) => {
+                        let page = start + run.pages.start as u32;
+                        sink.put(PageAddr { region, page }, &contents[run.pages.clone()])
                     }
+                    None => Ok(()),
                 };
-                *image.page_mut(addr).map_err(image_failed)? = *content;
-                image.touched(addr);
-            }
-            start = end;
-        }
+                runs.iter().try_for_each(put).map_err(image_failed)
+            },
+            |_, Loaded { chunk, runs }| {
+                let (contents, _) = chunk.content.as_chunks::<PAGE_SIZE>();
+                for run in runs {
+                    let addr = |index: usize| PageAddr {
+                        region,
+                        page: chunk.start + index as u32,
+                    };
+                    suspects.extend(run.damaged.iter().map(|index| addr(*index)));
+                    for index in run.pages.clone() {
+                        if sink.is_some() {
+                            image.put(addr(index), chunk.leaves[index]);
+                            continue;
+                        }
+                        let page = image.page_mut(addr(index)).map_err(image_failed)?;
+                        *page = contents[index];
+                        image.touched(addr(index));
+                    }
+                }
+                Ok(())
+            },
+        )?;
     }
     Ok(suspects)
 }

@@ -38,12 +38,11 @@ use super::catalogue::FrameInfo;
 use super::error::JournalError;
 use super::open::Journal;
 use super::page_index::{Entry, Index};
-use super::replay::{clear_suspects, load_base, none_left};
+use super::reading::{Wanted, verify_parts};
+use super::replay::{clear_suspects, load_base, none_left, wanted_regions};
 use super::segment::{Loc, file_name};
 use super::store::{Access, Store, StoreFile};
-use crate::frame::{
-    Decompressor, FrameCheck, FrameError, Manifest, PageImage, PartView, apply_delta,
-};
+use crate::frame::{Decompressor, FrameError, Manifest, PageImage, PartView, apply_delta};
 use crate::ids::Epoch;
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
@@ -220,7 +219,7 @@ impl<S: Store> Held<S> {
     /// Fails if a frame is damaged or the hold ended. Takes 16 bytes of memory per changed page.
     pub fn index(self, progress: &mut dyn FnMut(u64)) -> Result<View<S>, JournalError> {
         let mut index = Index::new(&self.layout);
-        let manifest = self.read_frames(progress, &mut |part, loc| index.add(part, loc))?;
+        let manifest = self.read_frames(None, progress, &mut |part, loc| index.add(part, loc))?;
         index.finish();
         let view = View {
             point: self.point,
@@ -262,7 +261,9 @@ impl<S: Store> Held<S> {
             Some(base) => load_base(base, image)?,
             None => BTreeSet::new(),
         };
-        let manifest = self.read_frames(progress, &mut |part, loc| {
+        let wants = wanted_regions(image);
+        let wants = move |region: RegionId| wants.get(usize::from(region.0)) == Some(&true);
+        let manifest = self.read_frames(Some(&wants), progress, &mut |part, loc| {
             clear_suspects(&mut suspects, part, false);
             part.apply(image).map_err(|error| match error {
                 FrameError::Image(_) => JournalError::Frame(error),
@@ -277,34 +278,35 @@ impl<S: Store> Held<S> {
     /// point's manifest.
     fn read_frames(
         &self,
+        wanted: Wanted<'_>,
         progress: &mut dyn FnMut(u64),
         each: &mut dyn FnMut(&PartView<'_>, Loc) -> Result<(), JournalError>,
     ) -> Result<Manifest, JournalError> {
-        let (mut buffer, mut done) = (Vec::new(), 0);
+        let mut done = 0;
         let mut manifest = None;
+        let from_files =
+            |loc: Loc, into: &mut [u8]| read(&self.files, loc.segment, u64::from(loc.offset), into);
         for info in &self.frames {
-            let mut check = FrameCheck::new();
-            for (number, loc) in info.parts.iter().enumerate() {
-                let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
-                buffer.resize(loc.len as usize, 0);
-                read(&self.files, loc.segment, u64::from(loc.offset), &mut buffer)?;
-                let view = PartView::verify(&buffer).map_err(damaged)?;
-                check.add(&view).map_err(damaged)?;
-                if !info.owns(view.header(), number) {
-                    return Err(JournalError::corrupt(
-                        loc.to_string(),
-                        "it is another frame",
-                    ));
-                }
-                view.check_layout(&self.layout).map_err(damaged)?;
-                each(&view, *loc)?;
-                if info.epoch == self.point.epoch && view.footer().is_some() {
-                    manifest = Some(view.manifest().map_err(damaged)?);
-                }
-                done += u64::from(loc.len);
-                progress(done);
-            }
-            if check.finish()?.root != info.root {
+            let (_, footer) =
+                verify_parts(&info.parts, &from_files, wanted, &mut |number, view| {
+                    let loc = info.parts[number];
+                    let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
+                    if !info.owns(view.header(), number) {
+                        return Err(JournalError::corrupt(
+                            loc.to_string(),
+                            "it is another frame",
+                        ));
+                    }
+                    view.check_layout(&self.layout).map_err(damaged)?;
+                    each(view, loc)?;
+                    if info.epoch == self.point.epoch && view.footer().is_some() {
+                        manifest = Some(view.manifest().map_err(damaged)?);
+                    }
+                    done += u64::from(loc.len);
+                    progress(done);
+                    Ok(())
+                })?;
+            if footer.root != info.root {
                 let place = format!("epoch {}", info.epoch);
                 return Err(JournalError::corrupt(place, "its root is another one"));
             }

@@ -20,7 +20,7 @@ use crate::clock::Env;
 use crate::frame::{DiskFingerprints, FINGERPRINT_PAGES_MAX, Fingerprint, fingerprint};
 use crate::ids::Epoch;
 use crate::journal::{Held, JournalError, Store};
-use crate::page::{Layout, PAGE_SIZE};
+use crate::page::Layout;
 use crate::wire::link::LinkTx;
 use crate::wire::message::ToPrimary;
 
@@ -158,8 +158,8 @@ impl<S: Store> Replica<S> {
     ) -> Result<Vec<Fingerprint>, ReplicaError> {
         self.own(session)?;
         let image = self.image.as_ref().expect("an open session has an image");
-        let (pages, _) = image.bytes().as_chunks::<PAGE_SIZE>();
-        let pages = pages.iter().skip(first).take(count);
+        let first = u32::try_from(first).unwrap_or(u32::MAX);
+        let pages = image.pages_from(first).take(count);
         Ok(pages.map(fingerprint).collect())
     }
 }

@@ -1,17 +1,23 @@
 //! A guest's RAM image in memory: a memfd that a monitor can map, and its blake3 tree.
 //!
+//! Pages that are zero and were never written are holes of the memfd: an image takes as much memory as
+//! its guest has used, not as it has. Reading a hole through the mapping would fill it, so nothing here
+//! does.
+//!
 //! Disks have no image here; their pages are accepted and dropped (a frame carries disk pages whole,
 //! so nothing is ever applied on top of them).
 
 use std::fs::File;
 use std::io;
+use std::num::NonZero;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::bitmap::PageBitmap;
-use crate::frame::{ImageTree, PageImage};
+use crate::frame::{ImageTree, PageImage, PageSink};
 use crate::ids::ImageRoot;
-use crate::page::{Layout, PAGE_SIZE, PageAddr};
+use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
 /// Why there is no image.
 #[derive(Debug, thiserror::Error)]
@@ -28,13 +34,22 @@ pub enum ImageError {
     },
 }
 
+/// Pages that are hashed together.
+const PIECE_PAGES: u32 = 64;
+/// From as many pages on several threads hash: less than a millisecond of one.
+const PARALLEL_PAGES: u64 = 2048;
+/// What holes look like.
+static ZEROS: [[u8; PAGE_SIZE]; PIECE_PAGES as usize] = [[0; PAGE_SIZE]; PIECE_PAGES as usize];
+
 /// See the module.
 pub struct Image {
     layout: Layout,
     map: Mapping,
     tree: ImageTree,
-    /// RAM pages written since the last `root`, by RAM index.
+    /// RAM pages whose leaf the tree does not have, by RAM index.
     touched: PageBitmap,
+    /// RAM pages that were ever written. The others are holes.
+    written: PageBitmap,
     /// Where disk pages go.
     scratch: Box<[u8; PAGE_SIZE]>,
 }
@@ -48,6 +63,9 @@ struct Mapping {
 // SAFETY: the mapping belongs to this value alone (others map the memfd for themselves), so moving
 // it to another thread moves the only user.
 unsafe impl Send for Mapping {}
+// SAFETY: `&Mapping` gives only `&[u8]`; writing needs `&mut`. (A sink writes to pages that the image
+// says nothing of until they were put.)
+unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
@@ -98,6 +116,19 @@ impl Mapping {
         unsafe { &*self.at.add(offset).cast() }
     }
 
+    fn pages(&self, start: u32, end: u32) -> &[[u8; PAGE_SIZE]] {
+        assert!(
+            start <= end && end as usize * PAGE_SIZE <= self.bytes,
+            "pages {start} to {end} of an image of {} bytes",
+            self.bytes
+        );
+        // SAFETY: inside the mapping (asserted), which lives as long as `self`.
+        unsafe {
+            let first = self.at.add(start as usize * PAGE_SIZE).cast();
+            std::slice::from_raw_parts(first, (end - start) as usize)
+        }
+    }
+
     fn page_mut(&mut self, index: u64) -> &mut [u8; PAGE_SIZE] {
         let offset = index as usize * PAGE_SIZE;
         assert!(
@@ -126,6 +157,7 @@ impl Image {
             tree: ImageTree::new(pages as usize),
             // Pages nobody writes are zero and hash as such.
             touched: PageBitmap::full(pages32),
+            written: PageBitmap::new(pages32),
             scratch: Box::new([0; PAGE_SIZE]),
         })
     }
@@ -141,27 +173,95 @@ impl Image {
         self.map.fd.clone()
     }
 
+    fn at(&self, index: u64) -> &[u8; PAGE_SIZE] {
+        match self.written.get(index as u32) {
+            true => self.map.page(index),
+            false => &ZEROS[0],
+        }
+    }
+
     /// A page of RAM, which `addr` is.
     pub(super) fn page_at(&self, addr: PageAddr) -> &[u8; PAGE_SIZE] {
         let index = self.layout.ram_index(addr);
-        self.map.page(index.expect("the address is of RAM"))
+        self.at(index.expect("the address is of RAM"))
     }
 
-    /// blake3 of the whole image. Costs one hash per page written since the last call.
+    /// blake3 of the whole image. Costs one hash per page written since the last call, on several
+    /// threads if there are many.
     pub fn root(&mut self) -> ImageRoot {
-        for index in self.touched.iter() {
-            let page = self.map.page(u64::from(index));
-            self.tree
-                .set(index as usize, ImageTree::leaf(index as usize, page));
+        let mut pieces = Vec::new();
+        for run in self.touched.runs(0) {
+            let mut start = run.start;
+            while start < run.end {
+                let end = (start + PIECE_PAGES).min(run.end);
+                pieces.push(PageRange { start, end });
+                start = end;
+            }
+        }
+        let threads = match self.touched.count() >= PARALLEL_PAGES {
+            true => std::thread::available_parallelism().map_or(1, NonZero::get),
+            false => 1,
+        };
+        let share = pieces.len().div_ceil(threads).max(1);
+        let leaves: Vec<_> = std::thread::scope(|scope| {
+            let mut shares = pieces.chunks(share);
+            let own = shares.next().unwrap_or_default();
+            let image = &*self;
+            let others: Vec<_> = shares
+                .map(|pieces| scope.spawn(|| image.leaves(pieces)))
+                .collect();
+            let mut leaves = image.leaves(own);
+            for other in others {
+                match other.join() {
+                    Ok(more) => leaves.extend(more),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            leaves
+        });
+        let indexes = pieces.iter().flat_map(|piece| piece.start..piece.end);
+        for (index, leaf) in indexes.zip(leaves) {
+            self.tree.set(index as usize, leaf);
         }
         self.touched.clear_all();
         self.tree.root()
     }
 
-    /// The image's bytes, all RAM regions concatenated.
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the whole mapping, which lives as long as `self`; writers need `&mut self`.
-        unsafe { std::slice::from_raw_parts(self.map.at, self.map.bytes) }
+    /// Leaves of the pages of these pieces.
+    fn leaves(&self, pieces: &[PageRange]) -> Vec<[u8; 32]> {
+        let mut leaves = Vec::new();
+        for piece in pieces {
+            let mut start = piece.start;
+            while start < piece.end {
+                let written = self.written.get(start);
+                let alike = |page: &u32| self.written.get(*page) == written;
+                let end = start + (start..piece.end).take_while(alike).count() as u32;
+                let pages = match written {
+                    true => self.map.pages(start, end),
+                    false => &ZEROS[..(end - start) as usize],
+                };
+                ImageTree::leaves_of(start as usize, pages, |_, leaf| leaves.push(leaf));
+                start = end;
+            }
+        }
+        leaves
+    }
+
+    /// Bytes of memory that it takes.
+    #[cfg(test)]
+    pub fn memory_bytes(&self) -> io::Result<u64> {
+        let file = File::from(self.map.fd.try_clone()?);
+        Ok(std::os::unix::fs::MetadataExt::blocks(&file.metadata()?) * 512)
+    }
+
+    /// A copy of its bytes, all RAM regions concatenated.
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.pages_from(0).flatten().copied().collect()
+    }
+
+    /// The pages of the image, all RAM regions concatenated, from `first` on.
+    pub fn pages_from(&self, first: u32) -> impl Iterator<Item = &[u8; PAGE_SIZE]> {
+        (first..self.written.pages()).map(|index| self.at(u64::from(index)))
     }
 }
 
@@ -170,14 +270,66 @@ impl PageImage for Image {
         match self.layout.ram_index(addr) {
             Some(index) => {
                 self.touched.set(index as u32);
+                self.written.set(index as u32);
                 Ok(self.map.page_mut(index))
             }
             None if self.layout.contains(addr) => Ok(&mut self.scratch),
-            None => Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{addr:?} is outside the guest"),
-            )),
+            None => Err(outside(addr)),
         }
+    }
+
+    fn zero(&mut self, addr: PageAddr, count: u32) -> io::Result<()> {
+        for page in addr.page..addr.page + count {
+            let addr = PageAddr { page, ..addr };
+            let index = self.layout.ram_index(addr);
+            // A hole is zero already.
+            if index.is_none_or(|index| self.written.get(index as u32)) {
+                self.page_mut(addr)?.fill(0);
+            }
+        }
+        Ok(())
+    }
+
+    fn sink(&self, region: RegionId) -> Option<Arc<dyn PageSink>> {
+        let first = self.layout.ram_index(PageAddr { region, page: 0 })?;
+        Some(Arc::new(Sink {
+            // Without it the pages are written one by one.
+            memory: File::from(self.map.fd.try_clone().ok()?),
+            first,
+            pages: self.layout.get(region)?.pages,
+        }))
+    }
+
+    fn put(&mut self, addr: PageAddr, leaf: [u8; 32]) {
+        let index = self.layout.ram_index(addr).expect("a sink is of RAM");
+        self.written.set(index as u32);
+        self.touched.clear(index as u32);
+        self.tree.set(index as usize, leaf);
+    }
+}
+
+fn outside(addr: PageAddr) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("{addr:?} is outside the guest"),
+    )
+}
+
+/// One region of RAM. Writing to the file is faster than a fault per page, and several threads can.
+struct Sink {
+    memory: File,
+    /// RAM index of the region's first page.
+    first: u64,
+    pages: u32,
+}
+
+impl PageSink for Sink {
+    fn put(&self, addr: PageAddr, pages: &[[u8; PAGE_SIZE]]) -> io::Result<()> {
+        if addr.page as usize + pages.len() > self.pages as usize {
+            return Err(outside(addr));
+        }
+        let offset = (self.first + u64::from(addr.page)) * PAGE_SIZE as u64;
+        self.memory.write_all_at(pages.as_flattened(), offset)
     }
 }
 
@@ -216,8 +368,8 @@ mod tests {
         image.page_mut(PageAddr::new(1, 1)).unwrap()[9] = 7;
         image.page_mut(PageAddr::new(2, 1)).unwrap()[9] = 8;
         let root = image.root();
-        assert_eq!(root.0, *blake3::hash(image.bytes()).as_bytes());
-        assert_eq!(image.bytes()[6 * PAGE_SIZE + 9], 7);
+        assert_eq!(root.0, *blake3::hash(&image.to_vec()).as_bytes());
+        assert_eq!(image.to_vec()[6 * PAGE_SIZE + 9], 7);
     }
 
     #[test]

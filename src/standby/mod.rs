@@ -25,6 +25,8 @@ mod compare;
 mod follow;
 mod ground;
 mod image;
+#[cfg(test)]
+mod large;
 mod mark;
 mod promote;
 mod replica;

@@ -8,7 +8,7 @@ use super::follow::{Teller, Watched};
 use super::image::{Image, ImageError};
 use super::mark::GroupPoint;
 use crate::clock::Timestamp;
-use crate::frame::{FrameCheck, FrameError, PageImage, PartView};
+use crate::frame::{FrameCheck, FrameError, PageImage, PartView, VerifiedPart};
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot};
 use crate::journal::{
     Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention,
@@ -164,7 +164,7 @@ pub struct ReplicaStatus {
 struct Incoming {
     check: FrameCheck,
     /// The parts, until together they are too many.
-    kept: Option<Vec<Vec<u8>>>,
+    kept: Option<Vec<VerifiedPart<Vec<u8>>>>,
     parts: u32,
     bytes: usize,
 }
@@ -445,7 +445,8 @@ impl<S: Store> Replica<S> {
     }
 
     fn take_part(&mut self, bytes: Vec<u8>, now: Timestamp) -> Result<Receipt, ReplicaError> {
-        let view = PartView::verify(&bytes)?;
+        let part = VerifiedPart::verify(bytes).map_err(|(error, _)| error)?;
+        let view = part.view();
         if view.header().part == 0 {
             // A frame that was begun and not ended is void: the source lost interest in it.
             self.drop_incoming();
@@ -458,20 +459,20 @@ impl<S: Store> Replica<S> {
             bytes: 0,
         });
         incoming.check.add(&view)?;
-        if view.footer().is_none() {
-            self.journal.write_part(&bytes)?;
-            incoming.parts += 1;
-            incoming.bytes += bytes.len();
-            if incoming.bytes > KEEP_BYTES {
-                incoming.kept = None;
-            }
-            if let Some(kept) = &mut incoming.kept {
-                kept.push(bytes);
-            }
-            self.incoming = Some(incoming);
-            return Ok(Receipt::More);
+        if view.footer().is_some() {
+            return self.last_part(incoming, &view, now);
         }
-        self.last_part(incoming, &bytes, &view, now)
+        self.journal.write_part(&view)?;
+        incoming.parts += 1;
+        incoming.bytes += view.bytes().len();
+        if incoming.bytes > KEEP_BYTES {
+            incoming.kept = None;
+        }
+        if let Some(kept) = &mut incoming.kept {
+            kept.push(part);
+        }
+        self.incoming = Some(incoming);
+        Ok(Receipt::More)
     }
 
     /// The layout that the session was opened with, and that the journal has if it has one.
@@ -483,7 +484,6 @@ impl<S: Store> Replica<S> {
     fn last_part(
         &mut self,
         mut incoming: Incoming,
-        bytes: &[u8],
         view: &PartView<'_>,
         now: Timestamp,
     ) -> Result<Receipt, ReplicaError> {
@@ -516,7 +516,7 @@ impl<S: Store> Replica<S> {
         let receipt = match applied {
             Ok(()) if found == expected => {
                 let started = Instant::now();
-                let point = self.journal.commit(bytes, now)?;
+                let point = self.journal.commit(view, now)?;
                 if let Some(metrics) = &self.metrics {
                     metrics.journal_sync(started.elapsed());
                 }
@@ -559,8 +559,8 @@ impl<S: Store> Replica<S> {
     ) -> Result<(), ReplicaError> {
         match &incoming.kept {
             Some(kept) => {
-                for bytes in kept {
-                    PartView::verify(bytes)?.apply(image)?;
+                for part in kept {
+                    part.view().apply(image)?;
                 }
             }
             None => {

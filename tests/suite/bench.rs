@@ -67,7 +67,7 @@ fn a_quick_run_measures_every_section_or_says_why_not() {
     }
     let all = [
         "commit", "encode", "failover", "guest", "limits", "pause", "qemu", "recovery", "seed",
-        "stream",
+        "sites", "stream",
     ];
     assert_eq!(sections, BTreeSet::from(all));
     // Where nothing was skipped, everything of QEMU is there.

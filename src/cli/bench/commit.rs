@@ -1,9 +1,9 @@
-//! The standby's journal: real frames, verified, written and made durable, against one raw write and
-//! flush of as many bytes on the same disk.
+//! The standby: real frames, verified, written, applied to the image, its root compared, and made
+//! durable, against one raw write and flush of as many bytes on the same disk.
 //!
 //! ```text
-//!   receive to ack   ├── verify ──┤├─ write ─┤ ... ├── verify ──┤├─ write ─┤├─ flush ─┤
-//!   write phase                    ├─────────┤                    ├─────────┤├─────────┤
+//!   receive to ack   ├ verify ┤├ write ┤ ... ├ verify ┤├ apply ┤├ root ┤├ write ┤├ flush ┤
+//!   write phase                ├───────┤                                ├───────┤├───────┤
 //! ```
 //!
 //! The write phase is what a store that keeps the time sees. Retention works between the commits, as in
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use super::encode::{Change, Dirty, Source, guest};
 use super::limits::Raw;
@@ -24,9 +24,12 @@ use crate::clock::{Clock, SystemClock};
 use crate::frame::Codec;
 use crate::ids::Generation;
 use crate::journal::{
-    Access, AlignedBuf, DirFile, DirStore, Journal, JournalOptions, LockError, Retention,
-    SledCatalogue, Store, StoreFile,
+    Access, AlignedBuf, DirFile, DirStore, JournalOptions, LockError, Retention, SledCatalogue,
+    Store, StoreFile,
 };
+use crate::page::Layout;
+use crate::standby::{Receipt, Replica, ReplicaOptions, SessionId};
+use crate::wire::message::Open;
 
 /// Nanoseconds spent in writes and flushes.
 type Spent = Arc<AtomicU64>;
@@ -125,9 +128,9 @@ impl StoreFile for TimedFile {
     }
 }
 
-/// A journal that keeps the time.
+/// A guest's copy whose files keep the time.
 struct Standby {
-    journal: Journal<Timed>,
+    replica: Replica<Timed>,
     spent: Spent,
 }
 
@@ -140,39 +143,59 @@ impl Standby {
             spent: spent.clone(),
         };
         let catalogue = Box::new(SledCatalogue::open(&dir.join("catalog"))?);
-        let options = JournalOptions {
-            min_free_bytes: 0,
-            owner: "lifeboat bench".to_owned(),
-            ..JournalOptions::default()
+        let options = ReplicaOptions {
+            journal: JournalOptions {
+                min_free_bytes: 0,
+                owner: "lifeboat bench".to_owned(),
+                ..JournalOptions::default()
+            },
+            retention: Retention {
+                continuous: Duration::ZERO,
+                minutely: 0,
+                hourly: 0,
+                daily: 0,
+                min_points: 16,
+            },
+            ram_pages_max: u64::MAX,
         };
-        let (mut journal, _) = Journal::open(store, catalogue, &guest(), options)?;
-        journal.raise_generation(Generation(1))?;
-        Ok(Self { journal, spent })
+        let (replica, _) = Replica::open(store, catalogue, &guest(), options)?;
+        Ok(Self { replica, spent })
+    }
+
+    /// The primary comes.
+    fn open_session(&mut self, layout: &Layout) -> anyhow::Result<SessionId> {
+        let open = Open {
+            guest: guest(),
+            generation: Generation(1),
+            layout: layout.clone(),
+            machine: Vec::new(),
+            rpo_target: Duration::from_secs(1),
+            running: true,
+        };
+        match self.replica.open_session(&open) {
+            Ok((session, _)) => Ok(session),
+            Err(refusal) => bail!("the copy refuses its primary: {refusal:?}"),
+        }
     }
 
     /// Makes a frame durable; seconds of the whole and of its writes and flushes.
-    fn commit(&mut self, parts: &[Vec<u8>]) -> anyhow::Result<(f64, f64)> {
+    fn commit(&mut self, session: SessionId, parts: Vec<Vec<u8>>) -> anyhow::Result<(f64, f64)> {
         let before = self.spent.load(Ordering::Relaxed);
         let started = Instant::now();
-        let (last, first) = parts.split_last().context("a frame has parts")?;
-        for part in first {
-            self.journal.write_part(part)?;
+        let mut receipt = None;
+        for part in parts {
+            receipt = Some(self.replica.part(session, part, SystemClock.now())?);
         }
-        self.journal.commit(last, SystemClock.now())?;
         let whole = started.elapsed().as_secs_f64();
         let spent = Duration::from_nanos(self.spent.load(Ordering::Relaxed) - before);
-        Ok((whole, spent.as_secs_f64()))
+        match receipt {
+            Some(Receipt::Durable(_)) => Ok((whole, spent.as_secs_f64())),
+            other => bail!("the frame is not durable: {other:?}"),
+        }
     }
 
     fn maintain(&mut self) -> anyhow::Result<()> {
-        let retention = Retention {
-            continuous: Duration::ZERO,
-            minutely: 0,
-            hourly: 0,
-            daily: 0,
-            min_points: 16,
-        };
-        while self.journal.maintain(SystemClock.now(), &retention)?.more {}
+        while self.replica.maintain(SystemClock.now())? {}
         Ok(())
     }
 }
@@ -180,17 +203,19 @@ impl Standby {
 pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let of: u32 = if bench.quick { 2 << 10 } else { 32 << 10 };
     let mut standby = Standby::create(bench)?;
-    let mut source = Source::new(of, Codec::Lz4, standby.journal.id(), Generation(1))?;
+    let journal = standby.replica.journal().id();
+    let mut source = Source::new(of, Codec::Lz4, journal, Generation(1))?;
+    let session = standby.open_session(source.layout())?;
     // 2000 pages that were rewritten: some 5 MiB after compression.
     let mut dirty = Dirty::new(if bench.quick { 500 } else { 2000 }, of, Change::Whole);
     let mut parts = Vec::new();
     source.frame(dirty.all(), |part| parts.push(part))?;
-    standby.commit(&parts)?;
+    standby.commit(session, parts)?;
     let mut raw = Raw::create(&bench.dir.path().join("raw-commit"), 64 << 20)?;
     let (mut whole, mut writes, mut raws) = (Vec::new(), Vec::new(), Vec::new());
     let mut frame_bytes = 0;
     for sample in 0..=bench.samples(200) {
-        parts.clear();
+        let mut parts = Vec::new();
         source.frame(dirty.next(), |part| parts.push(part))?;
         let bytes: usize = parts.iter().map(Vec::len).sum();
         let mut content = AlignedBuf::new(bytes);
@@ -201,7 +226,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         let mut written = Ok(());
         let took = time(|| written = raw.write(&content));
         written.context("writing the raw file")?;
-        let (all, write) = standby.commit(&parts)?;
+        let (all, write) = standby.commit(session, parts)?;
         standby.maintain()?;
         if sample > 0 {
             frame_bytes = bytes;

@@ -12,7 +12,7 @@ use crate::clock::Timestamp;
 use crate::frame::{Codec, EncodeOptions, Encoder, FrameStart, Manifest};
 use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId};
-use crate::page::PAGE_SIZE;
+use crate::page::{Layout, PAGE_SIZE};
 
 /// The guest of all measurements.
 pub(super) fn guest() -> GuestId {
@@ -42,6 +42,11 @@ impl Source {
             device_state: vec![0x5a; 8 << 10],
         };
         Self::of(manifest, codec, journal, generation)
+    }
+
+    /// What it is a source of.
+    pub fn layout(&self) -> &Layout {
+        self.encoder.layout()
     }
 
     /// A primary of this guest.

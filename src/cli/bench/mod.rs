@@ -10,6 +10,7 @@
 //!   seed     the first copy of a guest, durable     against a copy of the same memory
 //!   recovery the journal of a daemon that was killed, with its catalogue and without
 //!   failover from the command to the resumed guest  against QEMU's -incoming, if that is asked for
+//!   sites    two daemons with one guest and with many: what they cost, how well they keep up
 //!   qemu     the stock QEMU of this machine with the same sets, if that is asked for
 //! ```
 //!
@@ -23,7 +24,7 @@
 //! ```text
 //! quick    bool       few samples of small sets: shows that it works, not how fast
 //! host     { cpus, kernel, load }                 load: average of the last minute, at the start
-//! rows     [ { section, what, unit,               unit: "s", "B/s", "pages/s", "steps/s"
+//! rows     [ { section, what, unit,               unit: "s", "B", "B/s", "pages/s", "steps/s"
 //!              samples, p50, p90, p99,            p99: 99 % of the samples are at least that good
 //!              limit  { what, unit, p50, ratio }  ratio: p50 as a share of the limit's speed; or null
 //!              target { what, met } } ]           or null
@@ -42,6 +43,7 @@ mod qemu;
 mod recovery;
 mod sample;
 mod seed;
+mod sites;
 mod steady;
 
 use std::path::PathBuf;
@@ -76,6 +78,8 @@ pub enum Section {
     Failover,
     /// Opening the journal of a daemon that was killed.
     Recovery,
+    /// Two daemons with one guest and with many.
+    Sites,
     /// The stock QEMU of this machine with the same dirty sets.
     Qemu,
 }
@@ -99,6 +103,9 @@ enum Unit {
     /// A time; less is better.
     #[serde(rename = "s")]
     Seconds,
+    /// An amount of memory; less is better.
+    #[serde(rename = "B")]
+    Size,
     #[serde(rename = "B/s")]
     Bytes,
     #[serde(rename = "pages/s")]
@@ -202,7 +209,7 @@ impl Bench {
 
 type Measure = fn(&mut Bench) -> anyhow::Result<()>;
 
-const SECTIONS: [(Section, Measure); 10] = [
+const SECTIONS: [(Section, Measure); 11] = [
     (Section::Limits, limits::measure),
     (Section::Encode, encode::measure),
     (Section::Commit, commit::measure),
@@ -212,6 +219,7 @@ const SECTIONS: [(Section, Measure); 10] = [
     (Section::Seed, seed::measure),
     (Section::Recovery, recovery::measure),
     (Section::Failover, failover::measure),
+    (Section::Sites, sites::measure),
     (Section::Qemu, qemu::measure),
 ];
 
@@ -302,6 +310,7 @@ fn name(section: Section) -> &'static str {
         Section::Seed => "seed",
         Section::Failover => "failover",
         Section::Recovery => "recovery",
+        Section::Sites => "sites",
         Section::Qemu => "qemu",
     }
 }
@@ -314,6 +323,7 @@ fn value(value: f64, unit: Unit) -> String {
     };
     match unit {
         Unit::Seconds => units::seconds(value),
+        Unit::Size => format!("{:.0} MiB", value / f64::from(1 << 20)),
         Unit::Bytes => format!("{:.2} GB/s", value / 1e9),
         Unit::Pages => thousands(value, "pages/s"),
         Unit::Steps => thousands(value, "steps/s"),

@@ -19,6 +19,7 @@
 //! Nothing is left: processes are ended and files deleted whatever happened, unless `--keep`.
 
 mod console;
+pub(in crate::cli) mod fleet;
 mod process;
 mod proof;
 pub mod qemu;

@@ -23,7 +23,9 @@ pub(super) const GUEST: &str = "demo";
 const MEMORY_MIB: u32 = 256;
 /// Memory that it keeps writing.
 const WORKING_SET_MIB: u32 = 16;
-/// Pages of it.
+/// The same of a guest among many.
+const MEMBER_WORKING_SET_MIB: u32 = 4;
+/// Pages that the guest keeps writing.
 pub(super) const WORKING_SET_PAGES: u64 = (WORKING_SET_MIB as u64) << 8;
 /// Its disk.
 pub(super) const DISK_BYTES: u64 = 16 << 20;
@@ -106,6 +108,22 @@ pub(super) enum Machine {
     Builtin,
     /// A QEMU that somebody has to start, with its monitors in site-a's directory.
     Qemu,
+    /// Several monitors of ours, of guests without disks.
+    Fleet {
+        /// How many.
+        guests: u32,
+        /// Memory of each.
+        memory_mib: u64,
+    },
+}
+
+impl Machine {
+    fn guests(self) -> Vec<String> {
+        match self {
+            Self::Builtin | Self::Qemu => vec![GUEST.to_owned()],
+            Self::Fleet { guests, .. } => (1..=guests).map(|n| format!("{GUEST}{n}")).collect(),
+        }
+    }
 }
 
 /// Two sites in a [`Home`].
@@ -164,6 +182,11 @@ impl Workspace {
             match machine {
                 _ if me.name != self.a.name => {}
                 Machine::Qemu => text.push_str(&qemu_guest(&other.name)),
+                Machine::Fleet { memory_mib, .. } => {
+                    for name in machine.guests() {
+                        text.push_str(&member(&name, &other.name, memory_mib));
+                    }
+                }
                 Machine::Builtin => {
                     text.push_str(&guest(&other.name));
                     let disk = dir.join("disk.img");
@@ -221,6 +244,9 @@ fn configuration(
     let (name, peer) = (&me.name, &other.name);
     let qemu = machine == Machine::Qemu;
     let checkpoint_ms = CHECKPOINT_MAX.as_millis();
+    let guests = machine.guests();
+    // What the memory of a daemon is without it is measured.
+    let shadow = !matches!(machine, Machine::Fleet { .. });
     format!(
         r#"# Made by `lifeboat demo`.
 
@@ -250,12 +276,13 @@ crl = "../pki/crl.pem"
 [peer.{peer}]
 address = "{LOOPBACK}:{peer_port}"
 server_name = "{LOOPBACK}"
-guests = ["{GUEST}"]
+guests = {guests:?}
 qemu = {qemu}
 
 [defaults.replication]
 rpo_target = "2s"
 checkpoint = {{ min = "20ms", max = "{checkpoint_ms}ms" }}
+shadow = {shadow}
 
 [journal]
 path = "state/journal"
@@ -274,6 +301,21 @@ memory = "{MEMORY_MIB}MiB"
 vcpus = 1
 boot = {{ demo = {{ working_set = "{WORKING_SET_MIB}MiB" }} }}
 disks = [{{ id = "data", path = "disk.img" }}]
+autostart = true
+"#
+    )
+}
+
+/// A guest among many.
+fn member(name: &str, peer: &SiteId, memory_mib: u64) -> String {
+    format!(
+        r#"
+[[guest]]
+name = "{name}"
+peer = "{peer}"
+memory = "{memory_mib}MiB"
+vcpus = 1
+boot = {{ demo = {{ working_set = "{MEMBER_WORKING_SET_MIB}MiB" }} }}
 autostart = true
 "#
     )
@@ -301,19 +343,23 @@ mod tests {
 
     #[test]
     fn both_configurations_are_valid_and_fit_together() {
-        for machine in [Machine::Builtin, Machine::Qemu] {
-            both_are_valid(machine);
+        let fleet = Machine::Fleet {
+            guests: 3,
+            memory_mib: 64,
+        };
+        for (machine, guests) in [(Machine::Builtin, 1), (Machine::Qemu, 1), (fleet, 3)] {
+            both_are_valid(machine, guests);
         }
     }
 
-    fn both_are_valid(machine: Machine) {
+    fn both_are_valid(machine: Machine, guests: usize) {
         let workspace = Workspace::new(None, machine).unwrap();
         let load = |site: &SiteFiles| {
             let loaded = config::load_with(&site.config, Files::Required, std::iter::empty());
             loaded.unwrap_or_else(|error| panic!("{error}")).config
         };
         let (a, b) = (load(&workspace.a), load(&workspace.b));
-        assert_eq!(a.guests.len(), 1);
+        assert_eq!(a.guests.len(), guests);
         assert!(b.guests.is_empty());
         assert_eq!(a.journal.path, workspace.a.journal);
         if let MachineConfig::Qemu(qemu) = &a.guests.values().next().unwrap().machine {

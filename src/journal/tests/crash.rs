@@ -1,6 +1,6 @@
 //! Crashes, failed syncs and full disks at any place.
 
-use super::world::{Image, World, mutate, retention};
+use super::world::{Image, World, mutate, retention, write};
 use crate::ids::{Epoch, Generation};
 use crate::journal::{Faults, JournalError, Work};
 
@@ -77,7 +77,7 @@ fn act(world: &mut World) -> Result<(), JournalError> {
             let parts = world.next_frame(150, true);
             let some = world.random.below(parts.len() as u64) as usize;
             for part in &parts[..some] {
-                world.journal().write_part(part)?;
+                write(world.journal(), part)?;
             }
             for (i, part) in parts[..some].iter().enumerate() {
                 let back = world.journal().pending_part(i as u32)?;
@@ -273,7 +273,7 @@ fn an_abandoned_epoch_is_remembered_and_a_reused_number_is_not_confused() {
         let parts = world.next_frame(200, true);
         assert!(parts.len() > 1);
         for part in &parts[..parts.len() - 1] {
-            world.journal().write_part(part).unwrap();
+            write(world.journal(), part).unwrap();
         }
         let torn = world.epoch;
         let report = world.crash(seed % 2 == 0);

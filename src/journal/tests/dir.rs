@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::world::{Image, Primary, Random, Start, guest, manifest, mutate, options};
+use super::world::{
+    Image, Primary, Random, Start, commit, guest, manifest, mutate, options, write,
+};
 use crate::clock::Timestamp;
 use crate::ids::{Epoch, Generation};
 use crate::journal::{
@@ -145,8 +147,8 @@ fn a_journal_in_a_directory_survives_restarts_and_the_loss_of_its_catalogue() {
             let (last, parts) = parts.split_last().unwrap();
             parts
                 .iter()
-                .for_each(|part| journal.write_part(part).unwrap());
-            journal.commit(last, now).unwrap();
+                .for_each(|part| write(&mut journal, part).unwrap());
+            commit(&mut journal, last, now).unwrap();
             single += usize::from(syncs.load(Ordering::Relaxed) - before == 1);
             images.push(new);
             while journal.maintain(now, &retention).unwrap().more {}

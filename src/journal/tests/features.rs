@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::world::{World, guest, options};
+use super::world::{World, commit, guest, options, write};
 use crate::clock::Timestamp;
 use crate::ids::{Epoch, Generation, JournalId};
 use crate::journal::{
@@ -43,7 +43,7 @@ fn frames_that_do_not_belong_are_refused_and_change_nothing() {
     other.commit(20, true).unwrap();
     other.commit(20, false).unwrap();
     let foreign = other.next_frame(5, false);
-    let error = world.journal().commit(&foreign[0], now).unwrap_err();
+    let error = commit(world.journal(), &foreign[0], now).unwrap_err();
     assert!(
         matches!(error, JournalError::WrongJournal { .. }),
         "{error}"
@@ -52,10 +52,10 @@ fn frames_that_do_not_belong_are_refused_and_change_nothing() {
     // An owner that was never announced, then an old one.
     let mut ahead = good[0].clone();
     reseal(&mut ahead, 9);
-    let error = world.journal().commit(&ahead, now).unwrap_err();
+    let error = commit(world.journal(), &ahead, now).unwrap_err();
     assert!(matches!(error, JournalError::Frame(_)), "{error}");
     world.journal().raise_generation(Generation(3)).unwrap();
-    let error = world.journal().commit(&good[0], now).unwrap_err();
+    let error = commit(world.journal(), &good[0], now).unwrap_err();
     assert!(matches!(error, JournalError::Fenced { .. }), "{error}");
     let error = world.journal().raise_generation(Generation(2)).unwrap_err();
     assert!(matches!(error, JournalError::Fenced { .. }), "{error}");
@@ -65,31 +65,28 @@ fn frames_that_do_not_belong_are_refused_and_change_nothing() {
     // A base that is not the newest point.
     world.newest = newest.map(|(epoch, root)| (Epoch(epoch.0 - 1), root));
     let stale = world.next_frame(5, false);
-    let error = world.journal().commit(&stale[0], now).unwrap_err();
+    let error = commit(world.journal(), &stale[0], now).unwrap_err();
     assert!(matches!(error, JournalError::WrongParent { .. }), "{error}");
     world.resync();
 
     // Parts out of order, parts of two frames, a part twice.
     let parts = world.next_frame(1000, true);
     assert!(parts.len() > 2);
-    let error = world.journal().write_part(&parts[1]).unwrap_err();
+    let error = write(world.journal(), &parts[1]).unwrap_err();
     assert!(matches!(error, JournalError::PartOrder { .. }), "{error}");
-    world.journal().write_part(&parts[0]).unwrap();
+    write(world.journal(), &parts[0]).unwrap();
     assert!(
-        world.journal().write_part(&parts[0]).is_ok(),
+        write(world.journal(), &parts[0]).is_ok(),
         "a frame may begin again"
     );
-    assert!(world.journal().commit(parts.last().unwrap(), now).is_err());
+    assert!(commit(world.journal(), parts.last().unwrap(), now).is_err());
     assert_eq!(world.journal().pending_parts(), 0);
-    let error = world
-        .journal()
-        .write_part(parts.last().unwrap())
-        .unwrap_err();
+    let error = write(world.journal(), parts.last().unwrap()).unwrap_err();
     assert!(matches!(error, JournalError::PartOrder { .. }), "{error}");
     let mut flipped = parts[0].clone();
     flipped[5000] ^= 1;
     assert!(matches!(
-        world.journal().write_part(&flipped).unwrap_err(),
+        write(world.journal(), &flipped).unwrap_err(),
         JournalError::Frame(_)
     ));
     world.resync();

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use crate::bitmap::PageSet;
 use crate::clock::Timestamp;
-use crate::frame::{Codec, EncodeOptions, Encoder, FrameStart, Manifest, PageImage};
+use crate::frame::{Codec, EncodeOptions, Encoder, FrameStart, Manifest, PageImage, PartView};
 use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId};
 use crate::journal::{
-    Journal, JournalError, JournalOptions, MemCatalogue, MemStore, RecoveryReport, Retention,
+    Journal, JournalError, JournalOptions, MemCatalogue, MemStore, RecoveryPoint, RecoveryReport,
+    Retention, Store,
 };
 use crate::page::{Layout, PAGE_SIZE, PageAddr, Region, RegionKind};
 
@@ -358,9 +359,9 @@ impl World {
         let (last, parts) = parts.split_last().unwrap();
         let now = self.now;
         for part in parts {
-            self.journal().write_part(part)?;
+            write(self.journal(), part)?;
         }
-        let point = self.journal().commit(last, now)?;
+        let point = commit(self.journal(), last, now)?;
         assert_eq!(point.epoch, self.epoch);
         assert_eq!(point.root, self.image.root());
         self.newest = Some((point.epoch, point.root));
@@ -446,4 +447,18 @@ impl World {
         assert_eq!(report.findings, vec![], "{points:?}");
         assert!(points.is_empty() || steps > 0);
     }
+}
+
+/// Judges a part and writes it.
+pub fn write<S: Store>(journal: &mut Journal<S>, part: &[u8]) -> Result<(), JournalError> {
+    journal.write_part(&PartView::verify(part)?)
+}
+
+/// Judges a last part and commits it.
+pub fn commit<S: Store>(
+    journal: &mut Journal<S>,
+    last: &[u8],
+    now: Timestamp,
+) -> Result<RecoveryPoint, JournalError> {
+    journal.commit(&PartView::verify(last)?, now)
 }

@@ -245,7 +245,7 @@ fn rescue(copy: &Copy, directory: &Path) -> anyhow::Result<Rescued> {
     // The same once more, from the journal alone.
     let replayed = replica.materialise(&point)?;
     ensure!(
-        replayed.image.bytes() == image.bytes(),
+        replayed.image.to_vec() == image.to_vec(),
         "the journal gives another memory image than the one that was kept"
     );
     let disks = directory.join("disks").join(format!("generation-{after}"));
@@ -254,7 +254,7 @@ fn rescue(copy: &Copy, directory: &Path) -> anyhow::Result<Rescued> {
     let files = files.finish()?;
     Ok(Rescued {
         state: DeviceState::from_bytes(&manifest.device_state)?,
-        content: content(&manifest.layout, image.bytes(), &files)?,
+        content: content(&manifest.layout, &image.to_vec(), &files)?,
         point,
         generations: (before, after),
     })

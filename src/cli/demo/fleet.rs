@@ -1,0 +1,76 @@
+//! Two sites with several guests, all protected: what the benchmark measures daemons with.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::bail;
+use tokio::time::{Instant, sleep};
+
+use super::process::{Leftovers, Site};
+use super::workspace::{Machine, Workspace};
+use crate::control::types::{GuestStatus, ProtectRequest};
+use crate::metrics::labels::GuestState;
+
+/// Time for one guest's first copy and first point, for each guest.
+const PROTECTED_WITHIN: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(50);
+
+/// See the module. Its processes end with it.
+pub(in crate::cli) struct Fleet {
+    a: Site,
+    b: Site,
+    /// Dropped before the workspace: processes end before their files go.
+    _leftovers: Leftovers,
+    _workspace: Workspace,
+}
+
+impl Fleet {
+    /// Starts both sites in `dir`, which must be empty or new, and returns when all guests are
+    /// protected.
+    pub(in crate::cli) async fn start(
+        dir: &Path,
+        guests: u32,
+        memory_mib: u64,
+    ) -> anyhow::Result<Self> {
+        let workspace = Workspace::new(Some(dir), Machine::Fleet { guests, memory_mib })?;
+        let leftovers = Leftovers::new(workspace.root());
+        let (a, b) = tokio::try_join!(Site::start(&workspace.a), Site::start(&workspace.b))?;
+        let fleet = Self {
+            a,
+            b,
+            _leftovers: leftovers,
+            _workspace: workspace,
+        };
+        for guest in fleet.guests().await? {
+            let client = &fleet.a.client;
+            client.guest_start(&guest.name, false).await?;
+            client
+                .protect(&guest.name, &ProtectRequest::default())
+                .await?;
+        }
+        let until = Instant::now() + PROTECTED_WITHIN * guests;
+        loop {
+            let statuses = fleet.guests().await?;
+            let open = |guest: &&GuestStatus| {
+                guest.state != GuestState::Protected || guest.pause_p50_seconds.is_none()
+            };
+            let Some(open) = statuses.iter().find(open) else {
+                return Ok(fleet);
+            };
+            if Instant::now() >= until {
+                bail!("{} is not protected: {:?}", open.name, open.blocked_on);
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// The guests, as the site says where they run.
+    pub(in crate::cli) async fn guests(&self) -> anyhow::Result<Vec<GuestStatus>> {
+        Ok(self.a.client.status().await?.guests)
+    }
+
+    /// Process ids of the daemons: where the guests run, and of the standby.
+    pub(in crate::cli) fn daemons(&self) -> Option<[u32; 2]> {
+        Some([self.a.pid()?, self.b.pid()?])
+    }
+}
