@@ -11,6 +11,8 @@
 //! covered by blake3's promise of stability: `Cargo.toml` names the exact version, and the tests
 //! compare every number of pages with the public interface. Half the time per page with AVX-512.
 
+use std::ops::Range;
+
 use blake3::IncrementCounter;
 use blake3::platform::Platform;
 
@@ -40,6 +42,68 @@ const IV: [u32; 8] = [
 const CHUNK_START: u8 = 1;
 const CHUNK_END: u8 = 2;
 const PARENT: u8 = 4;
+
+/// Pages of a chunk that are neighbours in the image as well.
+#[derive(Debug, Clone)]
+pub(super) struct Run {
+    /// Where they are in the chunk.
+    pub pages: Range<usize>,
+    /// Position of the first in the image.
+    pub index: usize,
+}
+
+/// Leaves of some runs of a chunk.
+#[derive(Default)]
+pub(super) struct Leaves {
+    pub runs: Vec<Run>,
+    /// One after the other.
+    pub values: Vec<[u8; CV]>,
+}
+
+impl Leaves {
+    /// Adds a page behind the others; it joins the last run if it can.
+    pub fn add(&mut self, at: usize, index: usize) {
+        match self.runs.last_mut() {
+            Some(run) if run.pages.end == at && run.index + run.pages.len() == index => {
+                run.pages.end += 1;
+            }
+            _ => self.runs.push(Run {
+                pages: at..at + 1,
+                index,
+            }),
+        }
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> usize {
+        self.runs.iter().map(|run| run.pages.len()).sum()
+    }
+
+    /// Computes the values; `content` is the chunk's.
+    pub fn compute(&mut self, content: &[[u8; PAGE_SIZE]]) {
+        self.values.clear();
+        for run in &self.runs {
+            of_run(run.index, &content[run.pages.clone()], |_, leaf| {
+                self.values.push(leaf);
+            });
+        }
+    }
+
+    /// Position and value of every leaf.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, [u8; CV])> {
+        let indices = self
+            .runs
+            .iter()
+            .flat_map(|run| run.index..run.index + run.pages.len());
+        indices.zip(self.values.iter().copied())
+    }
+
+    /// Forgets all, and keeps the memory.
+    pub fn clear(&mut self) {
+        self.runs.clear();
+        self.values.clear();
+    }
+}
 
 /// Calls `each` with position and leaf of every page; the first is at position `first` of the image.
 pub(super) fn of_run(

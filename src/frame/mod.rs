@@ -56,6 +56,7 @@
 //!
 //! Version history: 1, the first.
 
+mod assembly;
 mod batch;
 mod bits;
 mod check;
@@ -64,6 +65,7 @@ mod encode;
 mod error;
 mod fingerprint;
 mod format;
+mod helpers;
 mod leaves;
 mod manifest;
 mod merge;
@@ -83,6 +85,7 @@ pub use fingerprint::{
     DiskFingerprints, FINGERPRINT_PAGES_MAX, Fingerprint, Fingerprints, fingerprint,
 };
 pub use format::{FORMAT_VERSION, Footer, HEADER_BYTES, PartHeader};
+pub use helpers::encoding_threads;
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
 pub use merge::{Merger, merge};
 pub use part::{Content, PageImage, PartView, Row, RowKind};

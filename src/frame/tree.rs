@@ -18,7 +18,6 @@
 use blake3::hazmat::{HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
 
 use super::bits::Bits;
-use super::leaves;
 use crate::ids::ImageRoot;
 use crate::page::PAGE_SIZE;
 
@@ -78,12 +77,6 @@ impl ImageTree {
         if let Some(stale) = self.stale.first_mut() {
             stale.set(index / 2);
         }
-    }
-
-    /// Replaces the leaves of neighbouring pages, of which the first is at position `first`. Faster
-    /// than one by one. Panics outside the image.
-    pub fn set_pages(&mut self, first: usize, pages: &[[u8; PAGE_SIZE]]) {
-        leaves::of_run(first, pages, |index, cv| self.set(index, cv));
     }
 
     /// Number of pages whose leaf was never set.
