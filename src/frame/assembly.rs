@@ -9,6 +9,7 @@
 //! [`recycle`](Assembly::recycle) when they were sent. Nothing of what a buffer held before gets into a
 //! part: a part begins empty and grows by what is written to it.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batch::{BATCH_HEADER_BYTES, BATCH_RAW_MAX, Batch, BatchKind, Codec, Compressor};
@@ -32,39 +33,47 @@ const SEALING_MAX: usize = 2;
 /// Most parts whose memory is kept.
 const SPARE_PARTS: usize = 4;
 
-/// A batch, compressed or not.
+/// A batch that got smaller: the beginning of a buffer.
 struct Packed {
-    raw: Vec<u8>,
-    /// Its beginning is the compressed batch, if that is smaller.
+    codec: Codec,
     out: Vec<u8>,
-    stored: Option<(Codec, usize)>,
+    len: usize,
 }
 
-struct Sealed {
-    part: Vec<u8>,
-    rows: Vec<u8>,
-    hash: [u8; 32],
-}
+/// What nobody uses now, for whoever needs it next: as much as was ever used at the same time.
+struct Stock<T>(Mutex<Vec<T>>);
 
-/// Compressors that nobody uses now: as many as were ever used at the same time.
-#[derive(Default)]
-struct Compressors(Mutex<Vec<Compressor>>);
+impl<T> Stock<T> {
+    fn new() -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Vec::new())))
+    }
 
-impl Compressors {
-    fn with<R>(&self, work: impl FnOnce(&mut Compressor) -> R) -> R {
-        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut compressor = lock().pop().unwrap_or_else(Compressor::new);
-        let result = work(&mut compressor);
-        lock().push(compressor);
-        result
+    fn take_or(&self, new: impl FnOnce() -> T) -> T {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let one = all.pop();
+        drop(all);
+        one.unwrap_or_else(new)
+    }
+
+    fn put(&self, one: T) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(one);
     }
 }
 
 /// See the module.
 pub(super) struct Assembly {
-    packing: Ordered<Packed>,
-    sealing: Ordered<Sealed>,
-    compressors: Arc<Compressors>,
+    packing: Ordered<Option<Packed>>,
+    /// The batches of `packing`, as they were filled.
+    raw: VecDeque<Arc<Vec<u8>>>,
+    /// Hashes of the parts of `closed`.
+    hashing: Ordered<[u8; 32]>,
+    /// Parts that are complete but for their hash and what follows it.
+    closed: VecDeque<(PartHeader, Arc<Vec<u8>>)>,
+    compressors: Arc<Stock<Compressor>>,
+    outs: Arc<Stock<Vec<u8>>>,
     /// The part under construction: room for the header, then batches.
     part: Vec<u8>,
     done: Vec<Vec<u8>>,
@@ -73,8 +82,7 @@ pub(super) struct Assembly {
     sealed: (u64, u32),
     /// Bytes of the frame's largest part.
     largest: usize,
-    spare_batches: Vec<(Vec<u8>, Vec<u8>)>,
-    spare_rows: Vec<Vec<u8>>,
+    spare_batches: Vec<Vec<u8>>,
     spare_parts: Vec<Vec<u8>>,
 }
 
@@ -83,15 +91,17 @@ impl Assembly {
     pub fn new(parallel: bool) -> Self {
         Self {
             packing: Ordered::new(parallel),
-            sealing: Ordered::new(parallel),
-            compressors: Arc::default(),
+            raw: VecDeque::new(),
+            hashing: Ordered::new(parallel),
+            closed: VecDeque::new(),
+            compressors: Stock::new(),
+            outs: Stock::new(),
             part: Vec::new(),
             done: Vec::new(),
             part_hashes: blake3::Hasher::new(),
             sealed: (0, 0),
             largest: 0,
             spare_batches: Vec::new(),
-            spare_rows: Vec::new(),
             spare_parts: Vec::new(),
         }
     }
@@ -107,7 +117,9 @@ impl Assembly {
     /// Forgets the frame.
     pub fn abandon(&mut self) {
         self.packing.clear();
-        self.sealing.clear();
+        self.raw.clear();
+        self.hashing.clear();
+        self.closed.clear();
         for part in std::mem::take(&mut self.done) {
             self.recycle(part);
         }
@@ -120,33 +132,36 @@ impl Assembly {
 
     /// Takes the content of a batch, and leaves an empty buffer for the next.
     pub fn pack(&mut self, codec: Codec, batch: &mut Vec<u8>) {
-        let (mut raw, mut out) = self
-            .spare_batches
-            .pop()
-            .unwrap_or_else(|| (Vec::with_capacity(BATCH_RAW_MAX), Vec::new()));
-        std::mem::swap(batch, &mut raw);
-        let compressors = self.compressors.clone();
+        let spare = self.spare_batches.pop();
+        let next = spare.unwrap_or_else(|| Vec::with_capacity(BATCH_RAW_MAX));
+        let raw = Arc::new(std::mem::replace(batch, next));
+        self.raw.push_back(raw.clone());
         let worth = codec != Codec::None && raw.len() >= SHARED_BATCH_BYTES;
+        let (compressors, outs) = (self.compressors.clone(), self.outs.clone());
         self.packing.submit(worth, move || {
-            let len = match codec {
-                Codec::None => None,
-                _ => compressors.with(|compressor| compressor.pack(codec, &raw, &mut out)),
-            };
-            let stored = len.map(|len| (codec, len));
-            Packed { raw, out, stored }
+            if codec == Codec::None {
+                return None;
+            }
+            let mut compressor = compressors.take_or(Compressor::new);
+            let mut out = outs.take_or(Vec::new);
+            let len = compressor.pack(codec, &raw, &mut out);
+            compressors.put(compressor);
+            match len {
+                Some(len) => Some(Packed { codec, out, len }),
+                None => {
+                    outs.put(out);
+                    None
+                }
+            }
         });
     }
 
     /// Sets the oldest batch behind those that the part has; returns its size before and after.
     pub fn append(&mut self, kind: BatchKind) -> (usize, usize) {
         let packed = self.packing.next().expect("a batch was handed over");
-        let Packed {
-            mut raw,
-            out,
-            stored,
-        } = packed;
-        let (codec, bytes) = match stored {
-            Some((codec, len)) => (codec, &out[..len]),
+        let raw = self.raw.pop_front().expect("one for each");
+        let (codec, bytes) = match &packed {
+            Some(packed) => (packed.codec, &packed.out[..packed.len]),
             None => (Codec::None, &raw[..]),
         };
         let sizes = (raw.len(), bytes.len());
@@ -159,29 +174,37 @@ impl Assembly {
         };
         self.part.extend_from_slice(&batch.pack_header());
         self.part.extend_from_slice(bytes);
-        raw.clear();
-        self.spare_batches.push((raw, out));
+        if let Some(packed) = packed {
+            self.outs.put(packed.out);
+        }
+        // A helper whose work was done by another one may still read it.
+        if let Ok(mut raw) = Arc::try_unwrap(raw) {
+            raw.clear();
+            self.spare_batches.push(raw);
+        }
         sizes
     }
 
     /// A manifest as it is stored.
     pub fn store(&self, manifest: &Manifest) -> Result<Stored, EncodeError> {
-        self.compressors
-            .with(|compressor| manifest.store(compressor))
+        let mut compressor = self.compressors.take_or(Compressor::new);
+        let stored = manifest.store(&mut compressor);
+        self.compressors.put(compressor);
+        stored
     }
 
     /// Completes the part, which has all its batches.
-    pub fn seal(&mut self, mut header: PartHeader, rows: Vec<u8>) {
-        let mut part = self.close(&mut header, &rows);
+    pub fn seal(&mut self, mut header: PartHeader, rows: &[u8]) {
+        let mut part = self.close(&mut header, rows);
+        part[..HEADER_BYTES].copy_from_slice(&header.pack());
+        let part = Arc::new(part);
+        self.closed.push_back((header, part.clone()));
         let worth = part.len() >= SHARED_HASH_BYTES;
-        self.sealing.submit(worth, move || {
-            part[..HEADER_BYTES].copy_from_slice(&header.pack());
-            let hash = sign(&header, &mut part);
-            Sealed { part, rows, hash }
-        });
-        while self.sealing.len() > SEALING_MAX {
-            let sealed = self.sealing.next();
-            self.hand_out(sealed);
+        self.hashing
+            .submit(worth, move || *blake3::hash(&part).as_bytes());
+        while self.hashing.len() > SEALING_MAX {
+            let hash = self.hashing.next();
+            self.hand_out(hash);
         }
     }
 
@@ -194,9 +217,8 @@ impl Assembly {
         ending: &Ending<'_>,
         pages: u64,
     ) -> u64 {
-        while self.sealing.len() > 0 {
-            let sealed = self.sealing.next();
-            self.hand_out(sealed);
+        while let Some(hash) = self.hashing.next() {
+            self.hand_out(Some(hash));
         }
         header.manifest_len = stored.bytes.len() as u32;
         header.manifest_raw_len = stored.raw_len;
@@ -214,8 +236,8 @@ impl Assembly {
         };
         part.extend_from_slice(&footer.pack());
         part[..HEADER_BYTES].copy_from_slice(&header.pack());
-        sign(&header, &mut part);
-        self.done.push(part);
+        let hash = *blake3::hash(&part).as_bytes();
+        self.done.push(signed(part, &header, &hash));
         // A guest that is idle again keeps no memory for parts that it does not fill.
         let enough = self.largest.max(PART_BYTES_MIN).saturating_mul(4);
         self.spare_parts.retain(|part| part.capacity() <= enough);
@@ -243,30 +265,20 @@ impl Assembly {
         part
     }
 
-    fn hand_out(&mut self, sealed: Option<Sealed>) {
-        let Some(Sealed {
-            part,
-            mut rows,
-            hash,
-        }) = sealed
-        else {
+    fn hand_out(&mut self, hash: Option<[u8; 32]>) {
+        let (Some(hash), Some((header, part))) = (hash, self.closed.pop_front()) else {
             return;
         };
         self.part_hashes.update(&hash);
-        self.done.push(part);
-        rows.clear();
-        self.spare_rows.push(rows);
-    }
-
-    /// An empty buffer for the rows of a part.
-    pub fn spare_rows(&mut self) -> Vec<u8> {
-        self.spare_rows.pop().unwrap_or_default()
+        // A helper whose work was done by another one may still read it.
+        let part = Arc::try_unwrap(part).unwrap_or_else(|part| part.to_vec());
+        self.done.push(signed(part, &header, &hash));
     }
 
     /// The parts that were finished since the last call.
     pub fn take_done(&mut self) -> Vec<Vec<u8>> {
-        while let Some(sealed) = self.sealing.ready() {
-            self.hand_out(Some(sealed));
+        while let Some(hash) = self.hashing.ready() {
+            self.hand_out(Some(hash));
         }
         std::mem::take(&mut self.done)
     }
@@ -280,10 +292,9 @@ impl Assembly {
     }
 }
 
-/// Hash, trailer and padding for a part that has all before them; returns the hash.
-fn sign(header: &PartHeader, part: &mut Vec<u8>) -> [u8; 32] {
-    let hash = *blake3::hash(part).as_bytes();
-    part.extend_from_slice(&pack_trailer(header, &hash));
+/// A part with its trailer and padding; it had all before them, of which this is the hash.
+fn signed(mut part: Vec<u8>, header: &PartHeader, hash: &[u8; 32]) -> Vec<u8> {
+    part.extend_from_slice(&pack_trailer(header, hash));
     part.resize(header.part_bytes as usize, 0);
-    hash
+    part
 }

@@ -32,7 +32,7 @@ use super::delta::{self, DELTA_BYTES_LIMIT, Delta};
 use super::error::EncodeError;
 use super::fingerprint::{Fingerprints, fingerprint};
 use super::helpers::Ordered;
-use super::leaves::Leaves;
+use super::leaves::Runs;
 use super::shadow::{DENSE_PAGES, Shadow};
 use super::tree::ImageTree;
 use super::writer::{Ending, FrameStart, FrameWriter};
@@ -117,8 +117,7 @@ pub struct Encoder {
     /// RAM pages whose last push in the current frame did not ship them.
     unshipped: Bits,
     /// Leaves that are being computed.
-    hashing: Ordered<Leaves>,
-    spare_leaves: Vec<Leaves>,
+    hashing: Ordered<Vec<(usize, [u8; 32])>>,
     scratch: Vec<u8>,
     stats: EncodeStats,
 }
@@ -153,7 +152,6 @@ impl Encoder {
             touched: Bits::new(ram_pages),
             unshipped: Bits::new(ram_pages),
             hashing: Ordered::new(options.parallel),
-            spare_leaves: Vec::new(),
             scratch: Vec::with_capacity(DELTA_BYTES_LIMIT),
             stats: EncodeStats::default(),
         })
@@ -184,7 +182,8 @@ impl Encoder {
     /// last content counts. Panics on a page outside the layout (the adapter has checked what its
     /// guest's process says) and if no frame was begun.
     ///
-    /// The chunk may be kept until the next one, or the end of the frame, while its pages are hashed.
+    /// The chunk may be kept until the next one, or the end of the frame, while its pages are hashed; by
+    /// a helper that is held up, until it goes on.
     pub fn push(&mut self, chunk: impl Into<Arc<Chunk>>, ship: Option<&PageSet>) -> Vec<Vec<u8>> {
         self.push_if(chunk.into(), |addr, _| ship.is_none_or(|set| set.get(addr)))
     }
@@ -215,7 +214,7 @@ impl Encoder {
     ) -> Vec<Vec<u8>> {
         assert!(self.writer.is_open(), "no frame was begun");
         self.expect(&chunk);
-        let mut leaves = self.spare_leaves.pop().unwrap_or_default();
+        let mut runs = Runs::default();
         for (at, (addr, page)) in chunk.iter().enumerate() {
             assert!(
                 self.layout.contains(addr),
@@ -231,7 +230,7 @@ impl Encoder {
                 Some(base) => {
                     let index = base + addr.page as usize;
                     if self.push_ram(addr, index, page, ship) {
-                        leaves.add(at, index);
+                        runs.add(at, index);
                     }
                 }
                 None if ship && delta::is_zero(page) => self.ship_zero(addr),
@@ -239,16 +238,15 @@ impl Encoder {
                 None => {}
             }
         }
-        self.hash(chunk, leaves);
+        self.hash(chunk, runs);
         self.writer.take_done()
     }
 
     /// Has leaves of the chunk computed, and takes those that were.
-    fn hash(&mut self, chunk: Arc<Chunk>, mut leaves: Leaves) {
-        let worth = leaves.pages() >= SHARED_LEAVES;
+    fn hash(&mut self, chunk: Arc<Chunk>, runs: Runs) {
+        let worth = runs.pages() >= SHARED_LEAVES;
         self.hashing.submit(worth, move || {
-            leaves.compute(chunk.memory.bytes().as_chunks().0);
-            leaves
+            runs.leaves(chunk.memory.bytes().as_chunks().0)
         });
         self.take_leaves(HASHING_MAX);
     }
@@ -256,14 +254,9 @@ impl Encoder {
     /// Takes computed leaves into the tree until only so many chunks are left.
     fn take_leaves(&mut self, keep: usize) {
         while self.hashing.len() > keep {
-            let Some(mut leaves) = self.hashing.next() else {
-                return;
-            };
-            for (index, leaf) in leaves.iter() {
+            for (index, leaf) in self.hashing.next().into_iter().flatten() {
                 self.tree.set(index, leaf);
             }
-            leaves.clear();
-            self.spare_leaves.push(leaves);
         }
     }
 

@@ -13,18 +13,21 @@
 //! there are none, and an encoder does everything itself, at the same places: what it makes is the same
 //! to the last bit.
 //!
-//! Work owns what it needs and gives it back with its result. A panic in it goes on in the encoder that
-//! asks for the result. Work that was dropped before somebody began it is not done at all.
+//! Work can be done more than once, with the same result: it reads what it needs and changes nothing. So
+//! an encoder whose helper has lost its processor to somebody else (a guest, say) does not wait for it
+//! longer than [`PATIENCE`], and does the work itself; on a busy host an encoder with helpers is not
+//! slower than one without. A panic in work goes on in the encoder that asks for the result. Work that
+//! was dropped before somebody began it is not done at all.
 //!
 //! Dropped alternative: a work-stealing pool. Its threads look for work for a while before they sleep,
-//! on processors that guests want, and a thread from outside (the daemon's blocking ones are) does not
-//! help it while it waits.
+//! on processors that guests want; and whoever waits in it waits for the one who began.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 /// Most threads that help.
 const HELPERS_MAX: usize = 3;
@@ -35,11 +38,15 @@ pub fn encoding_threads() -> usize {
     processors.min(HELPERS_MAX + 1)
 }
 
-type Work<T> = Box<dyn FnOnce() -> T + Send>;
+/// How long an encoder waits for work that a helper has begun: longer than most of it takes.
+const PATIENCE: Duration = Duration::from_micros(500);
+
+type Work<T> = Arc<dyn Fn() -> T + Send + Sync>;
 
 enum State<T> {
     Waits(Work<T>),
-    Runs,
+    /// Begun; kept for whoever loses patience.
+    Runs(Work<T>),
     Done(thread::Result<T>),
     /// The result was taken, or nobody wants it.
     Over,
@@ -67,18 +74,19 @@ impl<T: Send> Help for Task<T> {
     fn help(&self) -> bool {
         let work = {
             let mut state = self.lock();
-            match std::mem::replace(&mut *state, State::Runs) {
-                State::Waits(work) => work,
-                other => {
-                    *state = other;
-                    return false;
-                }
-            }
+            let State::Waits(work) = &*state else {
+                return false;
+            };
+            let work = work.clone();
+            *state = State::Runs(work.clone());
+            work
         };
-        let result = catch_unwind(AssertUnwindSafe(work));
+        let result = catch_unwind(AssertUnwindSafe(&*work));
+        // What it holds is given back before anybody hears of the result.
+        drop(work);
         let mut state = self.lock();
-        // Dropped meanwhile: nobody wants it.
-        if matches!(*state, State::Runs) {
+        // Otherwise nobody wants it any more.
+        if matches!(*state, State::Runs(_)) {
             *state = State::Done(result);
             self.done.notify_all();
         }
@@ -135,10 +143,10 @@ impl<T: Send + 'static> Ordered<T> {
     }
 
     /// Adds work. What is not `worth` being handed over is done here and now.
-    pub fn submit(&mut self, worth: bool, work: impl FnOnce() -> T + Send + 'static) {
+    pub fn submit(&mut self, worth: bool, work: impl Fn() -> T + Send + Sync + 'static) {
         let to = helpers_if(self.shared && worth);
         let state = match to {
-            Some(_) => State::Waits(Box::new(work) as Work<T>),
+            Some(_) => State::Waits(Arc::new(work) as Work<T>),
             None => State::Done(Ok(work())),
         };
         let task = Arc::new(Task {
@@ -160,37 +168,27 @@ impl<T: Send + 'static> Ordered<T> {
     }
 
     /// The oldest result; `None` if there is no work. While others are at it, does what nobody has
-    /// begun.
+    /// begun; when there is nothing of that kind, and patience ends, what they are at.
     pub fn next(&mut self) -> Option<T> {
         let first = self.tasks.pop_front()?;
         first.help();
-        let mut rest = self.tasks.iter();
-        loop {
-            let mut state = first.lock();
-            if matches!(*state, State::Runs) {
-                drop(state);
-                // Nothing left to begin: wait.
-                if rest.any(|task| task.help()) {
-                    continue;
-                }
-                state = first.lock();
-                while matches!(*state, State::Runs) {
-                    state = first
-                        .done
-                        .wait(state)
-                        .unwrap_or_else(PoisonError::into_inner);
-                }
+        let runs = |state: &mut State<T>| matches!(state, State::Runs(_));
+        for task in &self.tasks {
+            if !runs(&mut first.lock()) {
+                break;
             }
-            return match std::mem::replace(&mut *state, State::Over) {
-                State::Done(Ok(result)) => Some(result),
-                State::Done(Err(panic)) => {
-                    drop(state);
-                    resume_unwind(panic)
-                }
-                State::Waits(_) | State::Runs | State::Over => {
-                    unreachable!("its work was begun, and only we take the result")
-                }
-            };
+            task.help();
+        }
+        let waited = first.done.wait_timeout_while(first.lock(), PATIENCE, runs);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let state = std::mem::replace(&mut *state, State::Over);
+        match state {
+            State::Done(Ok(result)) => Some(result),
+            State::Done(Err(panic)) => resume_unwind(panic),
+            State::Runs(work) => Some(work()),
+            State::Waits(_) | State::Over => {
+                unreachable!("its work was begun, and only we take the result")
+            }
         }
     }
 }
@@ -219,8 +217,6 @@ impl<T> Drop for Ordered<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Barrier;
-
     use super::*;
 
     #[test]
@@ -247,7 +243,7 @@ mod tests {
             let failed = catch_unwind(|| {
                 let mut work = Ordered::new(shared);
                 work.submit(true, || 1);
-                work.submit(true, || panic!("the work's own"));
+                work.submit(true, || -> i32 { panic!("the work's own") });
                 work.submit(true, || 3);
                 while work.next().is_some() {}
             });
@@ -266,7 +262,7 @@ mod tests {
         let mut work = Ordered::new(true);
         for _ in 0..100 {
             let held = held.clone();
-            work.submit(true, move || drop(held));
+            work.submit(true, move || Arc::strong_count(&held) > 0);
         }
         work.clear();
         assert_eq!((work.len(), work.next()), (0, None));
@@ -277,16 +273,26 @@ mod tests {
         }
     }
 
+    /// A helper that has begun and gets no processor holds nobody up.
     #[test]
-    fn whoever_waits_helps() {
-        // As many as can be at it at the same time: all helpers, and the one who waits.
-        let together = Arc::new(Barrier::new(encoding_threads()));
+    fn work_that_takes_long_is_done_by_whoever_needs_it() {
+        let here = thread::current().id();
+        let (begun, entered) = mpsc::channel();
+        let held = Arc::new(Mutex::new(()));
+        let guard = held.lock().unwrap();
         let mut work = Ordered::new(true);
-        for _ in 0..encoding_threads() {
-            let together = together.clone();
-            work.submit(true, move || together.wait().is_leader());
+        let lock = held.clone();
+        work.submit(true, move || {
+            if thread::current().id() != here {
+                begun.send(()).unwrap();
+                drop(lock.lock().unwrap());
+            }
+            thread::current().id()
+        });
+        if encoding_threads() > 1 {
+            entered.recv().unwrap();
         }
-        let leaders = std::iter::from_fn(|| work.next()).filter(|leads| *leads);
-        assert_eq!(leaders.count(), 1);
+        assert_eq!(work.next(), Some(here));
+        drop(guard);
     }
 }

