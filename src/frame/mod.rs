@@ -46,7 +46,7 @@
 //! * The frame hash in the footer covers the hashes of all parts before the last; the hash of the
 //!   last part covers the footer and so names the whole frame.
 //!
-//! Who writes what: [`Encoder`] (primary) makes frames of a live guest, [`merge`] / [`Merger`]
+//! Who writes what: [`Encoder`] (primary) makes frames of a live guest, with helpers on other processors, [`merge`] / [`Merger`]
 //! (journal) makes one frame of several. [`PartView`] reads a part, [`ImageTree`] keeps the image
 //! root at both ends. A frame that is *full* depends on nothing before it.
 //!

@@ -119,10 +119,11 @@ impl Shadow {
         let end = (base + pages.end * PAGE_SIZE).next_multiple_of(HUGE);
         let first = first.max(base.next_multiple_of(HUGE)) - base;
         let end = (end.min((base + self.pages * PAGE_SIZE) / HUGE * HUGE)).saturating_sub(base);
-        if first >= end || (self.dense.start <= first && end <= self.dense.end) {
+        let goes_on = (self.dense.start..=self.dense.end).contains(&first);
+        if first >= end || (goes_on && end <= self.dense.end) {
             return;
         }
-        if self.dense.end == first {
+        if goes_on && self.stretches > 0 {
             self.dense.end = end;
         } else if self.stretches < STRETCHES_MAX {
             self.stretches += 1;

@@ -7,6 +7,10 @@
 //!     └── reset(lost) ─┴── from anywhere: void frame, lost frames ───┘
 //! ```
 //!
+//! The thread that has a piece of work is the encoder's own; on hosts with several processors it has
+//! helpers, which nobody here knows of: they work for the encoder alone, and a reset drops what they are
+//! at with the frame.
+//!
 //! Work that was handed to a thread is done even when the session that wanted it is gone: perhaps
 //! after the reset, perhaps in the middle of the next frame. So every piece carries the ticket it was
 //! handed over with, and `reset` draws a new one: work with an old ticket does nothing. What late work

@@ -137,6 +137,19 @@ mod tests {
         assert_eq!(queue.bytes(), 0);
     }
 
+    #[test]
+    fn some_memory_of_sent_parts_waits_for_the_next() {
+        let queue = SendQueue::new(4096);
+        assert!(queue.take_spent().is_empty());
+        for byte in 0..5 {
+            queue.give_back(vec![byte; 8]);
+        }
+        assert_eq!(queue.take_spent(), [[0; 8], [1; 8]]);
+        assert!(queue.take_spent().is_empty());
+        // It is in nobody's way.
+        assert_eq!(queue.bytes(), 0);
+    }
+
     #[tokio::test]
     async fn a_full_queue_makes_rounds_wait_and_nothing_else() {
         let queue = std::sync::Arc::new(SendQueue::new(4096));
