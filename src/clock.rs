@@ -94,6 +94,11 @@ impl Env {
         self.clock.now()
     }
 
+    /// True if blocking work may use threads of its own besides: not in a simulation.
+    pub fn has_threads(&self) -> bool {
+        matches!(self.place, Place::Threads)
+    }
+
     /// Runs blocking work off the async workers and returns its result. A panic in the work goes on
     /// in the caller.
     ///

@@ -153,7 +153,6 @@ impl Batch {
 pub(super) struct Compressor {
     lz4: lz4_flex::block::CompressTable,
     zstd: Option<zstd::bulk::Compressor<'static>>,
-    scratch: Vec<u8>,
 }
 
 impl Compressor {
@@ -161,42 +160,33 @@ impl Compressor {
         Self {
             lz4: lz4_flex::block::CompressTable::large(),
             zstd: None,
-            scratch: Vec::new(),
         }
     }
 
-    /// Appends `raw` to `out`, compressed if that makes it smaller; returns how it was stored.
-    pub fn append(&mut self, codec: Codec, raw: &[u8], out: &mut Vec<u8>) -> Codec {
+    /// Compresses `raw` into the beginning of `out`, which grows as needed; returns how many bytes that
+    /// are, or `None` if it did not make them fewer.
+    pub fn pack(&mut self, codec: Codec, raw: &[u8], out: &mut Vec<u8>) -> Option<usize> {
         let bound = match codec {
-            Codec::None => 0,
+            Codec::None => return None,
             Codec::Lz4 => lz4_flex::block::get_maximum_output_size(raw.len()),
             Codec::Zstd1 => zstd::zstd_safe::compress_bound(raw.len()),
         };
-        if self.scratch.len() < bound {
-            self.scratch.resize(bound, 0);
+        if out.len() < bound {
+            out.resize(bound, 0);
         }
+        let out = &mut out[..bound];
         let len = match codec {
-            Codec::None => raw.len(),
-            Codec::Lz4 => lz4_flex::block::compress_into_with_table(
-                raw,
-                &mut self.scratch[..bound],
-                &mut self.lz4,
-            )
-            .expect("the output has the size that lz4 asks for"),
             Codec::Zstd1 => self
                 .zstd
                 .get_or_insert_with(|| {
                     zstd::bulk::Compressor::new(1).expect("zstd level 1 is always there")
                 })
-                .compress_to_buffer(raw, &mut self.scratch[..bound])
+                .compress_to_buffer(raw, out)
                 .expect("the output has the size that zstd asks for"),
+            _ => lz4_flex::block::compress_into_with_table(raw, out, &mut self.lz4)
+                .expect("the output has the size that lz4 asks for"),
         };
-        if len < raw.len() {
-            out.extend_from_slice(&self.scratch[..len]);
-            return codec;
-        }
-        out.extend_from_slice(raw);
-        Codec::None
+        (len < raw.len()).then_some(len)
     }
 }
 

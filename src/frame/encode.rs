@@ -9,6 +9,17 @@
 //!                 else ───────────────────────▶ raw
 //! ```
 //!
+//! Who does what (see `helpers`; a small checkpoint is done before anybody would have woken up):
+//!
+//! ```text
+//!  encoder's thread   compare, patch the shadow, fill batches │ compare, ..           │ root, last part
+//!  helpers, or it     leaves of the chunk, batches ───────────┴─▶ parts: set, hashed ─┘
+//! ```
+//!
+//! Per page nothing is allocated: what goes to helpers is a chunk, a batch or a part, and buffers go
+//! round (see `assembly`). On two processors a page that changed wholly costs half of what it costs on
+//! one; lz4 is more than half of that.
+//!
 //! What the shadow says must be what the standby has. Hence:
 //!
 //! * A page outside `ship` is, by the guest's tracking, what the standby has already; only
@@ -24,14 +35,16 @@
 //! The tree always holds what was pushed last. The first frame of an encoder must cover all RAM (a
 //! round over all contents comes first); otherwise [`finish`](Encoder::finish) has no root and panics.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::bits::Bits;
 use super::delta::{self, DELTA_BYTES_LIMIT, Delta};
 use super::error::EncodeError;
 use super::fingerprint::{Fingerprints, fingerprint};
-use super::leaves;
-use super::shadow::Shadow;
+use super::helpers::Ordered;
+use super::leaves::Runs;
+use super::shadow::{DENSE_PAGES, Shadow};
 use super::tree::ImageTree;
 use super::writer::{Ending, FrameStart, FrameWriter};
 use super::{Codec, Manifest};
@@ -40,6 +53,12 @@ use crate::clock::Timestamp;
 use crate::guest::Chunk;
 use crate::ids::ImageRoot;
 use crate::page::{Layout, PAGE_SIZE, PageAddr};
+
+/// Fewest pages whose leaves are worth handing over.
+const SHARED_LEAVES: usize = 16;
+
+/// Chunks whose leaves may be under way when the next one is awaited.
+const HASHING_MAX: usize = 1;
 
 /// How an encoder works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +70,8 @@ pub struct EncodeOptions {
     pub part_bytes: usize,
     /// Keep a copy of the RAM for deltas (costs up to the guest's RAM size).
     pub shadow: bool,
+    /// Let the process' helpers take part, if there are processors for them. What is made is the same.
+    pub parallel: bool,
 }
 
 impl Default for EncodeOptions {
@@ -59,6 +80,7 @@ impl Default for EncodeOptions {
             codec: Codec::Lz4,
             part_bytes: 4 << 20,
             shadow: true,
+            parallel: false,
         }
     }
 }
@@ -105,6 +127,8 @@ pub struct Encoder {
     touched: Bits,
     /// RAM pages whose last push in the current frame did not ship them.
     unshipped: Bits,
+    /// Leaves that are being computed.
+    hashing: Ordered<Vec<(usize, [u8; 32])>>,
     scratch: Vec<u8>,
     stats: EncodeStats,
 }
@@ -133,11 +157,12 @@ impl Encoder {
         Ok(Self {
             region_base,
             layout,
-            writer: FrameWriter::new(options.codec, options.part_bytes),
+            writer: FrameWriter::ahead(options.codec, options.part_bytes, options.parallel),
             shadow,
             tree: ImageTree::new(ram_pages),
             touched: Bits::new(ram_pages),
             unshipped: Bits::new(ram_pages),
+            hashing: Ordered::new(options.parallel),
             scratch: Vec::with_capacity(DELTA_BYTES_LIMIT),
             stats: EncodeStats::default(),
         })
@@ -167,14 +192,23 @@ impl Encoder {
     /// refresh tree and shadow; `None` ships all. A page may be pushed again in the same frame, the
     /// last content counts. Panics on a page outside the layout (the adapter has checked what its
     /// guest's process says) and if no frame was begun.
-    pub fn push(&mut self, chunk: &Chunk, ship: Option<&PageSet>) -> Vec<Vec<u8>> {
-        self.push_if(chunk, |addr, _| ship.is_none_or(|set| set.get(addr)))
+    ///
+    /// The chunk may be kept until the next one, or the end of the frame, while its pages are hashed; by
+    /// a helper that is held up, until it goes on.
+    pub fn push(&mut self, chunk: impl Into<Arc<Chunk>>, ship: Option<&PageSet>) -> Vec<Vec<u8>> {
+        self.push_if(chunk.into(), |addr, _| ship.is_none_or(|set| set.get(addr)))
     }
 
     /// As [`push`](Self::push), of pages that the standby has otherwise; `known` is what it has. Call
     /// [`forget`](Self::forget) after the frame was begun.
-    pub fn push_unlike(&mut self, chunk: &Chunk, known: &Fingerprints) -> Vec<Vec<u8>> {
-        self.push_if(chunk, |addr, page| known.get(addr) != fingerprint(page))
+    pub fn push_unlike(
+        &mut self,
+        chunk: impl Into<Arc<Chunk>>,
+        known: &Fingerprints,
+    ) -> Vec<Vec<u8>> {
+        self.push_if(chunk.into(), |addr, page| {
+            known.get(addr) != fingerprint(page)
+        })
     }
 
     /// What the standby had until now is not known any more.
@@ -186,13 +220,12 @@ impl Encoder {
 
     fn push_if(
         &mut self,
-        chunk: &Chunk,
+        chunk: Arc<Chunk>,
         ship: impl Fn(PageAddr, &[u8; PAGE_SIZE]) -> bool,
     ) -> Vec<Vec<u8>> {
         assert!(self.writer.is_open(), "no frame was begun");
-        let (contents, _) = chunk.memory.bytes().as_chunks::<PAGE_SIZE>();
-        // Changed pages that are neighbours in the chunk and in the image, from this index on.
-        let (mut run, mut run_index) = (0..0, 0);
+        self.expect(&chunk);
+        let mut runs = Runs::default();
         for (at, (addr, page)) in chunk.iter().enumerate() {
             assert!(
                 self.layout.contains(addr),
@@ -207,23 +240,59 @@ impl Encoder {
             match self.region_base.get(usize::from(addr.region.0)) {
                 Some(base) => {
                     let index = base + addr.page as usize;
-                    if !self.push_ram(addr, index, page, ship) {
-                        continue;
+                    if self.push_ram(addr, index, page, ship) {
+                        runs.add(at, index);
                     }
-                    if run.end != at || run_index + run.len() != index || run.len() == leaves::GROUP
-                    {
-                        self.tree.set_pages(run_index, &contents[run]);
-                        (run, run_index) = (at..at, index);
-                    }
-                    run.end = at + 1;
                 }
                 None if ship && delta::is_zero(page) => self.ship_zero(addr),
                 None if ship => self.ship_raw(addr, page),
                 None => {}
             }
         }
-        self.tree.set_pages(run_index, &contents[run]);
+        self.hash(chunk, runs);
         self.writer.take_done()
+    }
+
+    /// Has leaves of the chunk computed, and takes those that were.
+    fn hash(&mut self, chunk: Arc<Chunk>, runs: Runs) {
+        let worth = runs.pages() >= SHARED_LEAVES;
+        self.hashing.submit(worth, move || {
+            runs.leaves(chunk.memory.bytes().as_chunks().0)
+        });
+        self.take_leaves(HASHING_MAX);
+    }
+
+    /// Takes computed leaves into the tree until only so many chunks are left.
+    fn take_leaves(&mut self, keep: usize) {
+        while self.hashing.len() > keep {
+            for (index, leaf) in self.hashing.next().into_iter().flatten() {
+                self.tree.set(index, leaf);
+            }
+        }
+    }
+
+    /// If these are neighbours with content that come for the first time: a first copy, most likely.
+    fn expect(&mut self, chunk: &Chunk) {
+        let ([first, .., last], Some(shadow)) = (&chunk.pages[..], &mut self.shadow) else {
+            return;
+        };
+        let Some(base) = self.region_base.get(usize::from(first.region.0)) else {
+            return;
+        };
+        let pages = chunk.pages.len();
+        let neighbours = last.region == first.region
+            && first.page as usize + pages == last.page as usize + 1
+            && self.layout.contains(*first)
+            && self.layout.contains(*last);
+        let index = base + first.page as usize;
+        if pages >= DENSE_PAGES
+            && neighbours
+            && shadow.is_fresh(index)
+            && shadow.is_fresh(index + pages - 1)
+            && !chunk.iter().any(|(_, page)| delta::is_zero(page))
+        {
+            shadow.expect(index..index + pages);
+        }
     }
 
     /// True if the page's leaf has to be computed.
@@ -299,6 +368,7 @@ impl Encoder {
         captured_at: Timestamp,
         pause: Duration,
     ) -> Result<Finished, EncodeError> {
+        self.take_leaves(0);
         let root = self.tree.root();
         let (encoded_bytes, _) = self.writer.finish(&Ending {
             manifest,
@@ -320,6 +390,8 @@ impl Encoder {
     /// is open.
     pub fn abandon(&mut self) {
         self.writer.abandon();
+        // Also of a void frame: the tree holds what was pushed last.
+        self.take_leaves(0);
         if let Some(shadow) = &mut self.shadow {
             shadow.invalidate_set(&self.touched);
         }
@@ -344,8 +416,8 @@ impl Encoder {
         }
     }
 
-    /// Leaves of the image tree, in the order of the RAM image.
-    pub fn tree(&self) -> &ImageTree {
-        &self.tree
+    /// Takes the memory of a part that was sent, for parts to come.
+    pub fn recycle(&mut self, part: Vec<u8>) {
+        self.writer.recycle(part);
     }
 }

@@ -11,6 +11,8 @@
 //! covered by blake3's promise of stability: `Cargo.toml` names the exact version, and the tests
 //! compare every number of pages with the public interface. Half the time per page with AVX-512.
 
+use std::ops::Range;
+
 use blake3::IncrementCounter;
 use blake3::platform::Platform;
 
@@ -40,6 +42,50 @@ const IV: [u32; 8] = [
 const CHUNK_START: u8 = 1;
 const CHUNK_END: u8 = 2;
 const PARENT: u8 = 4;
+
+/// Pages of a chunk that are neighbours in the image as well.
+#[derive(Debug, Clone)]
+struct Run {
+    /// Where they are in the chunk.
+    pages: Range<usize>,
+    /// Position of the first in the image.
+    index: usize,
+}
+
+/// Pages of a chunk whose leaves are wanted.
+#[derive(Default)]
+pub(super) struct Runs(Vec<Run>);
+
+impl Runs {
+    /// Adds a page behind the others; it joins the last run if it can.
+    pub fn add(&mut self, at: usize, index: usize) {
+        match self.0.last_mut() {
+            Some(run) if run.pages.end == at && run.index + run.pages.len() == index => {
+                run.pages.end += 1;
+            }
+            _ => self.0.push(Run {
+                pages: at..at + 1,
+                index,
+            }),
+        }
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> usize {
+        self.0.iter().map(|run| run.pages.len()).sum()
+    }
+
+    /// Positions and values of their leaves; `content` is the chunk's.
+    pub fn leaves(&self, content: &[[u8; PAGE_SIZE]]) -> Vec<(usize, [u8; CV])> {
+        let mut leaves = Vec::with_capacity(self.pages());
+        for run in &self.0 {
+            of_run(run.index, &content[run.pages.clone()], |index, leaf| {
+                leaves.push((index, leaf));
+            });
+        }
+        leaves
+    }
+}
 
 /// Calls `each` with position and leaf of every page; the first is at position `first` of the image.
 pub(super) fn of_run(

@@ -35,7 +35,7 @@ pub(super) struct Stored {
 }
 
 impl Manifest {
-    pub(super) fn store(&self) -> Result<Stored, EncodeError> {
+    pub(super) fn store(&self, compressor: &mut Compressor) -> Result<Stored, EncodeError> {
         let layout = postcard::to_stdvec(&self.layout).expect("a layout has no failing encoder");
         let bytes = HEAD + layout.len() + self.machine.len() + self.device_state.len();
         if bytes > MANIFEST_BYTES_MAX {
@@ -51,12 +51,19 @@ impl Manifest {
         for piece in [&layout, &self.machine, &self.device_state] {
             raw.extend_from_slice(piece);
         }
-        let mut stored = Vec::new();
-        let codec = Compressor::new().append(Codec::Zstd1, &raw, &mut stored);
+        let raw_len = raw.len() as u32;
+        let mut packed = Vec::new();
+        let (codec, bytes) = match compressor.pack(Codec::Zstd1, &raw, &mut packed) {
+            Some(len) => {
+                packed.truncate(len);
+                (Codec::Zstd1, packed)
+            }
+            None => (Codec::None, raw),
+        };
         Ok(Stored {
             codec,
-            raw_len: raw.len() as u32,
-            bytes: stored,
+            raw_len,
+            bytes,
         })
     }
 

@@ -46,7 +46,7 @@
 //! * The frame hash in the footer covers the hashes of all parts before the last; the hash of the
 //!   last part covers the footer and so names the whole frame.
 //!
-//! Who writes what: [`Encoder`] (primary) makes frames of a live guest, [`merge`] / [`Merger`]
+//! Who writes what: [`Encoder`] (primary) makes frames of a live guest, with helpers on other processors, [`merge`] / [`Merger`]
 //! (journal) makes one frame of several. [`PartView`] reads a part, [`ImageTree`] keeps the image
 //! root at both ends. A frame that is *full* depends on nothing before it.
 //!
@@ -56,6 +56,7 @@
 //!
 //! Version history: 1, the first.
 
+mod assembly;
 mod batch;
 mod bits;
 mod check;
@@ -64,6 +65,7 @@ mod encode;
 mod error;
 mod fingerprint;
 mod format;
+mod helpers;
 mod leaves;
 mod manifest;
 mod merge;
@@ -84,6 +86,7 @@ pub use fingerprint::{
     DiskFingerprints, FINGERPRINT_PAGES_MAX, Fingerprint, Fingerprints, fingerprint,
 };
 pub use format::{FORMAT_VERSION, Footer, HEADER_BYTES, PartHeader};
+pub use helpers::encoding_threads;
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
 pub use merge::{Merger, merge};
 pub use part::{Content, PageImage, PageSink, PartView, Row, RowKind};

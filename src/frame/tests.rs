@@ -2,6 +2,7 @@
 
 mod hostile;
 mod model;
+mod parallel;
 
 use std::io;
 
@@ -108,6 +109,7 @@ fn options(codec: Codec, shadow: bool) -> EncodeOptions {
         codec,
         part_bytes: PART_BYTES_MIN,
         shadow,
+        parallel: false,
     }
 }
 
@@ -159,7 +161,7 @@ fn footer_and_manifest_come_back() {
     });
     assert!(
         encoder
-            .push(&chunk(pages.map(|a| (a, noise(1))).collect()), None)
+            .push(chunk(pages.map(|a| (a, noise(1))).collect()), None)
             .is_empty()
     );
     let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
@@ -189,7 +191,7 @@ fn a_run_of_zero_pages_is_one_row() {
     let all: Vec<_> = crate::bitmap::PageSet::full(&layout).iter().collect();
     for addrs in all.chunks(64) {
         let pages = addrs.iter().map(|a| (*a, [0; PAGE_SIZE])).collect();
-        encoder.push(&chunk(pages), None);
+        encoder.push(chunk(pages), None);
     }
     let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
     let part = PartView::verify(&done.parts[0]).unwrap();
@@ -224,7 +226,7 @@ fn a_manifest_that_does_not_fit_beside_pages_gets_its_own_part() {
         large.device_state.extend_from_slice(&noise(i));
     }
     encoder.begin(start(1, 0, NO_ROOT));
-    encoder.push(&chunk(pages.map(|a| (a, noise(1))).to_vec()), None);
+    encoder.push(chunk(pages.map(|a| (a, noise(1))).to_vec()), None);
     let done = encoder.finish(&large, CAPTURED, PAUSE).unwrap();
     assert_eq!(done.parts.len(), 2);
     let mut image = Image::new(&layout);
@@ -257,7 +259,7 @@ fn batches_that_do_not_shrink_are_stored_plain() {
         .map(|i| (PageAddr::new(0, i), noise(i.into())))
         .collect();
     pages.push((PageAddr::new(1, 0), [1; PAGE_SIZE]));
-    let mut frame = encoder.push(&chunk(pages), None);
+    let mut frame = encoder.push(chunk(pages), None);
     let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
     frame.extend(done.parts);
     let overhead = done.stats.encoded_bytes as f64 / done.stats.raw_bytes as f64;
@@ -275,7 +277,7 @@ fn a_first_frame_that_does_not_cover_all_ram_is_a_bug() {
     let layout = layout(2, 1, 1);
     let mut encoder = Encoder::new(layout.clone(), options(Codec::Lz4, true)).unwrap();
     encoder.begin(start(1, 0, NO_ROOT));
-    encoder.push(&chunk(vec![(PageAddr::new(0, 0), noise(1))]), None);
+    encoder.push(chunk(vec![(PageAddr::new(0, 0), noise(1))]), None);
     let _ = encoder.finish(&manifest(&layout), CAPTURED, PAUSE);
 }
 
@@ -300,7 +302,7 @@ fn every_page_is_encoded_in_the_cheapest_way_that_is_right() {
         });
         let begin = start(epoch + 1, epoch, root);
         encoder.begin(FrameStart { full, ..begin });
-        encoder.push(&chunk(pages), Some(&set));
+        encoder.push(chunk(pages), Some(&set));
         let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
         if full {
             image = Image::new(&layout);
@@ -357,12 +359,12 @@ fn a_round_over_everything_fills_the_shadow() {
         })
     };
     encoder.begin(start(8, 7, NO_ROOT));
-    encoder.push(&chunk(content(0).to_vec()), Some(&nothing));
+    encoder.push(chunk(content(0).to_vec()), Some(&nothing));
     let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
     assert_eq!((done.stats.refreshed, done.stats.raw_bytes), (4, 0));
     assert_eq!(PartView::verify(&done.parts[0]).unwrap().rows().count(), 0);
     encoder.begin(start(9, 8, done.root));
-    encoder.push(&chunk(content(1).to_vec()), None);
+    encoder.push(chunk(content(1).to_vec()), None);
     let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
     assert_eq!((done.stats.delta, done.stats.raw), (4, 0));
 }

@@ -86,12 +86,6 @@ impl ImageTree {
         }
     }
 
-    /// Replaces the leaves of neighbouring pages, of which the first is at position `first`. Faster
-    /// than one by one. Panics outside the image.
-    pub fn set_pages(&mut self, first: usize, pages: &[[u8; PAGE_SIZE]]) {
-        leaves::of_run(first, pages, |index, cv| self.set(index, cv));
-    }
-
     /// Number of pages whose leaf was never set.
     pub fn unknown(&self) -> usize {
         self.unknown

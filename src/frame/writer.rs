@@ -1,23 +1,26 @@
 //! Builds parts: rows and batches go in, finished parts come out.
 //!
 //! ```text
-//! zero, raw, delta ─▶ rows
-//!                └──▶ open batch of the kind ─(64 KiB)─▶ compressed into the part
-//!                                                        part full ─▶ sealed ─▶ handed out
+//! zero, raw, delta ─▶ rows ─────────────────────────────────┐
+//!                └──▶ open batch of the kind ─(64 KiB)─▶ flushed ─▶ assembly: compressed, in order,
+//!                                             part full ─▶ sealed ─▶   into parts, hashed, handed out
 //! ```
 //!
 //! A row is written before the number of its batch is known (the open batches of both kinds fill at
 //! different rates); the rows of a batch get its number when it is flushed.
+//!
+//! A writer that works [`ahead`](FrameWriter::ahead) does not wait for the compressed size of a batch: the
+//! next few are filled meanwhile, and it counts as if it had not shrunk. So a part can be sealed a
+//! little earlier than it had to be. Sizes become known at places that depend on what was written alone
+//! and not on whether somebody helped, so the bytes do not either.
 
-use super::batch::{
-    BATCH_HEADER_BYTES, BATCH_RAW_MAX, BATCHES_MAX, Batch, BatchKind, Codec, Compressor,
-};
+use std::collections::VecDeque;
+
+use super::assembly::Assembly;
+use super::batch::{BATCH_HEADER_BYTES, BATCH_RAW_MAX, BATCHES_MAX, BatchKind, Codec};
 use super::error::EncodeError;
-use super::format::{
-    FOOTER_BYTES, Footer, HEADER_BYTES, PartHeader, ROW_BYTES, TRAILER_BYTES, array_at,
-    pack_trailer,
-};
-use super::manifest::{Manifest, Stored};
+use super::format::{FOOTER_BYTES, HEADER_BYTES, PartHeader, ROW_BYTES, TRAILER_BYTES, array_at};
+use super::manifest::Manifest;
 use super::part::{KIND_DELTA, KIND_RAW, KIND_ZERO, ZERO_PAGES_MAX};
 use super::{BLOCK, PART_BYTES_MAX, PART_BYTES_MIN};
 use crate::clock::Timestamp;
@@ -50,56 +53,86 @@ const PAGE_COST: usize = PAGE_SIZE + ROW_BYTES + BATCH_HEADER_BYTES;
 const POOR_BATCHES: u32 = 4;
 const PROBE_EVERY: u32 = 8;
 
+/// Most batches whose compressed size is still open. Enough for the threads that compress to have work
+/// while the next batch is filled.
+const LAG_MAX: usize = 8;
+
 #[derive(Default)]
 struct OpenBatch {
     bytes: Vec<u8>,
     /// First row that may refer to this batch.
     first_row: usize,
-    /// Batches in a row that shrank by less than 8 %.
+    /// Batches in a row that shrank by less than 8 %, of those whose size is known.
     poor: u32,
+    /// Batches that were flushed.
+    count: u32,
+}
+
+/// What was flushed, in order.
+enum Flushed {
+    /// A batch; its content is the next result of the assembly.
+    Batch { part: u32, kind: BatchKind },
+    /// The end of a part.
+    Seal { header: PartHeader, rows: Vec<u8> },
 }
 
 pub(super) struct FrameWriter {
     codec: Codec,
     part_bytes: usize,
-    compressor: Compressor,
     start: Option<FrameStart>,
     merged: bool,
-    /// The part under construction: room for the header, then batches.
-    part: Vec<u8>,
+    /// Batches of the part that is being filled, and the bytes that they take: as stored where that is
+    /// known, as filled where it is not.
     batches: u32,
+    batch_bytes: usize,
     rows: Vec<u8>,
+    spare_rows: Vec<Vec<u8>>,
     zero_pages: u64,
     open: [OpenBatch; 2],
-    done: Vec<Vec<u8>>,
-    parts: u32,
-    part_hashes: blake3::Hasher,
-    sealed_bytes: u64,
-    /// Bytes of the frame's largest part.
-    largest: usize,
+    /// Number of the part that is being filled.
+    part: u32,
+    flushed: VecDeque<Flushed>,
+    /// Batches in `flushed`, and how many there may be.
+    unsettled: usize,
+    lag: usize,
+    assembly: Assembly,
     pages: u64,
 }
 
 impl FrameWriter {
-    /// `part_bytes` is the size at which a part is sealed, brought into bounds.
+    /// `part_bytes` is the size at which a part is sealed, brought into bounds. All is done here and
+    /// now.
     pub fn new(codec: Codec, part_bytes: usize) -> Self {
         Self {
             codec,
             part_bytes: part_bytes.clamp(PART_BYTES_MIN, PART_BYTES_MAX) / BLOCK * BLOCK,
-            compressor: Compressor::new(),
             start: None,
             merged: false,
-            part: Vec::new(),
             batches: 0,
+            batch_bytes: 0,
             rows: Vec::new(),
+            spare_rows: Vec::new(),
             zero_pages: 0,
             open: Default::default(),
-            done: Vec::new(),
-            parts: 0,
-            part_hashes: blake3::Hasher::new(),
-            sealed_bytes: 0,
-            largest: 0,
+            part: 0,
+            flushed: VecDeque::new(),
+            unsettled: 0,
+            lag: 0,
+            assembly: Assembly::new(false),
             pages: 0,
+        }
+    }
+
+    /// As [`new`](Self::new), but goes on while batches are compressed; with `parallel` by helpers. What
+    /// it writes does not depend on `parallel`.
+    pub fn ahead(codec: Codec, part_bytes: usize, parallel: bool) -> Self {
+        let writer = Self::new(codec, part_bytes);
+        // What is not known yet must be a small share of the part: it counts as if it did not shrink.
+        let lag = (writer.part_bytes / BATCH_RAW_MAX / 8).min(LAG_MAX);
+        Self {
+            lag,
+            assembly: Assembly::new(parallel),
+            ..writer
         }
     }
 
@@ -124,29 +157,33 @@ impl FrameWriter {
         );
         self.start = Some(start);
         self.merged = merged;
-        self.parts = 0;
-        self.part_hashes.reset();
-        self.sealed_bytes = 0;
-        self.largest = 0;
+        self.part = 0;
         self.pages = 0;
+        self.assembly.begin();
         self.reset_part();
     }
 
-    /// Forgets the frame under construction.
+    /// Forgets the frame under construction. What helpers are at is nobody's any more.
     pub fn abandon(&mut self) {
         self.start = None;
-        self.done.clear();
+        self.flushed.clear();
+        self.unsettled = 0;
+        self.assembly.abandon();
     }
 
     /// The parts that were finished since the last call.
     pub fn take_done(&mut self) -> Vec<Vec<u8>> {
-        std::mem::take(&mut self.done)
+        self.assembly.take_done()
+    }
+
+    /// Takes the memory of a part that is not needed any more.
+    pub fn recycle(&mut self, part: Vec<u8>) {
+        self.assembly.recycle(part);
     }
 
     fn reset_part(&mut self) {
-        self.part.clear();
-        self.part.resize(HEADER_BYTES, 0);
         self.batches = 0;
+        self.batch_bytes = 0;
         self.rows.clear();
         self.zero_pages = 0;
         for open in &mut self.open {
@@ -228,7 +265,7 @@ impl FrameWriter {
             .filter(|open| !open.bytes.is_empty())
             .map(|open| open.bytes.len() + BATCH_HEADER_BYTES)
             .sum();
-        self.part.len() + open + self.rows.len() + TRAILER_BYTES
+        HEADER_BYTES + self.batch_bytes + open + self.rows.len() + TRAILER_BYTES
     }
 
     /// Seals the part if one more page might not fit.
@@ -244,7 +281,7 @@ impl FrameWriter {
                 || self.batches as usize + 2 >= BATCHES_MAX
                 || self.zero_pages >= ZERO_PAGES_MAX
             {
-                self.seal(None);
+                self.seal();
             }
         }
     }
@@ -254,28 +291,15 @@ impl FrameWriter {
         self.flush(BatchKind::Delta);
     }
 
-    /// Compresses the open batch of this kind into the part and numbers its rows.
+    /// Hands the open batch of this kind over and numbers its rows.
     fn flush(&mut self, kind: BatchKind) {
         let open = &mut self.open[kind.index()];
         if open.bytes.is_empty() {
             return;
         }
-        let probe = open.poor < POOR_BATCHES || open.poor.is_multiple_of(PROBE_EVERY);
+        let probe = open.poor < POOR_BATCHES || open.count.is_multiple_of(PROBE_EVERY);
+        open.count = open.count.wrapping_add(1);
         let codec = if probe { self.codec } else { Codec::None };
-        let at = self.part.len();
-        self.part.resize(at + BATCH_HEADER_BYTES, 0);
-        let codec = self.compressor.append(codec, &open.bytes, &mut self.part);
-        let payload = at + BATCH_HEADER_BYTES;
-        let batch = Batch {
-            codec,
-            kind,
-            raw_len: open.bytes.len() as u32,
-            len: (self.part.len() - payload) as u32,
-            at: payload as u32,
-        };
-        let poor = u64::from(batch.len) * 100 > u64::from(batch.raw_len) * 92;
-        open.poor = if poor { open.poor.wrapping_add(1) } else { 0 };
-        self.part[at..payload].copy_from_slice(&batch.pack_header());
         let tag = match kind {
             BatchKind::Raw => KIND_RAW,
             BatchKind::Delta => KIND_DELTA,
@@ -285,8 +309,38 @@ impl FrameWriter {
         for row in rows[open.first_row..].iter_mut().filter(|r| r[2] == tag) {
             row[8..10].copy_from_slice(&number.to_le_bytes());
         }
-        open.bytes.clear();
         self.batches += 1;
+        self.batch_bytes += BATCH_HEADER_BYTES + open.bytes.len();
+        self.assembly.pack(codec, &mut open.bytes);
+        let part = self.part;
+        self.flushed.push_back(Flushed::Batch { part, kind });
+        self.unsettled += 1;
+        self.settle(self.lag);
+    }
+
+    /// Puts flushed batches, up to the newest `keep`, into their parts. Only here the sizes of batches
+    /// become known, so that what is made of them does not depend on who was faster.
+    fn settle(&mut self, keep: usize) {
+        while self.unsettled > keep || matches!(self.flushed.front(), Some(Flushed::Seal { .. })) {
+            match self.flushed.pop_front() {
+                Some(Flushed::Batch { part, kind }) => {
+                    self.unsettled -= 1;
+                    let (raw, stored) = self.assembly.append(kind);
+                    let open = &mut self.open[kind.index()];
+                    let poor = stored as u64 * 100 > raw as u64 * 92;
+                    open.poor = if poor { open.poor.saturating_add(1) } else { 0 };
+                    if part == self.part {
+                        self.batch_bytes -= raw - stored;
+                    }
+                }
+                Some(Flushed::Seal { header, mut rows }) => {
+                    self.assembly.seal(header, &rows);
+                    rows.clear();
+                    self.spare_rows.push(rows);
+                }
+                None => return,
+            }
+        }
     }
 }
 
@@ -303,71 +357,54 @@ impl FrameWriter {
     /// still open: abandon it. Returns the bytes and pages of the frame.
     pub fn finish(&mut self, ending: &Ending<'_>) -> Result<(u64, u64), EncodeError> {
         assert!(self.start.is_some(), "no frame was begun");
-        let stored = ending.manifest.store()?;
+        let stored = self.assembly.store(ending.manifest)?;
         self.flush_all();
+        self.settle(0);
         // A manifest that does not fit gets a part of its own, which may be over the wished size.
         let need = self.projected() + stored.bytes.len() + FOOTER_BYTES;
         if need > self.part_bytes && !self.rows.is_empty() {
-            self.seal(None);
+            self.seal();
         }
-        self.seal(Some((ending, stored)));
+        let header = self.header(true);
+        let bytes = self
+            .assembly
+            .seal_last(header, &self.rows, &stored, ending, self.pages);
         self.start = None;
-        Ok((self.sealed_bytes, self.pages))
+        Ok((bytes, self.pages))
     }
 
-    fn seal(&mut self, last: Option<(&Ending<'_>, Stored)>) {
+    /// Ends the part that is being filled; another one is begun. All its batches are flushed.
+    fn seal(&mut self) {
+        let header = self.header(false);
+        let next = self.spare_rows.pop().unwrap_or_default();
+        let rows = std::mem::replace(&mut self.rows, next);
+        self.flushed.push_back(Flushed::Seal { header, rows });
+        self.part += 1;
+        self.reset_part();
+        self.settle(self.lag);
+    }
+
+    /// Of the part that is being filled; sizes come later.
+    fn header(&self, last: bool) -> PartHeader {
         let start = self.start.as_ref().expect("a frame was begun");
-        let mut header = PartHeader {
+        PartHeader {
             guest: start.guest.clone(),
             journal: start.journal,
             generation: start.generation,
             epoch: start.epoch,
             prev_epoch: start.prev_epoch,
             parent_root: start.parent_root,
-            part: self.parts,
-            last: last.is_some(),
+            part: self.part,
+            last,
             full: start.full,
             merged: self.merged,
             rows: (self.rows.len() / ROW_BYTES) as u32,
             batches: self.batches,
-            batch_bytes: (self.part.len() - HEADER_BYTES) as u32,
+            batch_bytes: 0,
             manifest_len: 0,
             manifest_raw_len: 0,
             manifest_codec: Codec::None,
             part_bytes: 0,
-        };
-        self.part.extend_from_slice(&self.rows);
-        if let Some((_, stored)) = &last {
-            header.manifest_len = stored.bytes.len() as u32;
-            header.manifest_raw_len = stored.raw_len;
-            header.manifest_codec = stored.codec;
-            self.part.extend_from_slice(&stored.bytes);
         }
-        header.seal_size();
-        self.sealed_bytes += u64::from(header.part_bytes);
-        self.parts += 1;
-        if let Some((ending, _)) = &last {
-            let footer = Footer {
-                captured_at: ending.captured_at,
-                pause_ns: ending.pause_ns,
-                pages: self.pages,
-                frame_bytes: self.sealed_bytes,
-                root: ending.root,
-                frame_hash: *self.part_hashes.finalize().as_bytes(),
-                parts: self.parts,
-            };
-            self.part.extend_from_slice(&footer.pack());
-        }
-        self.part[..HEADER_BYTES].copy_from_slice(&header.pack());
-        let hash = *blake3::hash(&self.part).as_bytes();
-        self.part_hashes.update(&hash);
-        self.part.extend_from_slice(&pack_trailer(&header, &hash));
-        self.part.resize(header.part_bytes as usize, 0);
-        // The next part will be about as large as the largest of this frame; a little over it must
-        // not move megabytes.
-        self.largest = self.largest.max(self.part.len());
-        let next = Vec::with_capacity(self.largest + self.largest / 8);
-        self.done.push(std::mem::replace(&mut self.part, next));
-        self.reset_part();
     }
 }

@@ -7,6 +7,10 @@
 //!     └── reset(lost) ─┴── from anywhere: void frame, lost frames ───┘
 //! ```
 //!
+//! The thread that has a piece of work is the encoder's own; on hosts with several processors it has
+//! helpers, which nobody here knows of: they work for the encoder alone, and a reset drops what they are
+//! at with the frame.
+//!
 //! Work that was handed to a thread is done even when the session that wanted it is gone: perhaps
 //! after the reset, perhaps in the middle of the next frame. So every piece carries the ticket it was
 //! handed over with, and `reset` draws a new one: work with an old ticket does nothing. What late work
@@ -101,21 +105,24 @@ impl Coder {
         self.open.as_mut().expect("a frame is open").union(pages);
     }
 
-    /// Encodes content; see [`Encoder::push`] and [`Encoder::push_unlike`]. A codec is for this content and what follows.
+    /// Encodes content; see [`Encoder::push`] and [`Encoder::push_unlike`]. A codec is for this content and what
+    /// follows; `spent` is memory of parts that were sent.
     pub(super) async fn push(
         &self,
         chunk: Chunk,
         ship: Ship,
         codec: Option<Codec>,
+        spent: Vec<Vec<u8>>,
     ) -> Vec<Vec<u8>> {
         self.work(move |encoder| {
+            spent.into_iter().for_each(|part| encoder.recycle(part));
             if let Some(codec) = codec {
                 encoder.set_codec(codec);
             }
             match &ship {
-                Ship::All => encoder.push(&chunk, None),
-                Ship::Only(pages) => encoder.push(&chunk, Some(pages)),
-                Ship::Unlike(known) => encoder.push_unlike(&chunk, known),
+                Ship::All => encoder.push(chunk, None),
+                Ship::Only(pages) => encoder.push(chunk, Some(pages)),
+                Ship::Unlike(known) => encoder.push_unlike(chunk, known),
             }
         })
         .await
@@ -160,7 +167,7 @@ mod tests {
 
     use super::*;
     use crate::clock::SystemClock;
-    use crate::frame::EncodeOptions;
+    use crate::frame::{EncodeOptions, FrameCheck, PartView};
     use crate::ids::{Epoch, Generation, ImageRoot, JournalId};
     use crate::page::{PAGE_SIZE, PageAddr, Region, RegionKind};
 
@@ -199,6 +206,66 @@ mod tests {
             .poll(&mut Context::from_waker(Waker::noop()));
     }
 
+    /// A session that ends while helpers are at its frame takes nothing into the next one.
+    #[tokio::test]
+    async fn a_reset_amid_parallel_work_leaves_nothing_behind() {
+        const PAGES: u32 = 512;
+        let layout = Layout::try_from(vec![Region {
+            kind: RegionKind::Ram { gpa: 0 },
+            pages: PAGES,
+        }])
+        .unwrap();
+        let options = EncodeOptions {
+            parallel: true,
+            ..EncodeOptions::default()
+        };
+        let encoder = Encoder::new(layout.clone(), options).unwrap();
+        let mut coder = Coder::new(Env::system(), encoder);
+        let all = PageSet::full(&layout);
+        let content = |seed: u8| -> Vec<u8> {
+            let byte = |i: usize| (i / 9 * 31) as u8 ^ (i >> 12) as u8 ^ seed;
+            (0..PAGES as usize * PAGE_SIZE).map(byte).collect()
+        };
+        let chunks = |content: &[u8]| -> Vec<Chunk> {
+            let pieces = (0..).step_by(64).zip(content.chunks(64 * PAGE_SIZE));
+            let chunk = |(first, bytes): (u32, &[u8])| Chunk {
+                pages: (first..first + 64).map(|p| PageAddr::new(0, p)).collect(),
+                memory: Box::new(bytes.to_vec()),
+            };
+            pieces.map(chunk).collect()
+        };
+        let ship = || Ship::All;
+        for round in 0..20u8 {
+            coder.begin(start(1, true), false).await;
+            coder.add(&all);
+            for chunk in chunks(&content(round)).into_iter().take(3) {
+                coder.push(chunk, ship(), None, vec![]).await;
+            }
+            if round.is_multiple_of(2) {
+                let chunk = chunks(&content(round)).remove(3);
+                drop_midway(coder.push(chunk, ship(), None, vec![]));
+            }
+            coder.reset(vec![]).await;
+
+            coder.begin(start(1, true), false).await;
+            coder.add(&all);
+            let wanted = content(round ^ 0x80);
+            let mut parts = vec![];
+            for chunk in chunks(&wanted) {
+                parts.extend(coder.push(chunk, ship(), None, vec![]).await);
+            }
+            let end = (manifest(&layout), Timestamp(1), Duration::ZERO);
+            let (done, _) = coder.finish(end.0, end.1, end.2).await.unwrap();
+            assert_eq!(done.root.0, *blake3::hash(&wanted).as_bytes());
+            parts.extend(done.parts);
+            let mut check = FrameCheck::new();
+            for part in &parts {
+                check.add(&PartView::verify(part).unwrap()).unwrap();
+            }
+            assert_eq!(check.finish().unwrap().root, done.root);
+        }
+    }
+
     /// Late work does nothing to the frame after the reset, and a frame that was finished for nobody
     /// leaves no shadow behind.
     #[tokio::test(start_paused = true)]
@@ -225,8 +292,8 @@ mod tests {
             let all = PageSet::full(&layout);
             coder.begin(start(1, true), false).await;
             coder.add(&all);
-            coder.push(page(0, 1), Ship::All, None).await;
-            coder.push(page(1, 1), Ship::All, None).await;
+            coder.push(page(0, 1), Ship::All, None, vec![]).await;
+            coder.push(page(1, 1), Ship::All, None, vec![]).await;
             let manifest = || manifest(&layout);
             let now = Timestamp(1);
             let (first, pages) = coder.finish(manifest(), now, Duration::ZERO).await.unwrap();
@@ -237,7 +304,7 @@ mod tests {
             drop_midway(coder.begin(start(2, false), false));
             if lag == 0 {
                 coder.add(&all);
-                coder.push(page(0, 2), Ship::All, None).await;
+                coder.push(page(0, 2), Ship::All, None, vec![]).await;
                 drop_midway(coder.finish(manifest(), now, Duration::ZERO));
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
@@ -247,7 +314,7 @@ mod tests {
             coder.begin(start(3, false), false).await;
             tokio::time::sleep(Duration::from_millis(20)).await;
             coder.add(&all);
-            coder.push(page(0, 2), Ship::All, None).await;
+            coder.push(page(0, 2), Ship::All, None, vec![]).await;
             let (third, _) = coder.finish(manifest(), now, Duration::ZERO).await.unwrap();
             assert_eq!(third.stats.same, 0, "the standby does not have that page");
         }

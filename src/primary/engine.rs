@@ -94,6 +94,7 @@ impl<G: Guest> Engine<G> {
                 Compression::Auto => Codec::Lz4,
             },
             shadow: options.shadow,
+            parallel: env.has_threads(),
             ..EncodeOptions::default()
         };
         let layout = &guest.info().layout;

@@ -350,7 +350,9 @@ impl<G: Guest> Builder<'_, G> {
             };
             done += chunk.pages.len() as u64;
             let codec = self.codec();
-            let parts = self.engine.coder.push(chunk, ship.clone(), codec).await;
+            let spent = self.queue.take_spent();
+            let coder = &self.engine.coder;
+            let parts = coder.push(chunk, ship.clone(), codec, spent).await;
             parts
                 .into_iter()
                 .for_each(|part| self.queue.push(ToStandby::Part(part)));

@@ -27,7 +27,12 @@ struct State {
     bytes: usize,
     /// Size of the message being sent.
     sending: usize,
+    /// Memory of parts that were sent, for parts to come.
+    spent: Vec<Vec<u8>>,
 }
+
+/// Most parts whose memory waits for the next ones.
+const SPENT_MAX: usize = 2;
 
 fn size(message: &ToStandby) -> usize {
     match message {
@@ -70,6 +75,19 @@ impl SendQueue {
         state.messages.push_back(message);
         drop(state);
         self.filled.notify_one();
+    }
+
+    /// Gives back the memory of a part that was sent.
+    pub(super) fn give_back(&self, part: Vec<u8>) {
+        let mut state = self.lock();
+        if state.spent.len() < SPENT_MAX {
+            state.spent.push(part);
+        }
+    }
+
+    /// The memory that was given back.
+    pub(super) fn take_spent(&self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.lock().spent)
     }
 
     /// Waits until at least `bytes` (at most the bound) may be put in.
@@ -116,6 +134,19 @@ mod tests {
         assert!(matches!(queue.next().await, ToStandby::Part(_)));
         assert_eq!((queue.bytes(), queue.free()), (4096, 4096));
         assert!(matches!(queue.next().await, ToStandby::Abandon { .. }));
+        assert_eq!(queue.bytes(), 0);
+    }
+
+    #[test]
+    fn some_memory_of_sent_parts_waits_for_the_next() {
+        let queue = SendQueue::new(4096);
+        assert!(queue.take_spent().is_empty());
+        for byte in 0..5 {
+            queue.give_back(vec![byte; 8]);
+        }
+        assert_eq!(queue.take_spent(), [[0; 8], [1; 8]]);
+        assert!(queue.take_spent().is_empty());
+        // It is in nobody's way.
         assert_eq!(queue.bytes(), 0);
     }
 

@@ -263,6 +263,9 @@ async fn send(tx: &mut impl LinkTx<ToStandby>, queue: &SendQueue) -> SessionEnd 
         if let Err(error) = tx.send(message).await {
             return error.into();
         }
+        while let Some(part) = tx.spent() {
+            queue.give_back(part);
+        }
     }
 }
 

@@ -113,7 +113,7 @@ impl World {
             pages: indexes.iter().map(|index| addr(*index)).collect(),
             memory: Box::new(memory),
         };
-        let mut parts = self.encoder.push(&chunk, None);
+        let mut parts = self.encoder.push(chunk, None);
         let manifest = Manifest {
             layout: self.layout.clone(),
             machine: Vec::new(),

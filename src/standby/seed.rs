@@ -225,7 +225,7 @@ mod tests {
             let content = |n: usize| vec![if n.is_multiple_of(3) { 0 } else { n as u8 }; PAGE_SIZE];
             let memory: Vec<u8> = (0..pages.len()).flat_map(content).collect();
             let memory = Box::new(memory);
-            encoder.push(&Chunk { pages, memory }, None);
+            encoder.push(Chunk { pages, memory }, None);
         }
         let manifest = Manifest {
             layout: layout(),

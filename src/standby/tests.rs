@@ -55,7 +55,7 @@ fn frame_of(
         memory: Box::new(vec![1; PAGES as usize * PAGE_SIZE]),
     };
     let nothing = PageSet::new(&layout());
-    let mut parts = encoder.push(&chunk, (!honest).then_some(&nothing));
+    let mut parts = encoder.push(chunk, (!honest).then_some(&nothing));
     let manifest = Manifest {
         layout: layout(),
         machine: Vec::new(),

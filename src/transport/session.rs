@@ -63,6 +63,7 @@ struct Over {
 /// The sending half of a link.
 pub struct TlsTx<M> {
     queue: mpsc::Sender<Encoded>,
+    spent: mpsc::Receiver<Vec<u8>>,
     over: watch::Receiver<Over>,
     stats: Arc<LinkStats>,
     message: PhantomData<fn(M)>,
@@ -98,6 +99,10 @@ impl<M: Message> LinkTx<M> for TlsTx<M> {
             let why = over.reader.clone().or_else(|| over.writer.clone());
             why.unwrap_or(LinkError::Closed)
         })
+    }
+
+    fn spent(&mut self) -> Option<Vec<u8>> {
+        self.spent.try_recv().ok()
     }
 }
 
@@ -147,6 +152,7 @@ where
     let (in_tx, in_rx) = mpsc::channel(In::QUEUE);
     let (pong_tx, pong_rx) = mpsc::channel(PONGS);
     let (spare_tx, spare_rx) = mpsc::channel(SPARES);
+    let (spent_tx, spent_rx) = mpsc::channel(SPARES);
     let Context {
         times,
         env,
@@ -165,6 +171,7 @@ where
     let writer = Writer {
         stream: write,
         pongs: pong_rx,
+        spent: spent_tx,
         keepalive: times.keepalive,
         env,
         stats: stats.clone(),
@@ -174,6 +181,7 @@ where
     tokio::spawn(writer.run::<Out>(out_rx, over));
     let tx = TlsTx {
         queue: out_tx,
+        spent: spent_rx,
         over: over_rx.clone(),
         stats: stats.clone(),
         message: PhantomData,
@@ -319,6 +327,7 @@ async fn alive<T>(
 struct Writer<S> {
     stream: WriteHalf<S>,
     pongs: mpsc::Receiver<u64>,
+    spent: mpsc::Sender<Vec<u8>>,
     keepalive: Duration,
     env: Env,
     stats: Arc<LinkStats>,
@@ -367,6 +376,10 @@ impl<S: AsyncRead + AsyncWrite> Writer<S> {
             };
             if let Err(error) = self.write(&encoded, queue.is_empty()).await {
                 return failure::of_link(&error);
+            }
+            if encoded.body.capacity() >= SPARE_BYTES_MIN {
+                // Full: nobody asks for it.
+                let _ = self.spent.try_send(encoded.body);
             }
         }
         // Everything was written; the end may fail as it likes.

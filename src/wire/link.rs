@@ -24,6 +24,11 @@ pub trait LinkTx<M>: Send + 'static {
     /// Queues a message. If the future is dropped, the message was either queued whole or not at
     /// all. After an error other than [`LinkError::Unsendable`] every further call fails too.
     fn send(&mut self, message: M) -> impl Future<Output = Result<(), LinkError>> + Send;
+
+    /// The memory of a part that was sent, for a part to come. A link may give none back.
+    fn spent(&mut self) -> Option<Vec<u8>> {
+        None
+    }
 }
 
 /// The receiving half of a link.

@@ -16,8 +16,9 @@
 //!
 //! Everything that is measured is the product's own code behind its public types. A measurement and
 //! its limit take turns, sample by sample, so that their ratio means something on a machine that does
-//! other work besides; absolute figures on such a machine do not. What is pure computation (copying,
-//! hashing, encoding) is measured in processor time of its thread.
+//! other work besides; absolute figures on such a machine do not. What is pure computation in one thread
+//! (copying, hashing) is measured in its processor time; encoding, at which several threads are, and
+//! the copy beside it by the clock.
 //!
 //! Document `lifeboat.bench/v1`:
 //!

@@ -5,6 +5,8 @@
 //!   Set     which pages are dirty: runs of 1 to 8 with gaps, as allocators and heaps leave them
 //! ```
 
+use std::sync::Arc;
+
 use crate::guest::Chunk;
 use crate::page::{Layout, PAGE_SIZE, PageAddr, Region, RegionKind};
 use crate::vmm::staging::SLOT_PAGES;
@@ -83,14 +85,16 @@ pub(super) fn edit(page: &mut [u8], numbers: &mut Numbers) {
 
 /// The pages as the guest's process hands them out: up to one staging slot at a time. `content` is
 /// theirs, one after the other.
-pub(super) fn chunks(pages: &[u32], content: &[u8]) -> Vec<Chunk> {
+pub(super) fn chunks(pages: &[u32], content: &[u8]) -> Vec<Arc<Chunk>> {
     let pieces = pages
         .chunks(SLOT_PAGES)
         .zip(content.chunks(SLOT_PAGES * PAGE_SIZE));
     pieces
-        .map(|(pages, content)| Chunk {
-            pages: pages.iter().map(|page| PageAddr::new(0, *page)).collect(),
-            memory: Box::new(content.to_vec()),
+        .map(|(pages, content)| {
+            Arc::new(Chunk {
+                pages: pages.iter().map(|page| PageAddr::new(0, *page)).collect(),
+                memory: Box::new(content.to_vec()),
+            })
         })
         .collect()
 }

@@ -107,7 +107,7 @@ async fn take(
 ) -> Result<(SeedWriter, u64), ApiError> {
     while let Some(chunk) = guest.next_chunk().await.map_err(failed)? {
         done += chunk.pages.len() as u64;
-        let pushing = env.offload(move || writer.push(&chunk).map(|()| writer));
+        let pushing = env.offload(move || writer.push(chunk).map(|()| writer));
         writer = pushing.await?;
         run.progress(done.min(total), total, ProgressUnit::Pages);
     }
@@ -135,7 +135,7 @@ pub(super) fn point(copy: &Shared, guest: &GuestId, file: &Path, run: &RunHandle
                 view.read_page(*addr, content).map_err(failed)?;
             }
             let memory = Box::new(memory);
-            writer.push(&Chunk { pages, memory })?;
+            writer.push(Chunk { pages, memory })?;
             first += count;
             done += u64::from(count);
             run.progress(done, total, ProgressUnit::Pages);

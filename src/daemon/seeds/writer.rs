@@ -67,6 +67,7 @@ impl SeedWriter {
             codec: Codec::Zstd1,
             part_bytes: PART_BYTES,
             shadow: false,
+            parallel: true,
         };
         let mut encoder = Encoder::new(layout, options).map_err(failed)?;
         encoder.begin(FrameStart {
@@ -99,9 +100,13 @@ impl SeedWriter {
     }
 
     /// Adds pages; of two for the same address the later one counts.
-    pub fn push(&mut self, chunk: &Chunk) -> Result<(), ApiError> {
+    pub fn push(&mut self, chunk: Chunk) -> Result<(), ApiError> {
         let parts = self.encoder.push(chunk, None);
-        self.write(&parts)
+        self.write(&parts)?;
+        parts
+            .into_iter()
+            .for_each(|part| self.encoder.recycle(part));
+        Ok(())
     }
 
     /// All is there: the seed is made durable, and gets its name.

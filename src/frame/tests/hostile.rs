@@ -21,7 +21,7 @@ fn small_frame() -> (Vec<u8>, Image, Image) {
     encoder.begin(start(1, 0, NO_ROOT));
     let text = |i: u16| -> Page { std::array::from_fn(|k| (k / 40 + usize::from(i)) as u8) };
     let all = addrs.map(|(r, p)| (PageAddr::new(r, p), text(p as u16)));
-    encoder.push(&chunk(all.to_vec()), None);
+    encoder.push(chunk(all.to_vec()), None);
     let first = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
     apply_frame(&first.parts, &layout, &mut image);
     let before = image.clone();
@@ -35,7 +35,7 @@ fn small_frame() -> (Vec<u8>, Image, Image) {
         (PageAddr::new(0, 2), [0; PAGE_SIZE]),
         (PageAddr::new(2, 1), text(3)),
     ];
-    encoder.push(&chunk(pages), None);
+    encoder.push(chunk(pages), None);
     let mut done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
     apply_frame(&done.parts, &layout, &mut image);
     assert_eq!(done.parts.len(), 1);
@@ -51,7 +51,7 @@ fn large_frame() -> Vec<Vec<u8>> {
         .map(|i| (PageAddr::new(0, i), noise(i.into())))
         .collect();
     pages.push((PageAddr::new(1, 0), [0; PAGE_SIZE]));
-    let mut frame = encoder.push(&chunk(pages), None);
+    let mut frame = encoder.push(chunk(pages), None);
     let done = encoder.finish(&manifest(&layout), CAPTURED, PAUSE).unwrap();
     frame.extend(done.parts);
     assert_eq!(frame.len(), 3);

@@ -125,7 +125,7 @@ impl World {
         let addrs: Vec<_> = pages.iter().collect();
         for addrs in addrs.chunks(7) {
             let content = addrs.iter().map(|a| (*a, *self.guest.page(*a))).collect();
-            frame.extend(self.encoder.push(&chunk(content), ship));
+            frame.extend(self.encoder.push(chunk(content), ship));
         }
     }
 

@@ -164,7 +164,7 @@ impl Primary {
         let options = EncodeOptions {
             codec: self.codec,
             part_bytes: 0,
-            shadow: true,
+            ..EncodeOptions::default()
         };
         let encoder = self
             .encoder
@@ -181,10 +181,10 @@ impl Primary {
         let mut parts = Vec::new();
         let all: Vec<usize> = (0..PAGES).collect();
         if fresh && !full {
-            parts.extend(encoder.push(&chunk(old, &all), Some(&PageSet::new(&layout()))));
+            parts.extend(encoder.push(chunk(old, &all), Some(&PageSet::new(&layout()))));
         }
         let pages = if full { &all[..] } else { changed };
-        parts.extend(encoder.push(&chunk(new, pages), None));
+        parts.extend(encoder.push(chunk(new, pages), None));
         let finished = encoder
             .finish(&manifest(start.epoch), at, Duration::from_millis(1))
             .unwrap();

@@ -121,6 +121,36 @@ async fn a_slow_role_is_not_taken_for_a_dead_peer_and_bounds_the_sender() {
     drop(sender.await.unwrap());
 }
 
+/// The memory of a part comes back when it is written; that of small messages is not worth it, and of
+/// many parts only some are kept.
+#[tokio::test(start_paused = true)]
+async fn the_memory_of_sent_parts_comes_back() {
+    let ((mut tx, _rx), (_tx2, mut rx2)) = both(1 << 16);
+    assert_eq!(tx.spent(), None);
+    for round in 1..10u8 {
+        let part = vec![round; 1 << 20];
+        let memory = part.as_ptr();
+        tx.send(ToStandby::Part(part)).await.unwrap();
+        tx.send(ToStandby::Part(vec![0; 4096])).await.unwrap();
+        rx2.recv().await.unwrap();
+        rx2.recv().await.unwrap();
+        // Behind the second part nothing of the first is wanted any more.
+        tx.send(ToStandby::Part(vec![0; 4096])).await.unwrap();
+        rx2.recv().await.unwrap();
+        let spent = tx.spent().expect("it was written");
+        assert_eq!((spent.as_ptr(), spent.len()), (memory, 1 << 20));
+        assert_eq!(tx.spent(), None);
+    }
+    for _ in 0..10 {
+        tx.send(ToStandby::Part(vec![1; 1 << 20])).await.unwrap();
+        rx2.recv().await.unwrap();
+    }
+    tx.send(ToStandby::Close).await.unwrap();
+    rx2.recv().await.unwrap();
+    let kept = std::iter::from_fn(|| tx.spent()).count();
+    assert_eq!(kept, 2);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_stuck_write_ends_with_the_dead_peer() {
     // The far end takes 1000 bytes and then nothing more, and says nothing.
