@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::context::SiteContext;
@@ -282,24 +283,42 @@ impl Takeover {
         point: Epoch,
         offered: Generation,
     ) -> Result<bool, ApiError> {
+        let since = Instant::now();
         let copy = self.copy.clone();
         let known = self
             .site
             .env
             .offload(move || lock(&copy).journal().generation());
-        let next = self.promote(run, point, known.await).await?;
+        let known = known.await;
+        // What waits warm gets the rest of it while the promotion is recorded. Nothing else may be begun
+        // before the record: it is what keeps others from the copy.
+        let catching_up = self.site.warms.catch_up(&self.guest, point);
+        let (next, ()) = tokio::join!(self.promote(run, point, known), catching_up);
+        let next = next?;
         if next != offered {
             let text = format!("generation {offered} was offered, {next} is the next one here");
             return Err(failed(text));
         }
+        let promoted = Instant::now();
         let copy = self.copy.clone();
         let claiming = self.site.env.offload(move || lock(&copy).claim(point));
         let promotion = claiming.await?;
+        let claimed = Instant::now();
         // Nothing runs before it; what the guest will run in is made meanwhile.
         let copy = self.copy.clone();
         let raising = self.site.env.offload(move || lock(&copy).raise(offered));
         let raised = async { Ok(raising.await?) };
-        self.resume_from(run, promotion, offered, raised).await
+        let taken = self.resume_from(run, promotion, offered, raised).await;
+        let ms = |from: Instant, to: Instant| (to - from).as_micros() as f64 / 1e3;
+        tracing::info!(
+            guest = %self.guest,
+            promoted_ms = ms(since, promoted),
+            claimed_ms = ms(promoted, claimed),
+            resumed_ms = ms(claimed, Instant::now()),
+            taken = taken.is_ok(),
+            "the guest that was offered is dealt with"
+        );
+        taken
     }
 
     /// Records the promotion; its generation is above this one.
@@ -346,54 +365,70 @@ impl Takeover {
         generation: Generation,
         first: impl Future<Output = Result<(), ApiError>>,
     ) -> Result<bool, ApiError> {
-        run.step("materialise");
         let source = Source {
             point: promotion.point.epoch,
             manifest: promotion.manifest,
             ram: promotion.image.fd(),
         };
-        let made = async {
-            match self.fed(run, &source, generation).await? {
-                Some(fed) => Ok::<_, ApiError>((fed, true)),
-                None => {
-                    let made = self.materialise(&source, generation).await?;
-                    Ok((made, false))
-                }
-            }
+        let (allow, allowed) = watch::channel(false);
+        let deciding = async move {
+            first.await?;
+            allow.send_replace(true);
+            Ok(())
         };
-        let (from, warm) = match tokio::join!(first, made) {
-            (Ok(()), made) => made?,
-            (Err(error), Ok((made, _))) => {
-                made.end().await;
-                return Err(error);
-            }
-            (Err(error), Err(_)) => return Err(error),
-        };
-        run.step("resume");
-        let error = match self.run_from(from).await {
-            Ok(runs) => {
-                if warm {
-                    run.detail("in the process that waited warm");
-                }
-                return Ok(runs);
-            }
-            Err(error) => error,
-        };
-        if !warm {
-            return Err(error);
-        }
-        // It is gone, the point is as it was, and so is the record.
-        tracing::warn!(guest = %self.guest, %error, "the process that waited warm could not resume the guest");
-        run.detail(format!("not in the process that waited warm: {error}"));
-        run.step("materialise");
-        let from = self.materialise(&source, generation).await?;
-        run.step("resume");
-        self.run_from(from).await
+        let resuming = self.resume_once_allowed(run, &source, generation, allowed);
+        let (decided, resumed) = tokio::join!(deciding, resuming);
+        // The guest has its memory; this is only our view of it, which takes a while to be unmapped.
+        let env = self.site.env.clone();
+        tokio::spawn(async move { env.offload(move || drop(promotion.image)).await });
+        decided.and(resumed)
     }
 
-    async fn run_from(&self, from: Materialised) -> Result<bool, ApiError> {
-        let order = |reply| Order::Resume(Box::new(Resume { from, reply }));
-        self.handle.ask(order).await
+    async fn resume_once_allowed(
+        &self,
+        run: &RunHandle,
+        source: &Source,
+        generation: Generation,
+        allowed: watch::Receiver<bool>,
+    ) -> Result<bool, ApiError> {
+        run.step("materialise");
+        let fed = self.fed(run, source, generation).await?;
+        if let Some(from) = fed {
+            run.step("resume");
+            let error = match self.run_from(from, allowed.clone()).await {
+                Ok(runs) => {
+                    run.detail("in the process that waited warm");
+                    return Ok(runs);
+                }
+                Err(error) => error,
+            };
+            // Whoever allows it is gone: it was not for the process.
+            if !*allowed.borrow() && allowed.has_changed().is_err() {
+                return Err(error);
+            }
+            // It is gone, the point is as it was, and so is the record.
+            tracing::warn!(guest = %self.guest, %error, "the process that waited warm could not resume the guest");
+            run.detail(format!("not in the process that waited warm: {error}"));
+            run.step("materialise");
+        }
+        let from = self.materialise(source, generation).await?;
+        run.step("resume");
+        self.run_from(from, allowed).await
+    }
+
+    async fn run_from(
+        &self,
+        from: Materialised,
+        allowed: watch::Receiver<bool>,
+    ) -> Result<bool, ApiError> {
+        let resume = |reply| Resume {
+            from,
+            allowed,
+            reply,
+        };
+        self.handle
+            .ask(|reply| Order::Resume(Box::new(resume(reply))))
+            .await
     }
 
     /// What waits warm for the guest, if it has this point of this machine, and the networks that are

@@ -123,7 +123,9 @@ impl Supervisor {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if let Some(machine) = self.unremembered.take() {
-                leftover::remember(&self.site.state_dir, &self.guest, &machine);
+                let (state_dir, guest) = (self.site.state_dir.clone(), self.guest.clone());
+                let noting = move || leftover::remember(&state_dir, &guest, &machine);
+                self.site.env.offload(noting).await;
             }
             tokio::select! {
                 order = inbox.recv() => match order {
@@ -332,7 +334,7 @@ impl Supervisor {
                 drop(reply.send(self.promote(point, above)));
             }
             Order::Resume(resume) => {
-                let resumed = self.resume(resume.from).await;
+                let resumed = self.resume(resume.from, resume.allowed).await;
                 drop(resume.reply.send(resumed));
             }
             Order::Fence {
