@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::hardware::Hardware;
-use super::promotion::machine;
+use super::placing::machine;
 use super::qemu::{self, Leashed};
 use super::standbys::{Shared, lock};
 use crate::clock::Env;

@@ -51,6 +51,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
 /// How long a failover waits for one that has more to be fed.
 const TAKE_WITHIN: Duration = Duration::from_secs(5);
+/// How long it is waited for one before it is taken.
+const CATCH_UP_WITHIN: Duration = Duration::from_secs(1);
 /// How long one may take to be filled before a guest is moved into it, and how long it waits for it then.
 const FILLED_WITHIN: Duration = Duration::from_secs(600);
 /// How long it is waited for one to be begun at all: what forbids it is not told by anybody.
@@ -151,7 +153,7 @@ impl Warms {
             }
         };
         // One that is slow is asked again when it is taken, and given up then.
-        let _ = timeout(TAKE_WITHIN, asking).await;
+        let _ = timeout(CATCH_UP_WITHIN, asking).await;
     }
 
     /// Takes what waits for the guest, if it gets to this point in time. Otherwise nothing is left, and the

@@ -360,12 +360,22 @@ impl Supervisor {
             return Ok(false);
         }
         let site = self.site.clone();
-        let ready = hardware::ready(&site, &self.guest, &hardware, state, memory, process).await;
+        let ready = hardware::ready(&site, &self.guest, &hardware, state, memory, process);
+        let next = self.about_to_resume(&record, before.as_ref());
+        let (state_dir, guest, written) =
+            (site.state_dir.clone(), self.guest.clone(), next.clone());
+        let staging = site
+            .env
+            .offload(move || record::stage(&state_dir, &guest, &written));
+        let (ready, staged) = tokio::join!(ready, staging);
         let ready = ready.map_err(failed)?;
         let restored = Instant::now();
         // It stands still until the record says that it may run here.
         let recorded = match is_allowed(&mut allowed).await {
-            Ok(()) => self.save(self.about_to_resume(&record, before.as_ref())),
+            Ok(()) => match staged {
+                Ok(staged) => self.save_staged(next, staged),
+                Err(error) => Err(failed(error)),
+            },
             Err(error) => {
                 ready.end().await;
                 return Err(error);
