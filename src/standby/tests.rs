@@ -182,3 +182,18 @@ fn a_follower_is_told_of_durable_epochs_alone() {
     drop(replica);
     assert!(matches!(last.try_next(), Some(Err(Lost::Closed))));
 }
+
+/// Whoever has the memory already is told of disks alone; a promotion finds the manifest at hand.
+#[test]
+fn a_follower_without_memory_is_told_of_no_page_of_it() {
+    let (mut replica, session, opened) = copy();
+    let first = durable(take(&mut replica, session, frame(&opened, 1, None, true)));
+    let (_, mut follower) = replica.follow(PAGE_SIZE, false).unwrap();
+    let next = frame(&opened, 2, Some(&first), true);
+    let second = durable(take(&mut replica, session, next));
+    let told = follower.try_next().unwrap().unwrap();
+    assert_eq!((told.epoch, told.pages().count()), (second.epoch, 0));
+    let stored = replica.journal().manifest(second.epoch).unwrap();
+    let promotion = replica.claim(second.epoch).unwrap();
+    assert_eq!((promotion.manifest, promotion.point), (stored, second));
+}
