@@ -2,18 +2,38 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Replaces `path` with `bytes`, durably. A crash leaves the old file or the new one, never a part.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    stage(path, bytes)?.commit()
+}
+
+/// A file's new content, on stable storage beside it. Dropping it leaves the old content.
+pub struct Staged {
+    file: tempfile::NamedTempFile,
+    path: PathBuf,
+}
+
+/// The first half of [`write`]: what can be done before it is known that the file is to be replaced.
+pub fn stage(path: &Path, bytes: &[u8]) -> io::Result<Staged> {
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     let mut file = tempfile::Builder::new()
         .prefix(".new-")
         .tempfile_in(directory)?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
-    file.persist(path).map_err(|e| e.error)?;
-    File::open(directory)?.sync_all()
+    let path = path.to_owned();
+    Ok(Staged { file, path })
+}
+
+impl Staged {
+    /// The second half.
+    pub fn commit(self) -> io::Result<()> {
+        self.file.persist(&self.path).map_err(|e| e.error)?;
+        let directory = self.path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        File::open(directory)?.sync_all()
+    }
 }
 
 /// Removes the file, durably, if it is there.
@@ -55,6 +75,8 @@ mod tests {
         write(&path, b"two").unwrap();
         assert_eq!(read(&path, 10).unwrap().unwrap(), b"two");
         assert!(read(&path, 2).is_err());
+        drop(stage(&path, b"three").unwrap());
+        assert_eq!(read(&path, 10).unwrap().unwrap(), b"two");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
         remove(&path).unwrap();
         remove(&path).unwrap();

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::hardware::Hardware;
-use super::promotion::machine;
+use super::placing::machine;
 use super::qemu::{self, Leashed};
 use super::standbys::{Shared, lock};
 use crate::clock::Env;
@@ -181,15 +181,23 @@ impl Feeding {
         told: &watch::Sender<WarmStatus>,
     ) -> Result<Self, String> {
         let following = env.offload(move || {
+            let said = |error: ReplicaError| error.to_string();
             let mut replica = lock(&copy);
-            let (held, follower) = replica.follow(QUEUE_BYTES_MAX)?;
-            let manifest = replica.journal().manifest(held.point().epoch)?;
-            Ok::<_, ReplicaError>((held, follower, manifest))
+            let newest = replica.journal().newest().map(|point| point.epoch);
+            let newest = newest.ok_or("the guest has no recovery point here")?;
+            let manifest = replica
+                .journal()
+                .manifest(newest)
+                .map_err(|e| said(e.into()))?;
+            let described = Hardware::from_bytes(&manifest.machine)?;
+            // A monitor gets the memory of the copy.
+            let with_memory = matches!(described, Hardware::Qemu(_));
+            let following = replica.follow(QUEUE_BYTES_MAX, with_memory);
+            let (held, follower) = following.map_err(said)?;
+            Ok::<_, String>((held, follower, manifest, with_memory))
         });
-        let (held, follower, manifest) = following.await.map_err(|e| e.to_string())?;
+        let (held, follower, manifest, with_memory) = following.await?;
         let epoch = held.point().epoch;
-        let described = Hardware::from_bytes(&manifest.machine)?;
-        let with_memory = matches!(described, Hardware::Qemu(_));
         let guard = Directory(Some(place.disks.clone()));
         let given_up = GivesUp::default();
         let (flag, directory) = (given_up.0.clone(), place.disks.clone());
@@ -215,7 +223,7 @@ impl Feeding {
                 (Vessel::Qemu(fed), Some(warm))
             }
         };
-        Ok(Self {
+        let mut feeding = Self {
             fed: Fed {
                 vessel,
                 hardware,
@@ -225,8 +233,40 @@ impl Feeding {
             follower,
             described: manifest.machine,
             epoch,
-            sync_at: Some(Instant::now() + SYNC_AFTER),
-        })
+            sync_at: None,
+        };
+        // What became durable while it was begun: whoever moves a guest here begins when it is fed.
+        if let Err(why) = feeding.queued(env).await {
+            feeding.end().await;
+            return Err(why);
+        }
+        Ok(feeding)
+    }
+
+    /// Its guest is about to come: nothing that is fed is to wait until it is synced.
+    pub fn hurry(&mut self) {
+        self.sync_at = self.sync_at.map(|_| Instant::now());
+    }
+
+    /// Feeds what is there up to this point, and syncs. Errors say why no more can be fed.
+    pub async fn catch_up(&mut self, env: &Env, point: Epoch) -> Result<(), String> {
+        while self.epoch < point {
+            match self.follower.try_next() {
+                Some(Ok(told)) => self.feed(env, told).await?,
+                // Whoever takes it learns of it then.
+                Some(Err(_)) | None => return Ok(()),
+            }
+        }
+        self.sync(env).await
+    }
+
+    /// Feeds what is there, and syncs.
+    async fn queued(&mut self, env: &Env) -> Result<(), String> {
+        while let Some(told) = self.follower.try_next() {
+            let told = told.map_err(|lost| lost.to_string())?;
+            self.feed(env, told).await?;
+        }
+        self.sync(env).await
     }
 
     /// The newest epoch that it has.
@@ -289,7 +329,9 @@ impl Feeding {
     }
 
     async fn sync(&mut self, env: &Env) -> Result<(), String> {
-        self.sync_at = None;
+        if self.sync_at.take().is_none() {
+            return Ok(());
+        }
         self.lend(env, |content| {
             content.disks.sync().map_err(|e| e.to_string())
         })
@@ -344,6 +386,9 @@ impl Feeding {
         if let Vessel::Qemu(fed) = &mut self.fed.vessel {
             fed.qemu = content.qemu;
         }
+        // Large files take a while to be unmapped, which nobody waits for.
+        let env = env.clone();
+        tokio::spawn(async move { env.offload(move || drop(content.disks)).await });
         Ok(self.fed)
     }
 
@@ -465,5 +510,6 @@ fn replay(
     if root.is_some_and(|root| root != point.root) {
         return Err(format!("recovery point #{} is damaged", point.epoch));
     }
+    whole.disks.sync().map_err(|e| e.to_string())?;
     Ok((whole.ram, whole.disks))
 }

@@ -27,6 +27,7 @@ mod lookup;
 mod moving;
 mod networks;
 mod orders;
+mod placing;
 mod promotion;
 mod purge;
 mod qemu;

@@ -78,6 +78,9 @@ pub(super) enum Order {
 /// A guest is to be resumed.
 pub(super) struct Resume {
     pub from: Materialised,
+    /// It may run once this is true; it never may if this ends otherwise. What it runs in is made
+    /// meanwhile.
+    pub allowed: watch::Receiver<bool>,
     /// True if it runs; false if it was switched off.
     pub reply: Reply<bool>,
 }
@@ -92,16 +95,6 @@ pub(super) struct Materialised {
     pub failover: Option<FailedOver>,
     /// One of our monitors that waits for it.
     pub process: Option<Unbooted>,
-}
-
-impl Materialised {
-    /// Nothing is resumed from it.
-    pub async fn end(self) {
-        // A QEMU that was fed ends when it is dropped.
-        if let Some(process) = self.process {
-            process.end().await;
-        }
-    }
 }
 
 /// A guest was given to another site.

@@ -1,16 +1,17 @@
 //! The failover run: the steps of `failover`, driven at the site that becomes the owner.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
 
 use super::context::SiteContext;
 use super::feeding::{Fed, Vessel};
 use super::hardware::{Hardware, Memory};
 use super::orders::{Handle, Materialised, Order, Resume};
+use super::placing::{machine, plugged, write_disks};
 use super::record::{FailedOver, guest_dir};
 use super::standbys::{Shared, lock};
 use super::status::point_status;
@@ -21,16 +22,19 @@ use crate::control::reports::UNFENCED;
 use crate::control::runs::RunHandle;
 use crate::control::types::{ApiError, FailoverReport, FailoverRequest, Run, RunResult};
 use crate::device_state::DeviceState;
-use crate::failover::{DiskFiles, Fence, fence};
+use crate::failover::{Fence, fence};
 use crate::frame::Manifest;
 use crate::guest::RunState;
+use crate::guest::builtin::stopped::is_stopped;
+use crate::guest::builtin::{BuiltinGuest, Unbooted};
 use crate::guest::network::NetworkChange;
 use crate::guest::qemu::command::Rewrite;
-use crate::guest::qemu::network::changed;
-use crate::ids::{DiskId, Epoch, Generation, GuestId, SiteId};
+use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
-use crate::page::Layout;
 use crate::standby::{Promotion, ReplicaError};
+
+/// How long the image of a guest stays mapped after it went to the guest.
+const UNMAPPED_AFTER: Duration = Duration::from_millis(200);
 
 /// Everything a failover needs.
 pub(super) struct Failover {
@@ -292,14 +296,7 @@ impl Takeover {
             let text = format!("generation {offered} was offered, {next} is the next one here");
             return Err(failed(text));
         }
-        let copy = self.copy.clone();
-        let claiming = self.site.env.offload(move || lock(&copy).claim(point));
-        let promotion = claiming.await?;
-        // Nothing runs before it; what the guest will run in is made meanwhile.
-        let copy = self.copy.clone();
-        let raising = self.site.env.offload(move || lock(&copy).raise(offered));
-        let raised = async { Ok(raising.await?) };
-        self.resume_from(run, promotion, offered, raised).await
+        self.resume(run, point, offered).await
     }
 
     /// Records the promotion; its generation is above this one.
@@ -310,13 +307,20 @@ impl Takeover {
         above: Generation,
     ) -> Result<Generation, ApiError> {
         run.step("promote");
+        let since = Instant::now();
         let order = |reply| Order::Promote {
             point,
             above,
             reply,
         };
-        let generation = self.handle.ask(order).await?;
+        // What waits warm gets the rest of the point meanwhile. Nothing else may be begun before the
+        // record: it is what keeps others from the copy.
+        let catching_up = self.site.warms.catch_up(&self.guest, point);
+        let (generation, ()) = tokio::join!(self.handle.ask(order), catching_up);
+        let generation = generation?;
         run.detail(format!("generation {above} -> {generation}"));
+        let ms = since.elapsed().as_micros() as f64 / 1e3;
+        tracing::debug!(guest = %self.guest, ms, "the promotion is recorded");
         Ok(generation)
     }
 
@@ -328,14 +332,17 @@ impl Takeover {
         point: Epoch,
         generation: Generation,
     ) -> Result<bool, ApiError> {
+        let since = Instant::now();
         let copy = self.copy.clone();
-        let promoting = self
-            .site
-            .env
-            .offload(move || lock(&copy).promote(generation, Some(point)));
-        let promotion = promoting.await?;
-        let done = std::future::ready(Ok(()));
-        self.resume_from(run, promotion, generation, done).await
+        let claiming = self.site.env.offload(move || lock(&copy).claim(point));
+        let promotion = claiming.await?;
+        let ms = since.elapsed().as_micros() as f64 / 1e3;
+        tracing::debug!(guest = %self.guest, ms, "the point is there");
+        // Nothing runs before it; what the guest will run in is made meanwhile.
+        let copy = self.copy.clone();
+        let raising = self.site.env.offload(move || lock(&copy).raise(generation));
+        let raised = async { Ok(raising.await?) };
+        self.resume_from(run, promotion, generation, raised).await
     }
 
     /// Runs the guest once `first` is done, from what waits warm or else from files.
@@ -346,54 +353,74 @@ impl Takeover {
         generation: Generation,
         first: impl Future<Output = Result<(), ApiError>>,
     ) -> Result<bool, ApiError> {
-        run.step("materialise");
         let source = Source {
             point: promotion.point.epoch,
             manifest: promotion.manifest,
             ram: promotion.image.fd(),
         };
-        let made = async {
-            match self.fed(run, &source, generation).await? {
-                Some(fed) => Ok::<_, ApiError>((fed, true)),
-                None => {
-                    let made = self.materialise(&source, generation).await?;
-                    Ok((made, false))
-                }
-            }
+        let (allow, allowed) = watch::channel(false);
+        let deciding = async move {
+            first.await?;
+            allow.send_replace(true);
+            Ok(())
         };
-        let (from, warm) = match tokio::join!(first, made) {
-            (Ok(()), made) => made?,
-            (Err(error), Ok((made, _))) => {
-                made.end().await;
-                return Err(error);
-            }
-            (Err(error), Err(_)) => return Err(error),
-        };
-        run.step("resume");
-        let error = match self.run_from(from).await {
-            Ok(runs) => {
-                if warm {
-                    run.detail("in the process that waited warm");
-                }
-                return Ok(runs);
-            }
-            Err(error) => error,
-        };
-        if !warm {
-            return Err(error);
-        }
-        // It is gone, the point is as it was, and so is the record.
-        tracing::warn!(guest = %self.guest, %error, "the process that waited warm could not resume the guest");
-        run.detail(format!("not in the process that waited warm: {error}"));
-        run.step("materialise");
-        let from = self.materialise(&source, generation).await?;
-        run.step("resume");
-        self.run_from(from).await
+        let resuming = self.resume_once_allowed(run, &source, generation, allowed);
+        let (decided, resumed) = tokio::join!(deciding, resuming);
+        // The guest has its memory; this is only our view of it, which takes a while to be unmapped: not
+        // in the moment in which the guest begins to run, and others wait for our word.
+        let env = self.site.env.clone();
+        tokio::spawn(async move {
+            sleep(UNMAPPED_AFTER).await;
+            env.offload(move || drop(promotion.image)).await;
+        });
+        decided.and(resumed)
     }
 
-    async fn run_from(&self, from: Materialised) -> Result<bool, ApiError> {
-        let order = |reply| Order::Resume(Box::new(Resume { from, reply }));
-        self.handle.ask(order).await
+    async fn resume_once_allowed(
+        &self,
+        run: &RunHandle,
+        source: &Source,
+        generation: Generation,
+        allowed: watch::Receiver<bool>,
+    ) -> Result<bool, ApiError> {
+        run.step("materialise");
+        let fed = self.fed(run, source, generation).await?;
+        if let Some(from) = fed {
+            run.step("resume");
+            let error = match self.run_from(from, allowed.clone()).await {
+                Ok(runs) => {
+                    run.detail("in the process that waited warm");
+                    return Ok(runs);
+                }
+                Err(error) => error,
+            };
+            // Whoever allows it is gone: it was not for the process.
+            if !*allowed.borrow() && allowed.has_changed().is_err() {
+                return Err(error);
+            }
+            // It is gone, the point is as it was, and so is the record.
+            tracing::warn!(guest = %self.guest, %error, "the process that waited warm could not resume the guest");
+            run.detail(format!("not in the process that waited warm: {error}"));
+            run.step("materialise");
+        }
+        let from = self.materialise(source, generation).await?;
+        run.step("resume");
+        self.run_from(from, allowed).await
+    }
+
+    async fn run_from(
+        &self,
+        from: Materialised,
+        allowed: watch::Receiver<bool>,
+    ) -> Result<bool, ApiError> {
+        let resume = |reply| Resume {
+            from,
+            allowed,
+            reply,
+        };
+        self.handle
+            .ask(|reply| Order::Resume(Box::new(resume(reply))))
+            .await
     }
 
     /// What waits warm for the guest, if it has this point of this machine, and the networks that are
@@ -469,78 +496,45 @@ impl Takeover {
             .site
             .env
             .offload(move || write_disks(&copy, &layout, point, directory));
-        let files = writing.await?;
+        let (files, process) = tokio::join!(writing, self.begun(manifest));
         let (table, networks) = (self.qemu.as_deref(), &self.networks);
-        let (hardware, state) = machine(manifest, &files, table, networks)?;
-        Ok(Materialised {
-            generation,
-            hardware,
-            state,
-            memory,
-            failover: self.failover.clone(),
-            process: None,
-        })
-    }
-}
-
-/// The machine of a point with its disks in these files and its command line rewritten by this table
-/// (`None`: none may be started) and its networks by these changes, and the state of its devices.
-pub(super) fn machine(
-    manifest: &Manifest,
-    files: &[(DiskId, PathBuf)],
-    table: Option<&[Rewrite]>,
-    networks: &[NetworkChange],
-) -> Result<(Hardware, DeviceState), ApiError> {
-    let hardware = Hardware::from_bytes(&manifest.machine).map_err(failed)?;
-    if table.is_none() && matches!(hardware, Hardware::Qemu(_)) {
-        let text = "it is a guest of QEMU, and this site is not to start the command lines of its old site";
-        let hint =
-            "if that site is trusted so far: qemu = true in its [peer] here, then lifeboat reload";
-        return Err(failed(text).hint(hint));
-    }
-    let state = DeviceState::from_bytes(&manifest.device_state).map_err(failed)?;
-    let table = table.unwrap_or_default();
-    // Networks are named as at the old site, whatever the table makes of their names.
-    let plugged = plugged(&hardware, networks);
-    let mut hardware = hardware.placed(files, table).map_err(failed)?;
-    if let Hardware::Qemu(machine) = &mut hardware {
-        for (at, value) in plugged {
-            machine.command[at] = value;
+        let made = files.and_then(|files| machine(manifest, &files, table, networks));
+        match (made, process) {
+            (Ok((hardware, state)), process) => Ok(Materialised {
+                generation,
+                hardware,
+                state,
+                memory,
+                failover: self.failover.clone(),
+                process,
+            }),
+            (Err(error), Some(process)) => {
+                process.end().await;
+                Err(error)
+            }
+            (Err(error), None) => Err(error),
         }
     }
-    // Only now: the files that it named at its old site need not be here.
-    if hardware.layout().map_err(failed)? != manifest.layout {
-        let text = "the machine of the point has other memory or disks than the point";
-        return Err(ApiError::new(Reason::Difference, text));
-    }
-    Ok((hardware, state))
-}
 
-/// The arguments of a machine's command line that these changes replace, with their places.
-pub(super) fn plugged(hardware: &Hardware, networks: &[NetworkChange]) -> Vec<(usize, String)> {
-    match hardware {
-        Hardware::Qemu(machine) => changed(&machine.command, networks),
-        Hardware::Builtin(_) => Vec::new(),
+    /// One of our monitors, for the guest that it is for, as far as that goes without its disks. What is
+    /// wrong with it is told by whoever has to do without.
+    async fn begun(&self, manifest: &Manifest) -> Option<Unbooted> {
+        let state = DeviceState::from_bytes(&manifest.device_state).ok()?;
+        let Hardware::Builtin(spec) = Hardware::from_bytes(&manifest.machine).ok()? else {
+            return None;
+        };
+        if is_stopped(&state) {
+            return None;
+        }
+        let run_dir = self.site.run_dir(&self.guest);
+        let process = BuiltinGuest::spawn(&self.site.exe, &run_dir, &self.guest).await;
+        let process = process.ok()?;
+        match process.prepare(&spec).await {
+            Ok(()) => Some(process),
+            Err(_) => {
+                process.end().await;
+                None
+            }
+        }
     }
-}
-
-/// The file of each disk.
-type Files = Vec<(DiskId, PathBuf)>;
-
-/// Writes the disks of a point.
-fn write_disks(
-    copy: &Shared,
-    layout: &Layout,
-    point: Epoch,
-    directory: PathBuf,
-) -> Result<Files, ApiError> {
-    if layout.regions().len() == layout.ram_regions() {
-        return Ok(Vec::new());
-    }
-    let mut disks = DiskFiles::create(layout, &directory).map_err(failed)?;
-    lock(copy)
-        .journal()
-        .replay(point, &mut disks)
-        .map_err(failed)?;
-    disks.finish().map_err(failed)
 }

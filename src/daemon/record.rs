@@ -178,8 +178,18 @@ pub fn load(state_dir: &Path, guest: &GuestId) -> Result<Option<GuestRecord>, Re
     Ok(Some(record))
 }
 
-/// Writes a guest's record durably.
-pub fn store(state_dir: &Path, guest: &GuestId, record: &GuestRecord) -> Result<(), RecordError> {
+/// A guest's record that is on stable storage but for its name.
+pub struct StagedRecord {
+    staged: durable::Staged,
+    path: PathBuf,
+}
+
+/// Writes a guest's record; it is the guest's once it is committed.
+pub fn stage(
+    state_dir: &Path,
+    guest: &GuestId,
+    record: &GuestRecord,
+) -> Result<StagedRecord, RecordError> {
     let path = path(state_dir, guest);
     let fail = |source: io::Error| RecordError::Io {
         path: path.clone(),
@@ -188,7 +198,17 @@ pub fn store(state_dir: &Path, guest: &GuestId, record: &GuestRecord) -> Result<
     let directory = guest_dir(state_dir, guest);
     std::fs::create_dir_all(&directory).map_err(fail)?;
     let bytes = serde_json::to_vec_pretty(record).expect("a record has only plain fields");
-    durable::write(&path, &bytes).map_err(fail)
+    let staged = durable::stage(&path, &bytes).map_err(fail)?;
+    Ok(StagedRecord { staged, path })
+}
+
+impl StagedRecord {
+    /// Makes it the guest's, durably.
+    pub fn commit(self) -> Result<(), RecordError> {
+        let path = self.path;
+        let fail = |source: io::Error| RecordError::Io { path, source };
+        self.staged.commit().map_err(fail)
+    }
 }
 
 /// Forgets a guest durably.
@@ -224,7 +244,9 @@ mod tests {
             by: "site-b".parse().unwrap(),
             generation: Generation(2),
         };
-        store(state.path(), &guest, &record).unwrap();
+        let staged = stage(state.path(), &guest, &record).unwrap();
+        assert_eq!(load(state.path(), &guest).unwrap(), None);
+        staged.commit().unwrap();
         assert_eq!(load(state.path(), &guest).unwrap(), Some(record));
         assert_eq!(list(state.path()), std::slice::from_ref(&guest));
         std::fs::write(path(state.path(), &guest), b"{").unwrap();

@@ -30,7 +30,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::backend::Site;
-use super::context::run_dir;
+use super::context::{SiteContext, run_dir};
 use super::feeding::{self, Fed, Feeding, Place};
 use super::leftover;
 use super::record::{self, Standing, guest_dir};
@@ -51,6 +51,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
 /// How long a failover waits for one that has more to be fed.
 const TAKE_WITHIN: Duration = Duration::from_secs(5);
+/// How long it is waited for one before it is taken.
+const CATCH_UP_WITHIN: Duration = Duration::from_secs(1);
 /// How long one may take to be filled before a guest is moved into it, and how long it waits for it then.
 const FILLED_WITHIN: Duration = Duration::from_secs(600);
 /// How long it is waited for one to be begun at all: what forbids it is not told by anybody.
@@ -74,12 +76,17 @@ struct Keeper {
     task: JoinHandle<()>,
 }
 
-/// What a keeper is asked for; it ends with it.
+/// What a keeper is asked for; it ends with it, unless it says otherwise.
 enum Ask {
     /// What waits, at this point.
     Take {
         point: Epoch,
         reply: oneshot::Sender<Result<Fed, String>>,
+    },
+    /// To have all of this point; it does not end with that.
+    CatchUp {
+        point: Epoch,
+        reply: oneshot::Sender<()>,
     },
     /// Nothing more.
     End,
@@ -129,6 +136,24 @@ impl Warms {
     pub fn of(&self, guest: &GuestId) -> Option<WarmStatus> {
         let guests = self.guests();
         Some(guests.get(guest)?.status.borrow().clone())
+    }
+
+    /// Returns when what waits for the guest, if anything does, has this point, or as much as it gets of
+    /// it: it can be taken at once then.
+    pub async fn catch_up(&self, guest: &GuestId, point: Epoch) {
+        let asks = self.guests().get(guest).map(|keeper| keeper.asks.clone());
+        let Some(asks) = asks else {
+            return;
+        };
+        let (reply, caught_up) = oneshot::channel();
+        let asking = async {
+            if asks.send(Ask::CatchUp { point, reply }).await.is_ok() {
+                // One that ended is not there to be taken.
+                let _ = caught_up.await;
+            }
+        };
+        // One that is slow is asked again when it is taken, and given up then.
+        let _ = timeout(CATCH_UP_WITHIN, asking).await;
     }
 
     /// Takes what waits for the guest, if it gets to this point in time. Otherwise nothing is left, and the
@@ -250,10 +275,8 @@ fn keeper(site: &Site, guest: &GuestId, table: Option<Vec<Rewrite>>) -> Keeper {
     let (asks, inbox) = mpsc::channel(2);
     let (told, status) = watch::channel(WarmStatus::default());
     let keep = Keep {
-        env: site.context.env.clone(),
+        site: site.context.clone(),
         standbys: site.standbys.clone(),
-        state_dir: site.context.state_dir.clone(),
-        exe: site.context.exe.clone(),
         guest: guest.clone(),
         table: table.clone(),
         told,
@@ -267,10 +290,8 @@ fn keeper(site: &Site, guest: &GuestId, table: Option<Vec<Rewrite>>) -> Keeper {
 }
 
 struct Keep {
-    env: Env,
+    site: Arc<SiteContext>,
     standbys: Standbys,
-    state_dir: PathBuf,
-    exe: PathBuf,
     guest: GuestId,
     table: Option<Vec<Rewrite>>,
     told: watch::Sender<WarmStatus>,
@@ -293,7 +314,7 @@ impl Keep {
             });
             tokio::select! {
                 () = sleep(again) => again = (again * 2).min(AGAIN.1),
-                ask = asks.recv() => return refuse(ask, why),
+                ask = last(&mut asks) => return refuse(ask, why),
             }
         }
     }
@@ -306,11 +327,12 @@ impl Keep {
     ) -> Result<(), String> {
         let mut feeding = tokio::select! {
             begun = self.begin() => begun?,
-            ask = asks.recv() => {
+            ask = last(asks) => {
                 refuse(ask, "it was being filled".into());
                 return Ok(());
             }
         };
+        let env = &self.site.env;
         loop {
             self.told.send_replace(WarmStatus {
                 fed: Some(feeding.fed()),
@@ -318,38 +340,46 @@ impl Keep {
                 problem: None,
             });
             *again = AGAIN.0;
-            tokio::select! {
-                news = feeding.news() => {
-                    let fed = match news {
-                        Ok(news) => feeding.apply(&self.env, news).await,
-                        Err(why) => Err(why),
-                    };
-                    if let Err(why) = fed {
-                        feeding.end().await;
-                        return Err(why);
+            if self.site.warms.is_expected(&self.guest) {
+                feeding.hurry();
+            }
+            let fed = tokio::select! {
+                news = feeding.news() => match news {
+                    Ok(news) => feeding.apply(env, news).await,
+                    Err(why) => Err(why),
+                },
+                ask = asks.recv() => match ask {
+                    Some(Ask::CatchUp { point, reply }) => {
+                        let caught_up = feeding.catch_up(env, point).await;
+                        // Whoever asked may have given up.
+                        let _ = reply.send(());
+                        caught_up
                     }
-                }
-                ask = asks.recv() => {
-                    match ask {
-                        Some(Ask::Take { point, reply }) => {
-                            let taken = feeding.take(&self.env, point).await;
-                            if taken.is_ok() {
-                                self.told.send_replace(WarmStatus::default());
-                            }
-                            // Whoever asked may have given up: it is ended then.
-                            let _ = reply.send(taken);
+                    Some(Ask::Take { point, reply }) => {
+                        let taken = feeding.take(env, point).await;
+                        if taken.is_ok() {
+                            self.told.send_replace(WarmStatus::default());
                         }
-                        Some(Ask::End) | None => feeding.end().await,
+                        // Whoever asked may have given up: it is ended then.
+                        let _ = reply.send(taken);
+                        return Ok(());
                     }
-                    return Ok(());
-                }
+                    Some(Ask::End) | None => {
+                        feeding.end().await;
+                        return Ok(());
+                    }
+                },
+            };
+            if let Err(why) = fed {
+                feeding.end().await;
+                return Err(why);
             }
         }
     }
 
     async fn begin(&self) -> Result<Feeding, String> {
-        sweep(&self.env, &self.state_dir, &self.guest).await?;
-        let own = guest_dir(&self.state_dir, &self.guest);
+        sweep(&self.site.env, &self.site.state_dir, &self.guest).await?;
+        let own = guest_dir(&self.site.state_dir, &self.guest);
         let number = (1..).find(|n: &u32| !disks(&own).join(format!("warm-{n}")).exists());
         let number = number.expect("there are free numbers");
         // Asking for the copy would make one that is being deleted anew.
@@ -359,13 +389,23 @@ impl Keep {
         let copy = self.standbys.copy(&self.guest).await?;
         let place = Place {
             guest: self.guest.clone(),
-            exe: self.exe.clone(),
-            run_dir: run_dir(&self.state_dir, &self.guest),
-            waiting: place(&self.state_dir, &self.guest),
+            exe: self.site.exe.clone(),
+            run_dir: self.site.run_dir(&self.guest),
+            waiting: place(&self.site.state_dir, &self.guest),
             disks: disks(&own).join(format!("warm-{number}")),
             table: self.table.clone(),
         };
-        Feeding::begin(&self.env, copy, place, &self.told).await
+        Feeding::begin(&self.site.env, copy, place, &self.told).await
+    }
+}
+
+/// The ask that it ends with, while there is nothing that could catch up.
+async fn last(asks: &mut mpsc::Receiver<Ask>) -> Option<Ask> {
+    loop {
+        match asks.recv().await {
+            Some(Ask::CatchUp { .. }) => {}
+            ask => return ask,
+        }
     }
 }
 

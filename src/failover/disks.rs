@@ -36,6 +36,10 @@ struct DiskFile {
     file: File,
     at: *mut u8,
     bytes: usize,
+    /// It has content that is not on stable storage, as far as we know.
+    dirty: bool,
+    /// Its name and size are there, and its blocks have been written once.
+    there: bool,
 }
 
 // SAFETY: the mapping belongs to this value alone, so moving it moves its only user.
@@ -82,6 +86,8 @@ impl DiskFile {
             file,
             at: at.cast(),
             bytes,
+            dirty: true,
+            there: false,
         })
     }
 }
@@ -125,7 +131,7 @@ impl DiskFiles {
     }
 
     /// Makes what was written durable and returns the files.
-    pub fn finish(self) -> Result<Vec<(DiskId, PathBuf)>, DisksError> {
+    pub fn finish(mut self) -> Result<Vec<(DiskId, PathBuf)>, DisksError> {
         self.sync()?;
         Ok(self.files())
     }
@@ -141,18 +147,21 @@ impl DiskFiles {
         disks.map(|d| (d.id.clone(), d.path.clone())).collect()
     }
 
-    /// Makes what was written durable.
-    pub fn sync(&self) -> Result<(), DisksError> {
-        for disk in self.disks.iter().flatten() {
+    /// Makes what was written durable. After an error nothing is known of what is.
+    pub fn sync(&mut self) -> Result<(), DisksError> {
+        for disk in self.disks.iter_mut().flatten().filter(|disk| disk.dirty) {
             let fail = |source: io::Error| DisksError::Io {
                 path: disk.path.clone(),
                 source,
             };
-            // SAFETY: the whole mapping of `create`, which lives as long as `disk`.
-            if unsafe { libc::msync(disk.at.cast(), disk.bytes, libc::MS_SYNC) } < 0 {
-                return Err(fail(io::Error::last_os_error()));
-            }
-            disk.file.sync_all().map_err(fail)?;
+            // It finds what was written through a shared mapping too: its first write to a clean page
+            // is a fault, which marks the page.
+            let synced = match disk.there {
+                true => disk.file.sync_data(),
+                false => disk.file.sync_all(),
+            };
+            synced.map_err(fail)?;
+            (disk.dirty, disk.there) = (false, true);
         }
         Ok(())
     }
@@ -173,6 +182,7 @@ impl PageImage for DiskFiles {
         let Some(disk) = &mut self.disks[usize::from(addr.region.0)] else {
             return Ok(&mut self.scratch);
         };
+        disk.dirty = true;
         let offset = addr.page as usize * PAGE_SIZE;
         assert!(
             offset + PAGE_SIZE <= disk.bytes,

@@ -102,6 +102,15 @@ async fn handed<G: Guest>(engine: &mut Engine<G>, end: SessionEnd) -> Result<Ses
         (_, SessionEnd::HandedOver { downtime }) => Err(Outcome::HandedOver { downtime }),
         (Handing::Offered(_), end) => Err(Outcome::InDoubt(end.to_string())),
         (handing, end) => {
+            if let Handing::Permitted(_) = handing {
+                let undone = match &handover {
+                    Some(handover) => handover.unoffered().await,
+                    None => false,
+                };
+                if !undone {
+                    return Err(Outcome::InDoubt(end.to_string()));
+                }
+            }
             if let Some(handover) = handover {
                 handover.end(end.to_string()).await;
             }

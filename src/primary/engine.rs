@@ -76,6 +76,8 @@ pub(super) enum Handing {
     No,
     /// It stands still for its last checkpoint, since then; it is ours.
     Paused(Instant),
+    /// The same, and the owner may have recorded that it is given away, of which the standby knows nothing.
+    Permitted(Instant),
     /// It was offered to the standby; it stands still since then.
     Offered(Instant),
 }

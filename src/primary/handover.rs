@@ -5,15 +5,19 @@
 //!   ── Prepare ─────────────────────────────────────────▶ room? machine? a process for it
 //!   checkpoints go on        ◀───────────── Prepared ───
 //!   rounds until little is dirty
+//!   a checkpoint ───────────────────────────────────────▶ durable, fed to the process
 //!   pause ─ last cut ─ parts ───────────────────────────▶ durable
-//!        (the guest is ours)  ◀───────────── Ack ───────
-//!   record: given away      ◀── point of no return
-//!   ── Take(epoch, generation) ─────────────────────────▶ generation raised, resumed
+//!   record: given away        (the guest is ours)
+//!                             ◀───────────── Ack ───────
+//!   ── Take(epoch, generation) ── point of no return ───▶ generation raised, resumed
 //!        (in doubt)           ◀───────────── Taken ─────
 //!   record: moved; the process is stopped
 //! ```
 //!
-//! Until `Take` is sent, whatever fails ends the handover: the guest goes on here. Once it is sent only
+//! Until `Take` is sent, whatever fails ends the handover: the record is undone, then the guest goes on
+//! here. (The record is written while the last checkpoint is on its way, since the guest stands still
+//! for both. A daemon that dies then asks the standby, which says that it does not have the guest.) Once
+//! it is sent only
 //! the standby's word counts. If that does not come, the role ends with `InDoubt`, the guest stands
 //! still, and the owner asks: a standby with the higher generation has it; one without is made to
 //! promise, by raising its generation above the offered one (`ask_owner` with a higher number), that it
@@ -35,6 +39,8 @@ use crate::wire::message::ToStandby;
 
 /// Time for checkpoints on their way before the last one, and for the last one itself.
 const DURABLE_WITHIN: Duration = Duration::from_secs(20);
+/// Time for the owner to undo its record of an offer that was not made.
+const UNDONE_WITHIN: Duration = Duration::from_secs(5);
 /// Time for the standby to look whether it can take the guest, and to write its disks beforehand.
 const PREPARED_WITHIN: Duration = Duration::from_secs(900);
 
@@ -65,6 +71,16 @@ impl Handover {
     pub async fn end(self, why: String) {
         // An owner that is gone does not care.
         let _ = self.events.send(HandoverEvent::Ended(why)).await;
+    }
+
+    /// Has the owner undo its record of an offer that was not made; false if it does not say that it did.
+    pub async fn unoffered(&self) -> bool {
+        let (done, undone) = oneshot::channel();
+        let asking = async {
+            let sent = self.events.send(HandoverEvent::Unoffered { done }).await;
+            sent.is_ok() && undone.await.is_ok()
+        };
+        timeout(UNDONE_WITHIN, asking).await.unwrap_or(false)
     }
 
     /// The standby's answer to `Prepare`.
@@ -113,6 +129,17 @@ impl<G: Guest> Builder<'_, G> {
 
     /// The guest runs on here.
     async fn go_on(&mut self) -> Result<(), SessionEnd> {
+        if let Handing::Permitted(since) = self.engine.handing {
+            let handover = self.engine.handover.as_ref();
+            let handover = handover.expect("a handover is under way");
+            if !handover.unoffered().await {
+                // Its owner asks, as if it had been offered.
+                self.engine.handing = Handing::Offered(since);
+                let why = "an offer that was not made could not be undone";
+                return Err(SessionEnd::lost(why));
+            }
+            self.engine.handing = Handing::Paused(since);
+        }
         if self.engine.handing != Handing::No {
             self.engine.guest.resume().await?;
             self.engine.handing = Handing::No;
@@ -122,6 +149,10 @@ impl<G: Guest> Builder<'_, G> {
 
     /// The last checkpoint, the permit, the offer. `Ok(Err(why))`: it did not come to the offer.
     async fn last_checkpoint(&mut self) -> Result<Result<(), String>, SessionEnd> {
+        // Most of what has changed goes before, in a checkpoint of its own: what the standby has to check
+        // and to apply while the guest stands still is only what changed since. One that has to be given
+        // back is no loss.
+        self.build(false).await?;
         if !self.all_durable().await? {
             return Ok(Err(
                 "checkpoints on their way did not become durable in time".into(),
@@ -134,21 +165,11 @@ impl<G: Guest> Builder<'_, G> {
             ));
         }
         let (epoch, cut) = (self.head.epoch, Instant::now());
-        if !self.all_durable().await? {
-            return Ok(Err(
-                "the last checkpoint did not become durable in time".into()
-            ));
-        }
         let Handing::Paused(since) = self.engine.handing else {
             unreachable!("the last checkpoint pauses the guest");
         };
-        let durable = Instant::now();
-        if let Err(error) = self.engine.guest.disarm().await {
-            return Ok(Err(error.to_string()));
-        }
-        // From here on the owner may have recorded that the guest is given away: not a step back
-        // without asking the standby.
-        self.engine.handing = Handing::Offered(since);
+        // From here on the owner may have recorded that the guest is given away.
+        self.engine.handing = Handing::Permitted(since);
         let (answer, permit) = oneshot::channel();
         let handover = self
             .engine
@@ -160,10 +181,21 @@ impl<G: Guest> Builder<'_, G> {
             .events
             .send(HandoverEvent::Permit { epoch, answer })
             .await;
-        let Ok(generation) = permit.await else {
-            self.engine.handing = Handing::Paused(since);
+        let (is_durable, permit) = tokio::join!(self.all_durable(), permit);
+        if !is_durable? {
+            return Ok(Err(
+                "the last checkpoint did not become durable in time".into()
+            ));
+        }
+        let durable = Instant::now();
+        let Ok(generation) = permit else {
             return Ok(Err("the guest could not be given away".into()));
         };
+        if let Err(error) = self.engine.guest.disarm().await {
+            return Ok(Err(error.to_string()));
+        }
+        // Not a step back any more without asking the standby.
+        self.engine.handing = Handing::Offered(since);
         self.queue.push(ToStandby::Take { epoch, generation });
         let ms = |from: Instant, to: Instant| (to - from).as_micros() as f64 / 1e3;
         tracing::info!(

@@ -144,7 +144,7 @@ impl Asked {
 /// What happens while a guest is handed over. See `primary::handover`.
 #[derive(Debug)]
 pub enum HandoverEvent {
-    /// The guest stands still and its last checkpoint is durable at the standby. The owner records
+    /// The guest stands still and its last checkpoint is on its way to the standby. The owner records
     /// durably that it gives the guest away, then answers with the new owner's number; or drops the
     /// answer, which ends the handover.
     Permit {
@@ -153,7 +153,13 @@ pub enum HandoverEvent {
         /// Where the number goes.
         answer: oneshot::Sender<Generation>,
     },
-    /// It ended before the permit was asked for; the guest runs on here and the role goes on.
+    /// The permit is not made use of, the standby was told nothing: the owner undoes what it recorded,
+    /// and then says so. The guest is let run after that.
+    Unoffered {
+        /// Where that is said; dropped if it could not be undone.
+        done: oneshot::Sender<()>,
+    },
+    /// It ended without an offer; the guest runs on here and the role goes on.
     Ended(String),
 }
 

@@ -128,6 +128,10 @@ pub(super) struct Teller {
     shared: Arc<Shared>,
     /// Most bytes in the queue.
     limit: usize,
+    /// Pages of RAM are told too.
+    ram: bool,
+    /// Of the newest epoch that was told of: a promotion does not have to read it from the journal.
+    newest: Option<(Epoch, Manifest)>,
 }
 
 impl Drop for Teller {
@@ -137,12 +141,24 @@ impl Drop for Teller {
 }
 
 impl Teller {
-    pub fn new(limit: usize) -> (Self, Follower) {
+    pub fn new(limit: usize, ram: bool) -> (Self, Follower) {
         let shared = Arc::<Shared>::default();
         let follower = Follower {
             shared: shared.clone(),
         };
-        (Self { shared, limit }, follower)
+        let teller = Self {
+            shared,
+            limit,
+            ram,
+            newest: None,
+        };
+        (teller, follower)
+    }
+
+    /// The manifest of an epoch, if it is the newest that was told of.
+    pub fn manifest(&self, epoch: Epoch) -> Option<Manifest> {
+        let (newest, manifest) = self.newest.as_ref()?;
+        (*newest == epoch).then(|| manifest.clone())
     }
 
     /// True if somebody still wants to know.
@@ -160,13 +176,16 @@ impl Teller {
         let Ok(Changes { ram, disks }) = seen.0 else {
             return self.overflow();
         };
-        let ram_pages = usize::try_from(ram.count()).unwrap_or(usize::MAX);
+        let ram_pages = match self.ram {
+            true => usize::try_from(ram.count()).unwrap_or(usize::MAX),
+            false => 0,
+        };
         let bytes = (ram_pages.saturating_add(disks.len())).saturating_mul(PAGE_SIZE);
         if self.shared.queue().bytes.saturating_add(bytes) > self.limit {
             return self.overflow();
         }
         let (mut pages, mut content) = (Vec::new(), Vec::with_capacity(bytes));
-        for addr in ram.iter() {
+        for addr in ram.iter().take(ram_pages) {
             pages.push(addr);
             content.extend_from_slice(image.page_at(addr));
         }
@@ -209,28 +228,36 @@ impl Teller {
 
 impl<S: Store> Replica<S> {
     /// Follows the copy from its newest point on, which is held for the caller to read, without the
-    /// copy. `limit`: most bytes of epochs that wait to be taken. Ends the follower before.
-    pub fn follow(&mut self, limit: usize) -> Result<(Held<S>, Follower), ReplicaError> {
+    /// copy. `limit`: most bytes of epochs that wait to be taken; `ram`: its pages are told as well as
+    /// those of disks. Ends the follower before.
+    pub fn follow(&mut self, limit: usize, ram: bool) -> Result<(Held<S>, Follower), ReplicaError> {
         let newest = self.journal.newest().map(|point| point.epoch);
         let Some(newest) = newest.filter(|newest| self.shows == Some(*newest)) else {
             return Err(ReplicaError::NoPoint(self.guest.clone(), String::new()));
         };
         let held = self.journal.view(newest)?;
-        let (teller, follower) = Teller::new(limit);
+        let (teller, follower) = Teller::new(limit, ram);
         self.teller = Some(teller);
         Ok((held, follower))
     }
 
     /// Tells the follower of the epoch that was committed as `point`.
-    pub(super) fn tell(&self, point: &RecoveryPoint, seen: Seen, full: bool, manifest: Manifest) {
+    pub(super) fn tell(
+        &mut self,
+        point: &RecoveryPoint,
+        seen: Seen,
+        full: bool,
+        manifest: Manifest,
+    ) {
         // What is not durable is never told: it could not be taken back.
         assert!(
             self.shows == Some(point.epoch) && self.journal.newest() == Some(point),
             "only the newest recovery point is told"
         );
-        let (Some(teller), Some(image)) = (&self.teller, &self.image) else {
+        let (Some(teller), Some(image)) = (&mut self.teller, &self.image) else {
             return;
         };
+        teller.newest = Some((point.epoch, manifest.clone()));
         match full {
             true => teller.shared.lose(Lost::Full),
             false => teller.tell(point, seen, image, manifest),
@@ -334,7 +361,7 @@ mod tests {
         let mut overflows = 0;
         for round in 0..300 {
             let limit = 1 + random(24) as usize;
-            let (teller, mut follower) = Teller::new(limit * PAGE_SIZE);
+            let (teller, mut follower) = Teller::new(limit * PAGE_SIZE, true);
             let mut model = Model::default();
             for epoch in 1..=20 {
                 if teller.wanted() {

@@ -64,11 +64,18 @@ impl<S: Store> Replica<S> {
         let shown = self.shows.take_if(|epoch| *epoch == chosen.epoch);
         let image = shown.and_then(|_| self.image.take());
         let promotion = match image {
-            Some(image) => Promotion {
-                manifest: self.journal.manifest(chosen.epoch)?,
-                image,
-                point: chosen,
-            },
+            Some(image) => {
+                let told = self.teller.as_ref().and_then(|t| t.manifest(chosen.epoch));
+                let manifest = match told {
+                    Some(manifest) => manifest,
+                    None => self.journal.manifest(chosen.epoch)?,
+                };
+                Promotion {
+                    manifest,
+                    image,
+                    point: chosen,
+                }
+            }
             None => self.materialise(&chosen)?,
         };
         self.publish();

@@ -134,9 +134,12 @@ fn a_first_frame_that_does_not_fit_leaves_the_session_usable() {
 #[test]
 fn a_follower_is_told_of_durable_epochs_alone() {
     let (mut replica, session, opened) = copy();
-    assert!(replica.follow(1 << 20).is_err(), "there is no point yet");
+    assert!(
+        replica.follow(1 << 20, true).is_err(),
+        "there is no point yet"
+    );
     let first = durable(take(&mut replica, session, frame(&opened, 1, None, true)));
-    let (held, mut follower) = replica.follow(1 << 20).unwrap();
+    let (held, mut follower) = replica.follow(1 << 20, true).unwrap();
     assert_eq!(held.point(), &first);
     // Parts that are not the last, a frame that is given up.
     let mut parts = frame(&opened, 2, Some(&first), true);
@@ -158,7 +161,7 @@ fn a_follower_is_told_of_durable_epochs_alone() {
     let ones = |page| (PageAddr::new(0, page), [1; PAGE_SIZE]);
     assert!(pages == (0..PAGES).map(ones).collect::<Vec<_>>());
     // What does not fit ends it; so does a full copy, another follower, the end of the copy.
-    let (_, mut small) = replica.follow(PAGE_SIZE).unwrap();
+    let (_, mut small) = replica.follow(PAGE_SIZE, true).unwrap();
     assert!(matches!(follower.try_next(), Some(Err(Lost::Closed))));
     let third = durable(take(
         &mut replica,
@@ -166,7 +169,7 @@ fn a_follower_is_told_of_durable_epochs_alone() {
         frame(&opened, 4, Some(&second), true),
     ));
     assert!(matches!(small.try_next(), Some(Err(Lost::Overflow))));
-    let (held, mut full) = replica.follow(1 << 20).unwrap();
+    let (held, mut full) = replica.follow(1 << 20, true).unwrap();
     assert_eq!(held.point(), &third);
     // A full frame that does not fit is not durable, and not told.
     let full_frame = |epoch, honest| frame_of(&opened, epoch, Some(&third), true, honest);
@@ -175,7 +178,22 @@ fn a_follower_is_told_of_durable_epochs_alone() {
     assert!(full.try_next().is_none());
     durable(take(&mut replica, session, full_frame(6, true)));
     assert!(matches!(full.try_next(), Some(Err(Lost::Full))));
-    let (_, mut last) = replica.follow(1 << 20).unwrap();
+    let (_, mut last) = replica.follow(1 << 20, true).unwrap();
     drop(replica);
     assert!(matches!(last.try_next(), Some(Err(Lost::Closed))));
+}
+
+/// Whoever has the memory already is told of disks alone; a promotion finds the manifest at hand.
+#[test]
+fn a_follower_without_memory_is_told_of_no_page_of_it() {
+    let (mut replica, session, opened) = copy();
+    let first = durable(take(&mut replica, session, frame(&opened, 1, None, true)));
+    let (_, mut follower) = replica.follow(PAGE_SIZE, false).unwrap();
+    let next = frame(&opened, 2, Some(&first), true);
+    let second = durable(take(&mut replica, session, next));
+    let told = follower.try_next().unwrap().unwrap();
+    assert_eq!((told.epoch, told.pages().count()), (second.epoch, 0));
+    let stored = replica.journal().manifest(second.epoch).unwrap();
+    let promotion = replica.claim(second.epoch).unwrap();
+    assert_eq!((promotion.manifest, promotion.point), (stored, second));
 }

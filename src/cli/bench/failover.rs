@@ -153,11 +153,22 @@ async fn resumed(
     std::fs::create_dir_all(run)?;
     let exe = std::env::current_exe().context("this program's file cannot be found")?;
     let generation = replica.journal().generation().next();
-    let promotion = replica.promote(generation, None)?;
+    let newest = replica.journal().newest().context("there is no point")?;
+    let promotion = replica.claim(newest.epoch)?;
     let spec: MachineSpec = serde_json::from_slice(&promotion.manifest.machine)?;
     let state = DeviceState::from_bytes(&promotion.manifest.device_state)?;
     let ram = promotion.image.fd().try_clone()?;
-    let unbooted = BuiltinGuest::spawn(&exe, run, &guest()).await?;
+    // As at a site: its process is begun while the generation is raised.
+    let guest = guest();
+    let beginning = async {
+        let unbooted = BuiltinGuest::spawn(&exe, run, &guest).await?;
+        unbooted.prepare(&spec).await?;
+        anyhow::Ok(unbooted)
+    };
+    let raising = async { tokio::task::block_in_place(|| replica.raise(generation)) };
+    let (unbooted, raised) = tokio::join!(beginning, raising);
+    let unbooted = unbooted?;
+    raised?;
     let mut resumed = unbooted.restore(&spec, state, ram).await?;
     let ends = Ends(resumed.pid());
     let speaks = speaks(run.join(CONSOLE_SOCKET));

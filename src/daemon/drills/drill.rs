@@ -19,7 +19,8 @@ use crate::control::types::{
 use crate::daemon::context::SiteContext;
 use crate::daemon::exports::hold;
 use crate::daemon::lookup;
-use crate::daemon::promotion::{failed, machine, plugged};
+use crate::daemon::placing::{machine, plugged};
+use crate::daemon::promotion::failed;
 use crate::daemon::standbys::Shared;
 use crate::daemon::status::point_status;
 use crate::device_state::DeviceState;

@@ -27,7 +27,7 @@ use super::context::{SiteContext, machine_spec};
 use super::hardware::{self, Hardware};
 use super::leftover;
 use super::orders::{Handle, Order, View};
-use super::record::{self, GuestRecord, Standing};
+use super::record::{self, GuestRecord, StagedRecord, Standing};
 use crate::config::resolved::{GuestConfig, MachineConfig, QemuConfig};
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
@@ -123,7 +123,9 @@ impl Supervisor {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if let Some(machine) = self.unremembered.take() {
-                leftover::remember(&self.site.state_dir, &self.guest, &machine);
+                let (state_dir, guest) = (self.site.state_dir.clone(), self.guest.clone());
+                let noting = move || leftover::remember(&state_dir, &guest, &machine);
+                self.site.env.offload(noting).await;
             }
             tokio::select! {
                 order = inbox.recv() => match order {
@@ -298,7 +300,13 @@ impl Supervisor {
     }
 
     fn save(&mut self, record: GuestRecord) -> Result<(), ApiError> {
-        record::store(&self.site.state_dir, &self.guest, &record).map_err(failed)?;
+        let staged = record::stage(&self.site.state_dir, &self.guest, &record);
+        self.save_staged(record, staged.map_err(failed)?)
+    }
+
+    /// The same of one that was written beforehand.
+    fn save_staged(&mut self, record: GuestRecord, staged: StagedRecord) -> Result<(), ApiError> {
+        staged.commit().map_err(failed)?;
         self.site
             .metrics
             .guest(&self.guest)
@@ -332,7 +340,7 @@ impl Supervisor {
                 drop(reply.send(self.promote(point, above)));
             }
             Order::Resume(resume) => {
-                let resumed = self.resume(resume.from).await;
+                let resumed = self.resume(resume.from, resume.allowed).await;
                 drop(resume.reply.send(resumed));
             }
             Order::Fence {

@@ -1,7 +1,7 @@
 //! Giving the guest away: the owner's side of a planned move. See `primary::handover` for the drawing.
 //!
-//! The record says `Offered` from before the standby is told until the standby's word is known; a
-//! daemon that starts and finds it so asks, like one that lost the link in that moment.
+//! The record says `Offered` from before the standby is told until the standby's word is known, or until
+//! it is known that it was not told; a daemon that starts and finds it so asks, like one that lost the link in that moment.
 
 use tokio::sync::mpsc;
 
@@ -69,6 +69,16 @@ impl Supervisor {
                     tracing::error!(guest = %self.guest, %error, "the offer could not be recorded");
                 }
             },
+            HandoverEvent::Unoffered { done } => match self.unoffer() {
+                Ok(()) => {
+                    self.stands(RunState::Running);
+                    // A role that is gone counts the guest as offered, and it is asked for.
+                    let _ = done.send(());
+                }
+                Err(error) => {
+                    tracing::error!(guest = %self.guest, %error, "the offer could not be undone");
+                }
+            },
             HandoverEvent::Ended(why) => self.stays(&why),
         }
     }
@@ -93,6 +103,21 @@ impl Supervisor {
             ..record
         })?;
         Ok(generation)
+    }
+
+    /// What was to be offered was not: the standby knows nothing of it.
+    fn unoffer(&mut self) -> Result<(), ApiError> {
+        let Some(record) = self.record.clone() else {
+            return Ok(());
+        };
+        match record.standing {
+            // Also if it could not be recorded: a part of that may have been.
+            Standing::Offered { .. } | Standing::Active => self.save(GuestRecord {
+                standing: Standing::Active,
+                ..record
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Whoever waits for a move learns that there is none.

@@ -1,5 +1,8 @@
 //! Beginning to own a guest: starting it at home, resuming it after a failover; and being fenced.
 
+use tokio::sync::watch;
+use tokio::time::Instant;
+
 use super::super::context::machine_spec;
 use super::super::hardware::{self, Hardware};
 use super::super::leftover;
@@ -326,7 +329,13 @@ impl Supervisor {
         shape(&known.ok_or_else(|| ApiError::no_such_guest(&self.guest))?)
     }
 
-    pub(super) async fn resume(&mut self, from: Materialised) -> Result<bool, ApiError> {
+    /// Runs the guest once that is allowed. True if it runs; false if it was switched off.
+    pub(super) async fn resume(
+        &mut self,
+        from: Materialised,
+        mut allowed: watch::Receiver<bool>,
+    ) -> Result<bool, ApiError> {
+        let since = Instant::now();
         let Materialised {
             generation,
             hardware,
@@ -345,21 +354,49 @@ impl Supervisor {
             if let Some(process) = process {
                 process.end().await;
             }
+            is_allowed(&mut allowed).await?;
             self.save(record)?;
             self.problem(None);
             return Ok(false);
         }
         let site = self.site.clone();
-        let ready = hardware::ready(&site, &self.guest, &hardware, state, memory, process).await;
+        let ready = hardware::ready(&site, &self.guest, &hardware, state, memory, process);
+        let next = self.about_to_resume(&record, before.as_ref());
+        let (state_dir, guest, written) =
+            (site.state_dir.clone(), self.guest.clone(), next.clone());
+        let staging = site
+            .env
+            .offload(move || record::stage(&state_dir, &guest, &written));
+        let (ready, staged) = tokio::join!(ready, staging);
         let ready = ready.map_err(failed)?;
+        let restored = Instant::now();
         // It stands still until the record says that it may run here.
-        let resumed = match self.save(self.about_to_resume(&record, before.as_ref())) {
+        let recorded = match is_allowed(&mut allowed).await {
+            Ok(()) => match staged {
+                Ok(staged) => self.save_staged(next, staged),
+                Err(error) => Err(failed(error)),
+            },
+            Err(error) => {
+                ready.end().await;
+                return Err(error);
+            }
+        };
+        let noted = Instant::now();
+        let resumed = match recorded {
             Ok(()) => ready.run(&site, &self.guest).await.map_err(failed),
             Err(error) => {
                 ready.end().await;
                 Err(error)
             }
         };
+        let ms = |from: Instant, to: Instant| (to - from).as_micros() as f64 / 1e3;
+        tracing::info!(
+            guest = %self.guest,
+            restored_ms = ms(since, restored),
+            recorded_ms = ms(restored, noted),
+            run_ms = ms(noted, Instant::now()),
+            "the guest was restored and let run"
+        );
         let resumed = match resumed {
             Ok(guest) => self.resumed(record, guest).await,
             Err(error) => Err(error),
@@ -437,6 +474,14 @@ impl Supervisor {
                 self.save(record)
             }
         }
+    }
+}
+
+/// Returns once the guest may run here.
+async fn is_allowed(allowed: &mut watch::Receiver<bool>) -> Result<(), ApiError> {
+    match allowed.wait_for(|allowed| *allowed).await {
+        Ok(_) => Ok(()),
+        Err(_) => Err(failed("the guest may not run here after all")),
     }
 }
 

@@ -44,7 +44,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(60);
 /// How long a process that got no guest may take until it is killed.
 const END_WITHIN: Duration = Duration::from_secs(1);
 /// Time between two attempts to reach a process that starts.
-const RETRY: Duration = Duration::from_millis(2);
+const RETRY: Duration = Duration::from_millis(1);
 /// The same while another process answers.
 const RETRY_OTHER: Duration = Duration::from_millis(200);
 

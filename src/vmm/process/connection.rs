@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Monitor, Process};
 use crate::guest::CutId;
@@ -382,6 +382,7 @@ impl Serving {
                 Ok(self.info())
             }
             Command::Restore { spec, state } => {
+                let since = Instant::now();
                 let image = image.ok_or_else(|| failed("no memory image came along"))?;
                 let shell = self.process.take_shell();
                 let restore = |spec: &MachineSpec| {
@@ -393,6 +394,8 @@ impl Serving {
                 };
                 let monitor = self.process.start(spec, restore).map_err(failed)?;
                 monitor.engine.attach(Arc::clone(&self.session));
+                let ms = since.elapsed().as_micros() as f64 / 1e3;
+                tracing::info!(ms, "the guest was restored");
                 Ok(self.info())
             }
             Command::Prepare { spec } => {
