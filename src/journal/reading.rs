@@ -60,6 +60,9 @@ struct Slot {
 /// Regions whose pages are used, so that their batches are decoded ahead; `None` if nothing is decoded.
 pub(super) type Wanted<'a> = Option<&'a (dyn Fn(RegionId) -> bool + Sync)>;
 
+/// Fills a buffer with the part that lies there.
+pub(super) type Reads<'a> = &'a (dyn Fn(Loc, &mut [u8]) -> Result<(), JournalError> + Sync);
+
 /// Reads a part into `buffer`.
 pub(super) fn read_part<S: Store>(
     segments: &Segments<S>,
@@ -144,7 +147,7 @@ pub(super) fn for_each_part<S: Store>(
 /// As [`for_each_part`], with parts that `read` reads into a buffer; `each` also gets their numbers.
 pub(super) fn verify_parts(
     parts: &[Loc],
-    read: &(dyn Fn(Loc, &mut [u8]) -> Result<(), JournalError> + Sync),
+    read: Reads<'_>,
     wanted: Wanted<'_>,
     each: &mut dyn FnMut(usize, &PartView<'_>) -> Result<(), JournalError>,
 ) -> Result<(PartHeader, Footer), JournalError> {

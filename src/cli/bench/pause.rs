@@ -179,7 +179,7 @@ pub(super) fn no_kvm() -> Option<String> {
 }
 
 /// Guest memory in MiB, dirty pages, samples.
-const CASES: [(u64, u32, usize); 7] = [
+const CASES: [(u64, u32, usize); 8] = [
     (256, 1_000, 40),
     (256, 10_000, 20),
     (256, 50_000, 9),
@@ -187,6 +187,7 @@ const CASES: [(u64, u32, usize); 7] = [
     (1024, 10_000, 20),
     (1024, 50_000, 9),
     (4096, 50_000, 9),
+    (8192, 50_000, 9),
 ];
 
 pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
