@@ -15,7 +15,7 @@ pub struct Staged {
     path: PathBuf,
 }
 
-/// The first half of [`write`]: what can be done before it is known that the file is to be replaced.
+/// The first half of [`write()`]: what can be done before it is known that the file is to be replaced.
 pub fn stage(path: &Path, bytes: &[u8]) -> io::Result<Staged> {
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     let mut file = tempfile::Builder::new()

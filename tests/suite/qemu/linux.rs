@@ -43,7 +43,7 @@ use crate::kills::{Dice, number};
 const ROUNDS: u64 = 1;
 /// Slow guests thaw slowly.
 const QUIESCE: &str = "quiesce = { fsfreeze = true, timeout = \"30s\" }\n";
-const MEMORY_MIB: u32 = 96;
+pub const MEMORY_MIB: u32 = 96;
 const DISK_BYTES: u64 = 64 << 20;
 /// Longest random wait before a kill.
 const DELAY_MS: u64 = 3000;
@@ -95,7 +95,7 @@ pub fn parts(test: &str) -> Option<Parts> {
 }
 
 /// A directory with the initrd of the database's guest, and what it was made of.
-fn workspace(test: &str) -> Option<(tempfile::TempDir, Parts)> {
+pub fn workspace(test: &str) -> Option<(tempfile::TempDir, Parts)> {
     let parts = parts(test)?;
     let library = parts.root.join("usr/lib/x86_64-linux-gnu/libsqlite3.a");
     if !library.exists() {
@@ -134,7 +134,7 @@ fn workspace(test: &str) -> Option<(tempfile::TempDir, Parts)> {
 
 /// A line of the guest, and when it was seen.
 #[derive(Debug, Clone)]
-struct Line {
+pub struct Line {
     at: Timestamp,
     text: String,
 }
@@ -148,14 +148,14 @@ struct Heard {
 }
 
 /// What the guest says, whichever QEMU runs it.
-struct Serial {
+pub struct Serial {
     dir: PathBuf,
     heard: Arc<Mutex<Heard>>,
     over: Arc<AtomicBool>,
 }
 
 impl Serial {
-    fn new(dir: &Path) -> Self {
+    pub fn new(dir: &Path) -> Self {
         let heard = Arc::new(Mutex::new(Heard::default()));
         let over = Arc::new(AtomicBool::new(false));
         let (told, ends, log) = (heard.clone(), over.clone(), dir.join("serial.log"));
@@ -186,7 +186,7 @@ impl Serial {
         ]
     }
 
-    fn lines(&self) -> Vec<Line> {
+    pub fn lines(&self) -> Vec<Line> {
         self.heard.lock().unwrap().lines.clone()
     }
 
@@ -199,7 +199,7 @@ impl Serial {
     }
 
     /// Waits for a line after the first `after` of them that `look` likes.
-    fn wait<T>(&self, what: &str, after: usize, look: impl Fn(&str) -> Option<T>) -> T {
+    pub fn wait<T>(&self, what: &str, after: usize, look: impl Fn(&str) -> Option<T>) -> T {
         wait(what, || {
             let lines = self.lines();
             let trouble = lines.iter().find(|line| line.text.contains("TROUBLE"));
@@ -257,7 +257,7 @@ impl Heard {
     }
 }
 
-fn committed(text: &str) -> Option<u64> {
+pub fn committed(text: &str) -> Option<u64> {
     text.strip_prefix("COMMITTED ")?.parse().ok()
 }
 
@@ -268,11 +268,11 @@ fn counter(text: &str) -> Option<(u64, u64)> {
 }
 
 /// A running QEMU; killed when dropped.
-struct Linux(Child);
+pub struct Linux(Child);
 
 impl Linux {
     /// Boots with an empty disk, and waits until the database works.
-    fn boot(dir: &Path, name: &str, kernel: &Path, serial: &Serial) -> Self {
+    pub fn boot(dir: &Path, name: &str, kernel: &Path, serial: &Serial) -> Self {
         let disk = File::create_new(disk(dir, name)).unwrap();
         disk.set_len(DISK_BYTES).unwrap();
         let begin = Instant::now();

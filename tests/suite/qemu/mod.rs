@@ -13,6 +13,7 @@ mod moves;
 mod moving;
 mod networks;
 mod pauses;
+mod ratio;
 mod readiness;
 mod vm;
 mod warm;

@@ -1,0 +1,225 @@
+//! Bytes for the link of real memory: Linux with a database in QEMU, its memory dumped again and again.
+//!
+//! The same pages that changed from one dump to the next go through Lifeboat's encoder and, beside it,
+//! through what QEMU would make of them, built here after its sources (`migration/xbzrle.c`, `ram.c`,
+//! `multifd-zstd.c`): XBZRLE with a cache that holds all of the memory, which is the best that it can
+//! do, and multifd with zstd at its default level on one channel.
+//!
+//! LIFEBOAT_DUMPS is the number of dumps.
+
+use std::fs;
+use std::io::Write;
+use std::time::Duration;
+
+use lifeboat::clock::Timestamp;
+use lifeboat::frame::{Codec, EncodeOptions, Encoder, FrameStart, Manifest};
+use lifeboat::guest::Chunk;
+use lifeboat::guest::qemu::qmp::Qmp;
+use lifeboat::ids::{Epoch, Generation, ImageRoot, JournalId};
+use lifeboat::page::{Layout, PAGE_SIZE, PageAddr, Region, RegionKind};
+use serde_json::json;
+
+use super::linux::{Linux, MEMORY_MIB, Serial, committed, workspace};
+use crate::kills::number;
+
+const DUMPS: u64 = 4;
+/// Transactions between two dumps.
+const COMMITS: u64 = 40;
+/// Address and flags of a page on QEMU's wire.
+const PAGE_HEADER: u64 = 8;
+/// Pages of a packet of multifd, and the packet's own bytes: its head and an offset for each page.
+const PACKET_PAGES: usize = 128;
+const PACKET_BYTES: u64 = 328 + 8 * PACKET_PAGES as u64;
+
+type Page = [u8; PAGE_SIZE];
+
+/// Lifeboat's encoder with one codec.
+struct Ours {
+    encoder: Encoder,
+    last: (Epoch, ImageRoot),
+    bytes: u64,
+}
+
+impl Ours {
+    fn new(layout: &Layout, codec: Codec, first: &[Page]) -> Self {
+        let options = EncodeOptions {
+            codec,
+            ..EncodeOptions::default()
+        };
+        let mut ours = Self {
+            encoder: Encoder::new(layout.clone(), options).unwrap(),
+            last: (Epoch(0), ImageRoot([0; 32])),
+            bytes: 0,
+        };
+        ours.frame(first, &(0..first.len()).collect::<Vec<_>>());
+        ours.bytes = 0;
+        ours
+    }
+
+    fn frame(&mut self, memory: &[Page], dirty: &[usize]) {
+        let (prev_epoch, parent_root) = self.last;
+        self.encoder.begin(FrameStart {
+            guest: "db1".parse().unwrap(),
+            journal: JournalId([1; 16]),
+            generation: Generation(1),
+            epoch: prev_epoch.next(),
+            prev_epoch,
+            parent_root,
+            full: prev_epoch == Epoch(0),
+        });
+        for some in dirty.chunks(64) {
+            let content: Vec<u8> = some.iter().flat_map(|page| memory[*page]).collect();
+            let addr = |page: &usize| PageAddr::new(0, u32::try_from(*page).unwrap());
+            let chunk = Chunk {
+                pages: some.iter().map(addr).collect(),
+                memory: Box::new(content),
+            };
+            self.encoder.push(chunk, None);
+        }
+        let manifest = Manifest {
+            layout: self.encoder.layout().clone(),
+            machine: Vec::new(),
+            device_state: Vec::new(),
+        };
+        let finished = self.encoder.finish(&manifest, Timestamp(1), Duration::ZERO);
+        let finished = finished.unwrap();
+        self.last = (prev_epoch.next(), finished.root);
+        self.bytes += finished.stats.encoded_bytes;
+    }
+}
+
+/// Bytes of a number in the format of XBZRLE.
+fn number_bytes(number: usize) -> usize {
+    if number < 0x80 { 1 } else { 2 }
+}
+
+/// Bytes that XBZRLE makes of a page; `None` if they would be more than the page.
+fn xbzrle(old: &Page, new: &Page) -> Option<u64> {
+    let (mut at, mut bytes) = (0, 0);
+    while at < PAGE_SIZE {
+        let same = (at..PAGE_SIZE).take_while(|i| old[*i] == new[*i]).count();
+        at += same;
+        if at == PAGE_SIZE {
+            break;
+        }
+        let other = (at..PAGE_SIZE).take_while(|i| old[*i] != new[*i]).count();
+        at += other;
+        bytes += number_bytes(same) + number_bytes(other) + other;
+    }
+    (bytes <= PAGE_SIZE).then_some(bytes as u64)
+}
+
+/// What QEMU would send of these pages with XBZRLE.
+fn of_xbzrle(old: &[Page], new: &[Page], dirty: &[usize]) -> u64 {
+    let of = |page: &usize| {
+        if new[*page] == [0; PAGE_SIZE] {
+            return PAGE_HEADER + 1;
+        }
+        match xbzrle(&old[*page], &new[*page]) {
+            // Its flag and length.
+            Some(bytes) => PAGE_HEADER + 3 + bytes,
+            None => PAGE_HEADER + PAGE_SIZE as u64,
+        }
+    };
+    dirty.iter().map(of).sum()
+}
+
+/// What QEMU would send of these pages with multifd and zstd.
+struct Multifd(zstd::stream::write::Encoder<'static, Vec<u8>>);
+
+impl Multifd {
+    fn new() -> Self {
+        Self(zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap())
+    }
+
+    fn send(&mut self, memory: &[Page], dirty: &[usize]) -> u64 {
+        let mut packets = 0;
+        for packet in dirty.chunks(PACKET_PAGES) {
+            let full = packet.iter().map(|page| &memory[*page]);
+            for page in full.filter(|page| **page != [0; PAGE_SIZE]) {
+                self.0.write_all(page).unwrap();
+            }
+            self.0.flush().unwrap();
+            packets += PACKET_BYTES;
+        }
+        let bytes = self.0.get_ref().len() as u64;
+        self.0.get_mut().clear();
+        packets + bytes
+    }
+}
+
+#[test]
+fn the_format_of_xbzrle_is_counted_as_qemu_does() {
+    let zeros = [0; PAGE_SIZE];
+    assert_eq!(xbzrle(&zeros, &zeros), Some(0));
+    let mut some = zeros;
+    some[0] = 1;
+    // 0 that are the same, 1 that is not, the byte.
+    assert_eq!(xbzrle(&zeros, &some), Some(3));
+    some[1000..1200].fill(7);
+    // 999 and 200 take two bytes each.
+    assert_eq!(xbzrle(&zeros, &some), Some(3 + 4 + 200));
+    assert_eq!(xbzrle(&zeros, &[1; PAGE_SIZE]), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn real_memory_beside_what_qemu_makes_of_it() {
+    let test = "real_memory_beside_what_qemu_makes_of_it";
+    let Some((dir, parts)) = workspace(test) else {
+        return;
+    };
+    let dir = dir.path();
+    let serial = Serial::new(dir);
+    let _vm = Linux::boot(dir, "vm", &parts.kernel, &serial);
+    let qmp = Qmp::connect(&dir.join("vm.b")).await.unwrap();
+    let file = dir.join("memory");
+    let dump = async || {
+        qmp.call("stop", json!({})).await.unwrap();
+        let size = u64::from(MEMORY_MIB) << 20;
+        let arguments = json!({ "val": 0, "size": size, "filename": file });
+        qmp.call("pmemsave", arguments).await.unwrap();
+        qmp.call("cont", json!({})).await.unwrap();
+        fs::read(&file).unwrap().as_chunks().0.to_vec()
+    };
+    let mut before: Vec<Page> = dump().await;
+    let layout = Layout::try_from(vec![Region {
+        kind: RegionKind::Ram { gpa: 0 },
+        pages: MEMORY_MIB << 8,
+    }])
+    .unwrap();
+    let mut lz4 = Ours::new(&layout, Codec::Lz4, &before);
+    let mut zstd = Ours::new(&layout, Codec::Zstd1, &before);
+    let mut multifd = Multifd::new();
+    let (mut dirty_bytes, mut by_xbzrle, mut by_multifd) = (0, 0, 0);
+    for _ in 0..number("LIFEBOAT_DUMPS").unwrap_or(DUMPS) {
+        let said = serial.lines().len();
+        let now = serial.wait("the database works", said, committed);
+        serial.wait("it goes on", said, |text| {
+            committed(text).filter(|n| *n > now + COMMITS)
+        });
+        let after = dump().await;
+        let dirty: Vec<usize> = (0..after.len())
+            .filter(|page| before[*page] != after[*page])
+            .collect();
+        assert!(!dirty.is_empty(), "a database that works writes");
+        lz4.frame(&after, &dirty);
+        zstd.frame(&after, &dirty);
+        dirty_bytes += (dirty.len() * PAGE_SIZE) as u64;
+        by_xbzrle += of_xbzrle(&before, &after, &dirty);
+        by_multifd += multifd.send(&after, &dirty);
+        before = after;
+    }
+    let share = |bytes: u64| bytes as f64 / dirty_bytes as f64;
+    println!(
+        "of {} MiB of changed pages go over the link: Lifeboat lz4 {:.3}, zstd 1 {:.3}; QEMU XBZRLE {:.3}, multifd \
+         zstd {:.3}",
+        dirty_bytes >> 20,
+        share(lz4.bytes),
+        share(zstd.bytes),
+        share(by_xbzrle),
+        share(by_multifd),
+    );
+    assert!(lz4.bytes < by_xbzrle && lz4.bytes < by_multifd);
+    assert!(zstd.bytes < lz4.bytes);
+    assert!(share(lz4.bytes) <= 0.40 && share(zstd.bytes) <= 0.30);
+}
