@@ -25,8 +25,6 @@ mod compare;
 mod follow;
 mod ground;
 mod image;
-#[cfg(test)]
-mod large;
 mod mark;
 mod promote;
 mod replica;

@@ -1,5 +1,7 @@
 //! What a primary may send, and the copy survives.
 
+mod large;
+
 use std::time::Duration;
 
 use super::*;

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use super::tests::durable;
-use super::*;
+use super::durable;
 use crate::clock::Timestamp;
 use crate::frame::{EncodeOptions, Encoder, FrameStart, Manifest};
 use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot};
 use crate::journal::{JournalOptions, MemCatalogue, MemStore, Retention};
 use crate::page::{Layout, PAGE_SIZE, PageAddr, Region, RegionKind};
+use crate::standby::{Replica, ReplicaOptions};
 use crate::wire::message::Open;
 
 /// Of the two regions of RAM. The first has more than one piece that is read at once, the last one of
