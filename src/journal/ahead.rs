@@ -12,6 +12,7 @@
 
 use std::num::NonZero;
 use std::sync::mpsc::sync_channel;
+use std::thread;
 
 /// Threads that make pieces: more do not help, because one thread uses all of them.
 const THREADS_MAX: usize = 4;
@@ -20,7 +21,7 @@ const BUFFERS: usize = 2;
 
 /// Threads for work that keeps a processor busy, if it is worth several.
 pub(super) fn threads(worth: bool) -> usize {
-    let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
+    let cores = || thread::available_parallelism().map_or(1, NonZero::get);
     if worth { cores().min(THREADS_MAX) } else { 1 }
 }
 
@@ -41,16 +42,17 @@ pub(super) fn in_order<T: Default + Send, E: Send>(
             each(number, &mut buffer)
         });
     }
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         let make = &make;
-        let lanes: Vec<_> = (0..threads)
+        // A host that has no room for a thread does without.
+        let lanes: Vec<Option<_>> = (0..threads)
             .map(|first| {
                 let (give, given) = sync_channel::<T>(BUFFERS);
                 let (done, made) = sync_channel(BUFFERS);
                 for _ in 0..BUFFERS {
                     give.send(T::default()).expect("there is room for all");
                 }
-                scope.spawn(move || {
+                let work = move || {
                     for number in (first..count).step_by(threads) {
                         // Whoever wanted the pieces has given up.
                         let Ok(mut buffer) = given.recv() else { return };
@@ -60,12 +62,18 @@ pub(super) fn in_order<T: Default + Send, E: Send>(
                             return;
                         }
                     }
-                });
-                (give, made)
+                };
+                let begun = thread::Builder::new().spawn_scoped(scope, work);
+                begun.is_ok().then_some((give, made))
             })
             .collect();
+        let mut own = T::default();
         for number in 0..count {
-            let (give, made) = &lanes[number % threads];
+            let Some((give, made)) = &lanes[number % threads] else {
+                make(number, &mut own)?;
+                each(number, &mut own)?;
+                continue;
+            };
             // A thread ends early only after an error, or by a panic, which the scope passes on.
             let Ok(result) = made.recv() else {
                 panic!("a thread that made pieces ended too early");

@@ -47,14 +47,19 @@ impl<S: Store> Window<'_, S> {
                 .zip(bytes.chunks_mut(WINDOW as usize));
             let first = pieces.next();
             let others: Vec<_> = pieces
-                .map(|(at, piece)| scope.spawn(move || segments.read_raw(number, at, piece)))
+                .map(|(at, piece)| {
+                    let read = move || segments.read_raw(number, at, piece);
+                    std::thread::Builder::new().spawn_scoped(scope, read)
+                })
                 .collect();
             let mut result =
                 first.map_or(Ok(()), |(at, piece)| segments.read_raw(number, at, piece));
             for other in others {
-                match other.join() {
-                    Ok(read) => result = result.and(read),
-                    Err(panic) => std::panic::resume_unwind(panic),
+                // A host that has no room for a thread reads a block at a time.
+                match other.map(std::thread::ScopedJoinHandle::join) {
+                    Ok(Ok(read)) => result = result.and(read),
+                    Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                    Err(error) => result = Err(error),
                 }
             }
             result

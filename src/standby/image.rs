@@ -208,13 +208,19 @@ impl Image {
             let own = shares.next().unwrap_or_default();
             let image = &*self;
             let others: Vec<_> = shares
-                .map(|pieces| scope.spawn(|| image.leaves(pieces)))
+                .map(|pieces| {
+                    let work = move || image.leaves(pieces);
+                    let begun = std::thread::Builder::new().spawn_scoped(scope, work);
+                    (pieces, begun)
+                })
                 .collect();
             let mut leaves = image.leaves(own);
-            for other in others {
-                match other.join() {
-                    Ok(more) => leaves.extend(more),
-                    Err(panic) => std::panic::resume_unwind(panic),
+            for (pieces, other) in others {
+                match other.map(std::thread::ScopedJoinHandle::join) {
+                    Ok(Ok(more)) => leaves.extend(more),
+                    Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                    // A host that has no room for a thread does without.
+                    Err(_) => leaves.extend(image.leaves(pieces)),
                 }
             }
             leaves

@@ -2,11 +2,12 @@
 //! with as much memory that writes as many pages over and over, to and fro, in the same run.
 //!
 //! Lifeboat's downtime is from the pause until the other site has said that the guest runs there; the
-//! disk moves too. QEMU's is from STOP at the source to RESUME at the target; its disks are shared, it
-//! migrates over TCP without TLS, and nobody decides who owns the guest.
+//! disk moves too, all over TLS. QEMU's is from STOP at the source to RESUME at the target, over TLS and
+//! without; its disks are shared, and nobody decides who owns the guest.
 //!
 //! LIFEBOAT_MOVES is the number of moves of each.
 
+use std::fs;
 use std::time::Duration;
 
 use lifeboat::guest::qemu::qmp::{Event, Qmp};
@@ -23,6 +24,8 @@ const MOVES: u64 = 2;
 /// Memory of both, and the part of it that is written all the time.
 const MEMORY_MIB: u32 = 64;
 const SET_PAGES: u64 = 1024;
+/// Whose key it is.
+const USER: &str = "mover";
 
 /// When an event of this name comes, by QEMU's clock, in nanoseconds.
 async fn seen(events: &mut Receiver<Event>, name: &str) -> u64 {
@@ -37,21 +40,40 @@ async fn seen(events: &mut Receiver<Event>, name: &str) -> u64 {
     timeout(WITHIN, looking).await.expect("the event comes")
 }
 
+/// Prepares one end for TLS with a key that both have.
+async fn secure(qmp: &Qmp, place: &Place, end: &str) {
+    let mut key = json!({
+        "qom-type": "tls-creds-psk", "id": end, "dir": place.path(), "endpoint": end
+    });
+    if end == "client" {
+        key["username"] = json!(USER);
+    }
+    qmp.call("object-add", key).await.unwrap();
+    let parameters = json!({ "tls-creds": end });
+    let set = qmp.call("migrate-set-parameters", parameters);
+    set.await.unwrap();
+}
+
 /// Downtimes of QEMU's own migrations, in seconds.
-async fn qemus_own(place: &Place, count: u64) -> Vec<f64> {
+async fn qemus_own(place: &Place, count: u64, tls: bool) -> Vec<f64> {
     let set = SET_PAGES.to_string();
     let append = ["-append", set.as_str()];
-    let mut vm = Vm::boot_with(place, "move0", &append);
+    let what = if tls { "tls" } else { "move" };
+    let mut vm = Vm::boot_with(place, &format!("{what}0"), &append);
     let mut downtimes = Vec::new();
     for number in 1..=count {
-        let name = format!("move{number}");
-        let from = images(place.path(), &format!("move{}", number - 1));
+        let name = format!("{what}{number}");
+        let from = images(place.path(), &format!("{what}{}", number - 1));
         for (from, to) in from.iter().zip(images(place.path(), &name)) {
-            std::fs::copy(from, to).unwrap();
+            fs::copy(from, to).unwrap();
         }
         let next = Vm::waiting(place, &name, &append);
         let source = Qmp::connect(&vm.monitor("c")).await.unwrap();
         let target = Qmp::connect(&next.monitor("c")).await.unwrap();
+        if tls {
+            secure(&source, place, "client").await;
+            secure(&target, place, "server").await;
+        }
         let uri = format!("tcp:127.0.0.1:{}", free_port());
         let incoming = target.call("migrate-incoming", json!({ "uri": uri }));
         incoming.await.unwrap();
@@ -86,9 +108,12 @@ async fn moves_beside_qemus_own_migration() {
         });
         let ours = summary(moves(&pair, count));
         drop(pair);
-        let own = summary(qemus_own(&place, count).await);
+        let key = format!("{USER}:{}\n", "5a".repeat(32));
+        fs::write(place.path().join("keys.psk"), key).unwrap();
+        let tls = summary(qemus_own(&place, count, true).await);
+        let plain = summary(qemus_own(&place, count, false).await);
         println!(
-            "{count} live moves, downtime p50 p99 in ms: Lifeboat {ours}; QEMU {} {own}",
+            "{count} live moves, downtime p50 p99 in ms: Lifeboat {ours}; QEMU {} over TLS {tls}, without {plain}",
             qemu.name
         );
     }
