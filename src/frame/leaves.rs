@@ -26,6 +26,9 @@ const CV: usize = 32;
 /// Pages of one call: as many as fit the widest registers.
 pub(super) const GROUP: usize = 4;
 
+/// Nodes of one call: as many blocks as the widest registers hash at once.
+const PAIRS: usize = 16;
+
 /// blake3's key words when there is no key.
 const IV: [u32; 8] = [
     0x6a09_e667,
@@ -120,6 +123,25 @@ pub(super) fn of_run(
         parents(platform, &pairs[..group.len() * 2 * CV], &mut leaves);
         for (k, leaf) in leaves.as_chunks().0[..group.len()].iter().enumerate() {
             each(index + k, *leaf);
+        }
+    }
+}
+
+/// Calls `each` with the number and the value of these nodes, each of which has two of the values below
+/// it. Many at once, wherever they are: unlike leaves, they do not depend on their position.
+pub(super) fn of_pairs(below: &[[u8; CV]], nodes: &[usize], mut each: impl FnMut(usize, [u8; CV])) {
+    let platform = Platform::detect();
+    let (pairs, _) = below.as_chunks::<2>();
+    for some in nodes.chunks(PAIRS) {
+        let mut inputs = [&[0; 2 * CV]; PAIRS];
+        for (input, node) in inputs.iter_mut().zip(some) {
+            *input = pairs[*node].as_flattened().try_into().expect("two values");
+        }
+        let mut values = [0; PAIRS * CV];
+        let (inputs, once) = (&inputs[..some.len()], IncrementCounter::No);
+        platform.hash_many(inputs, &IV, 0, once, PARENT, 0, 0, &mut values);
+        for (node, value) in some.iter().zip(values.as_chunks().0) {
+            each(*node, *value);
         }
     }
 }

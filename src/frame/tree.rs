@@ -15,7 +15,7 @@
 //! A changed page costs its leaf (1.3 us, less beside other changed ones: `leaves`) and, in [`root`](ImageTree::root), one node per level, shared
 //! with its neighbours. 64 bytes of memory per page.
 
-use blake3::hazmat::{HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
+use blake3::hazmat::{HasherExt, Mode, merge_subtrees_root};
 
 use super::bits::Bits;
 use super::leaves;
@@ -98,20 +98,23 @@ impl ImageTree {
             "{} pages of the RAM image were never hashed",
             self.unknown
         );
+        let mut pairs = Vec::new();
         for k in 0..self.stale.len() {
             let (lower, upper) = self.levels.split_at_mut(k + 1);
             let (children, nodes) = (&lower[k], &mut upper[0]);
             let (this, above) = self.stale.split_at_mut(k + 1);
             let mut above = above.first_mut();
+            pairs.clear();
             this[k].drain(|i| {
-                nodes[i] = match children.get(2 * i + 1) {
-                    Some(right) => merge_subtrees_non_root(&children[2 * i], right, Mode::Hash),
-                    None => children[2 * i],
-                };
+                match children.get(2 * i + 1) {
+                    Some(_) => pairs.push(i),
+                    None => nodes[i] = children[2 * i],
+                }
                 if let Some(above) = &mut above {
                     above.set(i / 2);
                 }
             });
+            leaves::of_pairs(children, &pairs, |i, node| nodes[i] = node);
         }
         let top = self.levels.last().expect("a tree has leaves");
         ImageRoot(*merge_subtrees_root(&top[0], &top[1], Mode::Hash).as_bytes())

@@ -3,7 +3,7 @@
 //!
 //! Figures are the guests' own as `lifeboat status` shows them, sampled for some seconds: the pause
 //! of the recent checkpoints (its median and 99th percentile), and the age of the newest durable
-//! point. Guests never rest, so that with many of them on few processors most of the time is theirs.
+//! point. Guests never rest; they run at the lowest priority.
 //!
 //! Memory is what a daemon has of its own: not the images (they are in memfds of their own), and
 //! the shadow is switched off.

@@ -1,15 +1,15 @@
-//! Two sites with several guests, all protected: what the benchmark measures daemons with.
+//! Two sites with several guests, all protected: what the benchmark measures daemons with. The guests never
+//! rest, so they run at the lowest priority: what a host has left beside its daemon is theirs.
 
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use tokio::time::{Instant, sleep};
 
 use super::process::{Leftovers, Site};
 use super::workspace::{Machine, Workspace};
 use crate::control::types::{GuestStatus, ProtectRequest};
-use crate::metrics::labels::GuestState;
 
 /// Time for one guest's first copy and first point, for each guest.
 const PROTECTED_WITHIN: Duration = Duration::from_secs(30);
@@ -44,6 +44,10 @@ impl Fleet {
         for guest in fleet.guests().await? {
             let client = &fleet.a.client;
             client.guest_start(&guest.name, false).await?;
+            let started = fleet.guests().await?;
+            let started = started.into_iter().find(|one| one.name == guest.name);
+            let pid = started.and_then(|guest| guest.pid);
+            yields(pid.context("a guest has no process")?)?;
             client
                 .protect(&guest.name, &ProtectRequest::default())
                 .await?;
@@ -52,7 +56,7 @@ impl Fleet {
         loop {
             let statuses = fleet.guests().await?;
             let open = |guest: &&GuestStatus| {
-                guest.state != GuestState::Protected || guest.pause_p50_seconds.is_none()
+                guest.last_point.is_none() || guest.pause_p50_seconds.is_none()
             };
             let Some(open) = statuses.iter().find(open) else {
                 return Ok(fleet);
@@ -73,4 +77,18 @@ impl Fleet {
     pub(in crate::cli) fn daemons(&self) -> Option<[u32; 2]> {
         Some([self.a.pid()?, self.b.pid()?])
     }
+}
+
+/// Gives all threads of a process the lowest priority.
+fn yields(pid: u32) -> anyhow::Result<()> {
+    let place = format!("/proc/{pid}/task");
+    let threads = std::fs::read_dir(&place).with_context(|| format!("{place} cannot be read"))?;
+    for thread in threads {
+        let Some(thread) = thread?.file_name().to_str().and_then(|id| id.parse().ok()) else {
+            continue;
+        };
+        // SAFETY: plain numbers; no memory is touched. A thread that has ended needs no priority.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, thread, 19) };
+    }
+    Ok(())
 }
