@@ -325,6 +325,24 @@ impl PageImage for Watched<'_> {
             _ => self.image.page_mut(addr),
         }
     }
+
+    fn zero(&mut self, addr: PageAddr, count: u32) -> io::Result<()> {
+        let pages = (addr.page..addr.page + count).map(|page| PageAddr { page, ..addr });
+        if self.image.layout().ram_index(addr).is_none() {
+            for addr in pages {
+                self.page_mut(addr)?.fill(0);
+            }
+            return Ok(());
+        }
+        // Not page by page: what was never written takes no memory, and goes on to take none.
+        self.image.zero(addr, count)?;
+        if let Ok(changes) = &mut self.seen.0 {
+            for addr in pages {
+                changes.ram.set(addr);
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use crate::pki;
 /// The guest's name.
 pub(super) const GUEST: &str = "demo";
 /// Its memory.
-const MEMORY_MIB: u32 = 256;
+const MEMORY_MIB: u64 = 256;
 /// Memory that it keeps writing.
 const WORKING_SET_MIB: u32 = 16;
 /// The same of a guest among many.
@@ -184,11 +184,14 @@ impl Workspace {
                 Machine::Qemu => text.push_str(&qemu_guest(&other.name)),
                 Machine::Fleet { memory_mib, .. } => {
                     for name in machine.guests() {
-                        text.push_str(&member(&name, &other.name, memory_mib));
+                        let set = MEMBER_WORKING_SET_MIB;
+                        text.push_str(&guest(&name, &other.name, memory_mib, set, ""));
                     }
                 }
                 Machine::Builtin => {
-                    text.push_str(&guest(&other.name));
+                    let disks = "disks = [{ id = \"data\", path = \"disk.img\" }]\n";
+                    let set = WORKING_SET_MIB;
+                    text.push_str(&guest(GUEST, &other.name, MEMORY_MIB, set, disks));
                     let disk = dir.join("disk.img");
                     fs::File::create_new(&disk)
                         .and_then(|file| file.set_len(DISK_BYTES))
@@ -291,23 +294,8 @@ min_free = "1MiB"
     )
 }
 
-fn guest(peer: &SiteId) -> String {
-    format!(
-        r#"
-[[guest]]
-name = "{GUEST}"
-peer = "{peer}"
-memory = "{MEMORY_MIB}MiB"
-vcpus = 1
-boot = {{ demo = {{ working_set = "{WORKING_SET_MIB}MiB" }} }}
-disks = [{{ id = "data", path = "disk.img" }}]
-autostart = true
-"#
-    )
-}
-
-/// A guest among many.
-fn member(name: &str, peer: &SiteId, memory_mib: u64) -> String {
+/// A guest of one of our monitors; `more` are further lines of it.
+fn guest(name: &str, peer: &SiteId, memory_mib: u64, working_set_mib: u32, more: &str) -> String {
     format!(
         r#"
 [[guest]]
@@ -315,9 +303,9 @@ name = "{name}"
 peer = "{peer}"
 memory = "{memory_mib}MiB"
 vcpus = 1
-boot = {{ demo = {{ working_set = "{MEMBER_WORKING_SET_MIB}MiB" }} }}
+boot = {{ demo = {{ working_set = "{working_set_mib}MiB" }} }}
 autostart = true
-"#
+{more}"#
     )
 }
 

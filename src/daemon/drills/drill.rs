@@ -25,7 +25,7 @@ use crate::daemon::standbys::Shared;
 use crate::daemon::status::point_status;
 use crate::device_state::DeviceState;
 use crate::failover::SparseDisks;
-use crate::frame::PageImage;
+use crate::frame::{PageImage, PageSink};
 use crate::guest::builtin::BuiltinGuest;
 use crate::guest::builtin::stopped::is_stopped;
 use crate::guest::network::NetworkChange;
@@ -85,6 +85,21 @@ impl PageImage for CloneImage {
             true => self.disks.page_mut(addr),
             false => self.ram.page_mut(addr),
         }
+    }
+
+    fn zero(&mut self, addr: PageAddr, count: u32) -> std::io::Result<()> {
+        match self.disks.has(addr.region) {
+            true => self.disks.zero(addr, count),
+            false => self.ram.zero(addr, count),
+        }
+    }
+
+    fn sink(&self, region: RegionId) -> Option<Arc<dyn PageSink>> {
+        self.ram.sink(region)
+    }
+
+    fn put(&mut self, addr: PageAddr, leaf: [u8; 32]) {
+        self.ram.put(addr, leaf);
     }
 
     fn wants(&self, _region: RegionId) -> bool {
