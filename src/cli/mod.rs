@@ -35,6 +35,7 @@ pub mod render;
 mod run_text;
 pub mod seeds;
 pub mod site;
+mod source;
 pub mod text;
 pub mod top;
 pub mod units;

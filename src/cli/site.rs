@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{logging, workers};
+use super::{logging, source, workers};
 use crate::config::{DEFAULT_FILE, Files, load};
 use crate::control::codes::{ExitCode, Reason};
 use crate::control::types::ApiError;
@@ -30,7 +30,7 @@ pub(super) fn run(file: Option<&Path>, verbose: u8) -> Result<ExitCode, ApiError
 
 /// `lifeboat vmm`: until the guest was stopped. It keeps a log of its own.
 pub(super) fn monitor(guest: &GuestId, run_dir: &Path) -> Result<ExitCode, ApiError> {
-    crate::vmm::process::run(guest, run_dir)
+    crate::vmm::process::run(guest, run_dir, source::open)
         .map_err(|error| ApiError::new(Reason::Failed, error.to_string()))?;
     Ok(ExitCode::Ok)
 }

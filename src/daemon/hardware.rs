@@ -237,6 +237,8 @@ fn options(
 pub(super) enum Memory {
     /// In an image.
     Image(OwnedFd),
+    /// In the journal: what leads our monitor to it.
+    Journal(Vec<u8>),
     /// In a QEMU that was fed it.
     Fed(Box<FedQemu>),
 }
@@ -261,15 +263,18 @@ pub(super) async fn ready(
     let run_dir = site.run_dir(guest);
     match hardware {
         Hardware::Builtin(spec) => {
-            let Memory::Image(ram) = memory else {
-                let why = "only guests of QEMU wait warm";
-                return Err(GuestError::Failed(why.into()));
-            };
             let unbooted = match process {
                 Some(process) => process,
                 None => BuiltinGuest::spawn(&site.exe, &run_dir, guest).await?,
             };
-            let guest = unbooted.restore(spec, state, ram).await?;
+            let guest = match memory {
+                Memory::Image(ram) => unbooted.restore(spec, state, ram).await?,
+                Memory::Journal(source) => unbooted.restore_from(spec, state, source).await?,
+                Memory::Fed(_) => {
+                    let why = "only guests of QEMU wait warm";
+                    return Err(GuestError::Failed(why.into()));
+                }
+            };
             Ok(Ready::Builtin(Box::new(guest)))
         }
         Hardware::Qemu(machine) => {

@@ -86,7 +86,7 @@ impl Lookup<DirStore> for Site {
         {
             return Err(Refusal::Returned { generation });
         }
-        let copy = self.standbys.copy(guest).await.map_err(failed)?;
+        let copy = self.standbys.warm_copy(guest).await.map_err(failed)?;
         if self.demote(copy.clone(), open).await.map_err(failed)? {
             let order = |reply| Order::Withdraw { reply };
             let withdrawn = self.supervisor(guest).ask(order).await;

@@ -36,6 +36,7 @@ mod record;
 mod rehearsal;
 mod reload;
 mod seeds;
+mod source;
 mod standbys;
 mod status;
 mod supervisor;

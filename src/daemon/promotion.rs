@@ -1,6 +1,5 @@
 //! The failover run: the steps of `failover`, driven at the site that becomes the owner.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use super::hardware::{Hardware, Memory};
 use super::orders::{Handle, Materialised, Order, Resume};
 use super::placing::{machine, plugged, write_disks};
 use super::record::{FailedOver, guest_dir};
+use super::source::{Ram, Source, reads_itself};
 use super::standbys::{Shared, lock};
 use super::status::point_status;
 use crate::clock::Timestamp;
@@ -31,7 +31,7 @@ use crate::guest::network::NetworkChange;
 use crate::guest::qemu::command::Rewrite;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::RecoveryPoint;
-use crate::standby::{Promotion, ReplicaError};
+use crate::standby::{Claimed, ReplicaError};
 
 /// How long the image of a guest stays mapped after it went to the guest.
 const UNMAPPED_AFTER: Duration = Duration::from_millis(200);
@@ -165,7 +165,7 @@ impl Failover {
         let state = self.handle.view.borrow().run_state.clone();
         match state {
             Some(RunState::Running) => {
-                run.detail("the guest runs; its memory image had the recorded root");
+                run.detail("the guest runs");
                 Ok(RunResult::Failover(report))
             }
             other => Err(
@@ -240,13 +240,6 @@ impl Failover {
         fence(&order).await.map_err(|e| not_fenced(e.to_string()))?;
         Ok(format!("confirmed by {}", fencing.command.join(" ")))
     }
-}
-
-/// A point, and its RAM.
-struct Source {
-    point: Epoch,
-    manifest: Manifest,
-    ram: Arc<OwnedFd>,
 }
 
 /// Making this site the owner of a guest, from a point of its copy here.
@@ -334,29 +327,28 @@ impl Takeover {
     ) -> Result<bool, ApiError> {
         let since = Instant::now();
         let copy = self.copy.clone();
-        let claiming = self.site.env.offload(move || lock(&copy).claim(point));
-        let promotion = claiming.await?;
+        let claiming = move || lock(&copy).claim_or_lend(point, reads_itself);
+        let claimed = self.site.env.offload(claiming).await?;
         let ms = since.elapsed().as_micros() as f64 / 1e3;
         tracing::debug!(guest = %self.guest, ms, "the point is there");
         // Nothing runs before it; what the guest will run in is made meanwhile.
         let copy = self.copy.clone();
         let raising = self.site.env.offload(move || lock(&copy).raise(generation));
         let raised = async { Ok(raising.await?) };
-        self.resume_from(run, promotion, generation, raised).await
+        self.resume_from(run, claimed, generation, raised).await
     }
 
     /// Runs the guest once `first` is done, from what waits warm or else from files.
     async fn resume_from(
         &self,
         run: &RunHandle,
-        promotion: Promotion,
+        claimed: Claimed,
         generation: Generation,
         first: impl Future<Output = Result<(), ApiError>>,
     ) -> Result<bool, ApiError> {
-        let source = Source {
-            point: promotion.point.epoch,
-            manifest: promotion.manifest,
-            ram: promotion.image.fd(),
+        let source = match &claimed {
+            Claimed::Image(promotion) => Source::from(promotion),
+            Claimed::Lent(lent) => Source::from(lent),
         };
         let (allow, allowed) = watch::channel(false);
         let deciding = async move {
@@ -371,7 +363,7 @@ impl Takeover {
         let env = self.site.env.clone();
         tokio::spawn(async move {
             sleep(UNMAPPED_AFTER).await;
-            env.offload(move || drop(promotion.image)).await;
+            env.offload(move || drop(claimed)).await;
         });
         decided.and(resumed)
     }
@@ -395,7 +387,7 @@ impl Takeover {
                 Err(error) => error,
             };
             // Whoever allows it is gone: it was not for the process.
-            if !*allowed.borrow() && allowed.has_changed().is_err() {
+            if is_void(&allowed) {
                 return Err(error);
             }
             // It is gone, the point is as it was, and so is the record.
@@ -405,7 +397,43 @@ impl Takeover {
         }
         let from = self.materialise(source, generation).await?;
         run.step("resume");
-        self.run_from(from, allowed).await
+        let resumed = self.run_from(from, allowed.clone()).await;
+        match (&source.ram, resumed) {
+            (Ram::Image(_), Ok(true)) => run.detail("its memory image had the recorded root"),
+            (Ram::Journal(_), Ok(true)) => {
+                run.detail("its memory is read from the journal while it runs");
+            }
+            (_, Ok(false)) => return Ok(false),
+            (Ram::Journal(_), Err(error)) if !is_void(&allowed) => {
+                tracing::warn!(guest = %self.guest, %error, "the guest was not resumed with memory from the journal");
+                run.detail(format!("not with memory from the journal: {error}"));
+                return self
+                    .resume_whole(run, source.point, generation, allowed)
+                    .await;
+            }
+            (_, Err(error)) => return Err(error),
+        }
+        Ok(true)
+    }
+
+    /// As a last resort: all of the point's memory is read first.
+    async fn resume_whole(
+        &self,
+        run: &RunHandle,
+        point: Epoch,
+        generation: Generation,
+        allowed: watch::Receiver<bool>,
+    ) -> Result<bool, ApiError> {
+        run.step("materialise");
+        let copy = self.copy.clone();
+        let claiming = self.site.env.offload(move || lock(&copy).claim(point));
+        let promotion = claiming.await?;
+        let source = Source::from(&promotion);
+        let from = self.materialise(&source, generation).await?;
+        run.step("resume");
+        let runs = self.run_from(from, allowed).await?;
+        run.detail("its memory image had the recorded root");
+        Ok(runs)
     }
 
     async fn run_from(
@@ -462,10 +490,7 @@ impl Takeover {
         let (hardware, vessel) = fed.keep();
         let (memory, process) = match vessel {
             Vessel::Qemu(qemu) => (Memory::Fed(Box::new(qemu)), None),
-            Vessel::Monitor(process) => {
-                let ram = source.ram.try_clone().map_err(failed)?;
-                (Memory::Image(ram), Some(process))
-            }
+            Vessel::Monitor(process) => (source.ram.memory()?, Some(process)),
         };
         run.detail("the guest's process waits warm, its disks are there");
         Ok(Some(Materialised {
@@ -486,7 +511,7 @@ impl Takeover {
         generation: Generation,
     ) -> Result<Materialised, ApiError> {
         let manifest = &source.manifest;
-        let memory = Memory::Image(source.ram.try_clone().map_err(failed)?);
+        let memory = source.ram.memory()?;
         let directory = guest_dir(&self.site.state_dir, &self.guest)
             .join("disks")
             .join(format!("generation-{generation}"));
@@ -537,4 +562,9 @@ impl Takeover {
             }
         }
     }
+}
+
+/// True once it is certain that the guest may not run here.
+fn is_void(allowed: &watch::Receiver<bool>) -> bool {
+    !*allowed.borrow() && allowed.has_changed().is_err()
 }

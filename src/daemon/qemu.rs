@@ -64,6 +64,10 @@ impl WaitingQemu {
                 let (qemu, child) = adopted.map_err(|e| failed(run_dir.display(), e))?;
                 (child, Source::Fed(Box::new(qemu)))
             }
+            Memory::Journal(_) => {
+                let why = "QEMU does not read its memory from a journal";
+                return Err(GuestError::Failed(why.into()));
+            }
             Memory::Image(ram) => {
                 let sockets = Sockets::within(run_dir);
                 let command = started(machine, &sockets);

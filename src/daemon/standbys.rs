@@ -2,6 +2,9 @@
 //!
 //! Each copy is opened once and then shared: by the session that fills it, by its maintenance, and
 //! by the operator's questions. After its journal failed it is dropped and opened anew.
+//!
+//! A copy is there before its image is: a failover reads memory while the guest runs, and waits for
+//! nothing. Images are made one after the other, and sessions wait for theirs.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::groups::kept;
 use crate::clock::{Env, Timestamp};
@@ -39,6 +43,8 @@ struct Inner {
     copies: Mutex<BTreeMap<GuestId, Copy>>,
     /// Only one copy is opened at a time: opening may take a while and much memory.
     opening: tokio::sync::Mutex<()>,
+    /// Only one image is made at a time: it takes all processors, and much memory.
+    warming: tokio::sync::Mutex<()>,
 }
 
 /// What is known of a copy.
@@ -47,6 +53,8 @@ enum Copy {
         replica: Shared,
         status: watch::Receiver<ReplicaStatus>,
         notes: Vec<String>,
+        /// True once its image is there, or was tried.
+        warm: watch::Receiver<bool>,
     },
     Failed {
         why: String,
@@ -67,6 +75,7 @@ impl Standbys {
             config: RwLock::new(config),
             copies: Mutex::default(),
             opening: tokio::sync::Mutex::default(),
+            warming: tokio::sync::Mutex::default(),
         };
         Self {
             inner: Arc::new(inner),
@@ -157,6 +166,7 @@ impl Standbys {
                     replica: replica.clone(),
                     status,
                     notes,
+                    warm: self.warm_up(guest.clone(), replica.clone()),
                 };
                 self.copies().insert(guest.clone(), copy);
                 Ok(replica)
@@ -169,6 +179,51 @@ impl Standbys {
                 Err(why)
             }
         }
+    }
+
+    /// Makes the image of a copy that was opened, in its turn.
+    fn warm_up(&self, guest: GuestId, replica: Shared) -> watch::Receiver<bool> {
+        let (done, warm) = watch::channel(false);
+        let inner = self.inner.clone();
+        tokio::spawn(async move {
+            let _one = inner.warming.lock().await;
+            let since = Instant::now();
+            let work = move || {
+                let begun = lock(&replica).warm_up();
+                let Some(begun) = begun? else {
+                    return Ok::<_, ReplicaError>(false);
+                };
+                // The copy is free while this takes its time.
+                let built = begun.build();
+                lock(&replica).warmed_up(built);
+                Ok(true)
+            };
+            match inner.env.offload(work).await {
+                Ok(false) => {}
+                Ok(true) => {
+                    let ms = since.elapsed().as_millis() as u64;
+                    tracing::info!(%guest, ms, "the image of the guest's copy is in memory");
+                }
+                // A session tries it again, and says so if it cannot.
+                Err(error) => tracing::warn!(%guest, %error, "no image of the guest's copy"),
+            }
+            done.send_replace(true);
+        });
+        warm
+    }
+
+    /// The copy as [`copy`](Self::copy) gives it, once its image is there, for a session.
+    pub async fn warm_copy(&self, guest: &GuestId) -> Result<Shared, String> {
+        let replica = self.copy(guest).await?;
+        let warm = match self.copies().get(guest) {
+            Some(Copy::Open { warm, .. }) => Some(warm.clone()),
+            _ => None,
+        };
+        if let Some(mut warm) = warm {
+            // It ends without a word if the daemon does.
+            let _ = warm.wait_for(|warm| *warm).await;
+        }
+        Ok(replica)
     }
 
     fn options(&self) -> ReplicaOptions {
@@ -334,8 +389,8 @@ fn open(
         )
     })?;
     let catalogue = SledCatalogue::open(&directory.join("catalog")).map_err(|e| e.to_string())?;
-    let (replica, report) =
-        Replica::open(store, Box::new(catalogue), guest, options).map_err(|e| e.to_string())?;
+    let (replica, report) = Replica::open_cold(store, Box::new(catalogue), guest, options)
+        .map_err(|e| e.to_string())?;
     let mut notes = report.notices;
     notes.extend(
         report.lost.iter().map(|e| {

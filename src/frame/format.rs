@@ -222,6 +222,11 @@ impl PartHeader {
         HEADER_BYTES as u64 + u64::from(self.batch_bytes)
     }
 
+    /// Where the rows lie in the part.
+    pub fn rows_range(&self) -> std::ops::Range<u64> {
+        self.rows_at()..self.manifest_at()
+    }
+
     pub(super) fn manifest_at(&self) -> u64 {
         self.rows_at() + u64::from(self.rows) * ROW_BYTES as u64
     }

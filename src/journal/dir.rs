@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::Mutex;
 
-use super::store::{Access, LockError, Store, StoreFile};
+use super::store::{Access, Lease, LockError, Store, StoreFile};
 
 /// Alignment of memory, offsets and lengths for direct I/O.
 const ALIGN: usize = 4096;
@@ -228,6 +228,14 @@ impl Store for DirStore {
     fn place(&self) -> String {
         self.dir.display().to_string()
     }
+
+    fn lend(&self) -> io::Result<Option<Lease>> {
+        Lease::take(&self.dir).map(Some)
+    }
+
+    fn is_lent(&self) -> io::Result<bool> {
+        Lease::is_taken(&self.dir)
+    }
 }
 
 /// A file of a [`DirStore`].
@@ -341,6 +349,20 @@ mod tests {
         }
         let error = file.read_at(1 << 30, &mut aligned).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn files_are_lent_as_long_as_anybody_reads_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = DirStore::new(dir.path()).unwrap();
+        assert!(!store.is_lent().unwrap());
+        let ours = store.lend().unwrap().unwrap();
+        let readers = Lease::take(ours.dir()).unwrap();
+        assert!(store.is_lent().unwrap());
+        drop(ours);
+        assert!(store.is_lent().unwrap());
+        drop(readers);
+        assert!(!store.is_lent().unwrap());
     }
 
     #[test]

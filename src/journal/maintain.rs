@@ -12,6 +12,7 @@
 //! * When the disk is full only the newest points are wanted, and merging, which needs space, waits.
 //!
 //! * What a view holds stays: then nothing is folded, unless the disk is full (`view.rs`).
+//! * While a guest that runs gets its memory from here (`reader.rs`), nothing is done at all.
 //!
 //! Every step is atomic: a merged frame is durable before the frames it replaces are forgotten.
 
@@ -91,7 +92,12 @@ impl<S: Store> Journal<S> {
         self.tick(now)?;
         self.watch_space()?;
         self.tend_holds();
-        let work = self.step(retention)?;
+        let lent = self.store.is_lent();
+        let lent = lent.map_err(|e| JournalError::io("ask who reads", "the journal", e))?;
+        let work = match lent {
+            true => Work::Nothing,
+            false => self.step(retention)?,
+        };
         Ok(Maintained {
             work,
             more: work != Work::Nothing,

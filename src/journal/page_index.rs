@@ -1,10 +1,9 @@
-//! Where the pages of a recovery point are: the index of a view.
+//! Where the pages of a recovery point are: the index of a view, or of a reader.
 //!
 //! ```text
 //!   per region   rows    {page, number, batch, off, len}*   sorted; nothing before a row that is a
 //!                                                            whole page
 //!                zeros   {start .. end, number}*             newest run of zeros over each page
-//!   batches      {segment, position, blake3}*
 //! ```
 //!
 //! Rows are numbered in the order in which they apply, so a run of zeros makes all rows of its pages
@@ -12,36 +11,42 @@
 //! frames themselves, however many pages a run of zeros covers.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::error::JournalError;
-use super::segment::Loc;
-use crate::frame::{Batch, PartView, RowKind};
-use crate::page::{Layout, PageAddr};
+use crate::frame::{Row, RowKind};
+use crate::page::{Layout, PAGE_SIZE, PageAddr};
 
 /// Rows that may be void before they are sorted out.
 const SPARE_ROWS: usize = 1 << 18;
-
-/// A batch in its segment.
-pub(super) struct BatchPlace {
-    pub segment: u32,
-    pub at: u64,
-    pub batch: Batch,
-    /// Its rows are whole pages, not deltas.
-    pub whole: bool,
-    pub hash: [u8; 32],
-}
 
 /// A row with content.
 #[derive(Clone, Copy)]
 pub(super) struct Entry {
     page: u32,
-    number: u32,
-    /// Number of its batch.
+    /// The row's number.
+    pub number: u32,
+    /// Number of its batch, of all that were counted.
     pub batch: u32,
-    /// Position in the decoded batch.
-    pub off: u16,
-    /// Bytes.
-    pub len: u16,
+    off: u16,
+    /// Bytes; 0 for a whole page, which a delta never has.
+    len: u16,
+}
+
+impl Entry {
+    /// True if it is all of the page, false for a delta.
+    pub fn is_whole(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where it lies in its decoded batch.
+    pub fn range(&self) -> Range<usize> {
+        let len = match self.len {
+            0 => PAGE_SIZE,
+            len => usize::from(len),
+        };
+        usize::from(self.off)..usize::from(self.off) + len
+    }
 }
 
 #[derive(Default)]
@@ -56,10 +61,11 @@ struct RegionIndex {
 /// Where all pages of a point are.
 #[derive(Default)]
 pub(super) struct Index {
-    pub batches: Vec<BatchPlace>,
     regions: Vec<RegionIndex>,
     /// Rows so far.
     rows: u32,
+    /// Batches so far.
+    batches: u32,
 }
 
 impl Index {
@@ -71,22 +77,18 @@ impl Index {
         }
     }
 
-    /// Takes the rows of the next part, which is verified and lies at `loc`.
-    pub fn add(&mut self, view: &PartView<'_>, loc: Loc) -> Result<(), JournalError> {
-        let first = self.batches.len();
-        for batch in view.batches() {
-            self.batches.push(BatchPlace {
-                segment: loc.segment,
-                at: u64::from(loc.offset) + batch.range().start as u64,
-                batch: *batch,
-                whole: batch.is_raw(),
-                hash: *blake3::hash(&view.bytes()[batch.range()]).as_bytes(),
-            });
-        }
-        for row in view.rows() {
+    /// Takes the rows of the next part, which has so many batches, and names pages of the layout only.
+    /// Its first batch gets the number that is returned.
+    pub fn add(
+        &mut self,
+        rows: impl Iterator<Item = Row>,
+        batches: u32,
+    ) -> Result<u32, JournalError> {
+        let too_many = || JournalError::corrupt("the history", "it has too many rows for a view");
+        let first = self.batches;
+        self.batches = first.checked_add(batches).ok_or_else(too_many)?;
+        for row in rows {
             let number = self.rows;
-            let too_many =
-                || JournalError::corrupt("the history", "it has too many rows for a view");
             self.rows = number.checked_add(1).ok_or_else(too_many)?;
             let region = &mut self.regions[usize::from(row.addr.region.0)];
             if row.kind == RowKind::Zero {
@@ -97,21 +99,23 @@ impl Index {
             region.rows.push(Entry {
                 page: row.addr.page,
                 number,
-                batch: u32::try_from(first + usize::from(batch)).map_err(|_| too_many())?,
+                batch: first + u32::from(batch),
                 off,
-                len,
+                len: match row.kind {
+                    RowKind::Delta => len,
+                    _ => 0,
+                },
             });
             if region.rows.len() > 2 * region.sorted + SPARE_ROWS {
-                region.sort_out(&self.batches);
+                region.sort_out();
             }
         }
-        Ok(())
+        Ok(first)
     }
 
     /// To be called after the last part.
     pub fn finish(&mut self) {
-        let regions = self.regions.iter_mut();
-        regions.for_each(|region| region.sort_out(&self.batches));
+        self.regions.iter_mut().for_each(RegionIndex::sort_out);
     }
 
     /// The rows that make the page, oldest first, and whether they go on top of zeros.
@@ -122,14 +126,14 @@ impl Index {
 
 impl RegionIndex {
     /// Sorts the rows and drops those that a later whole page makes void.
-    fn sort_out(&mut self, batches: &[BatchPlace]) {
+    fn sort_out(&mut self) {
         self.rows.sort_unstable_by_key(|row| (row.page, row.number));
         let mut newer: Option<Entry> = None;
         let mut kept = self.rows.len();
         // From behind: of each page, up to its newest whole content.
         for i in (0..self.rows.len()).rev() {
             let row = self.rows[i];
-            let void = newer.is_some_and(|n| n.page == row.page && batches[n.batch as usize].whole);
+            let void = newer.is_some_and(|n| n.page == row.page && n.is_whole());
             if !void {
                 kept -= 1;
                 self.rows[kept] = row;

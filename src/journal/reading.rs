@@ -23,14 +23,14 @@ const HEADER_THREADS: usize = 8;
 
 /// The bytes of a part, where the disk can write them without a copy.
 #[derive(Default)]
-struct Bytes {
+pub(super) struct Bytes {
     buffer: Option<AlignedBuf>,
     len: usize,
 }
 
 impl Bytes {
     /// Room for `len` bytes, with whatever was there.
-    fn room(&mut self, len: usize) -> &mut [u8] {
+    pub fn room(&mut self, len: usize) -> &mut [u8] {
         self.len = len;
         let fits = |buffer: &AlignedBuf| buffer.len() >= len;
         let buffer = match self.buffer.take().filter(fits) {

@@ -105,9 +105,43 @@ pub(super) fn wanted_regions(image: &dyn PageImage) -> [bool; REGIONS_MAX] {
 
 /// A part of the base on its way into an image.
 #[derive(Default)]
-struct Loaded {
+pub(super) struct Loaded {
     chunk: Chunk,
     runs: Vec<Run>,
+}
+
+impl Loaded {
+    /// Reads and judges the piece with this number of a region of so many pages.
+    pub fn read<S: Store>(
+        &mut self,
+        base: &Base<S>,
+        region: RegionId,
+        pages: u32,
+        number: usize,
+    ) -> Result<(), JournalError> {
+        let start = number as u32 * CHUNK_PAGES;
+        let end = (start + CHUNK_PAGES).min(pages);
+        base.read_into(region, PageRange { start, end }, false, &mut self.chunk)?;
+        base.judge_all(region, &self.chunk, &mut self.runs);
+        Ok(())
+    }
+
+    /// Every page that is not zero, and whether it is damaged.
+    pub fn each(
+        &self,
+        region: RegionId,
+        mut each: impl FnMut(PageAddr, &[u8; PAGE_SIZE], bool) -> Result<(), JournalError>,
+    ) -> Result<(), JournalError> {
+        let (contents, _) = self.chunk.content.as_chunks::<PAGE_SIZE>();
+        for run in &self.runs {
+            for index in run.pages.clone() {
+                let page = self.chunk.start + index as u32;
+                let damaged = run.damaged.contains(&index);
+                each(PageAddr { region, page }, &contents[index], damaged)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Puts the base into the image; returns the pages whose checksum is wrong.
@@ -126,15 +160,12 @@ pub(super) fn load_base<S: Store>(
             chunks as usize,
             ahead::threads(chunks > 1),
             |number, loaded: &mut Loaded| {
-                let start = number as u32 * CHUNK_PAGES;
-                let end = (start + CHUNK_PAGES).min(pages);
+                loaded.read(base, region, pages, number)?;
                 let Loaded { chunk, runs } = loaded;
-                base.read_into(region, PageRange { start, end }, false, chunk)?;
-                base.judge_all(region, chunk, runs);
                 let (contents, _) = chunk.content.as_chunks::<PAGE_SIZE>();
                 let put = |run: &Run| match &sink {
                     Some(sink) => {
-                        let page = start + run.pages.start as u32;
+                        let page = chunk.start + run.pages.start as u32;
                         sink.put(PageAddr { region, page }, &contents[run.pages.clone()])
                     }
                     None => Ok(()),

@@ -10,7 +10,13 @@
 //! is on the disk and must not be answered by another sync of the same file object: the journal
 //! drops all of them and recovers.
 
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+/// Locked by those who read files of a directory that is another's. Never removed.
+const LENT_FILE: &str = "lent";
 
 /// How a file is going to be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +51,68 @@ pub trait Store: Send + Sync + 'static {
     fn free_bytes(&self) -> io::Result<u64>;
     /// Where it is, for messages.
     fn place(&self) -> String;
+    /// Lends the files to a reader in another process, if that can open them: until the lease is dropped
+    /// and the reader's own (made by [`Lease::take`]) too, [`is_lent`](Self::is_lent). Whoever changes
+    /// files looks there first.
+    fn lend(&self) -> io::Result<Option<Lease>> {
+        Ok(None)
+    }
+    /// True while somebody reads files of this store that must stay as they are.
+    fn is_lent(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+}
+
+/// Files of a directory stay as they are while this lives: a shared lock on one of them, which ends with
+/// the process at the latest.
+#[derive(Debug)]
+pub struct Lease {
+    dir: PathBuf,
+    _lock: File,
+}
+
+impl Lease {
+    /// Takes one.
+    pub fn take(dir: &Path) -> io::Result<Self> {
+        let mut how = OpenOptions::new();
+        how.read(true).write(true).create(true).truncate(false);
+        let lock = how.open(dir.join(LENT_FILE))?;
+        flock(&lock, libc::LOCK_SH)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            _lock: lock,
+        })
+    }
+
+    /// True if there is one.
+    pub fn is_taken(dir: &Path) -> io::Result<bool> {
+        let lock = match File::open(dir.join(LENT_FILE)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            opened => opened?,
+        };
+        match flock(&lock, libc::LOCK_EX | libc::LOCK_NB) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+            locked => locked.map(|()| false),
+        }
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+fn flock(file: &File, how: libc::c_int) -> io::Result<()> {
+    loop {
+        // SAFETY: flock takes any descriptor; `file` keeps this one open.
+        if unsafe { libc::flock(file.as_raw_fd(), how) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
 }
 
 /// Why the lock was not to be had.

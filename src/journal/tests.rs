@@ -4,6 +4,7 @@ mod crash;
 mod dir;
 mod features;
 mod ground;
+mod reader;
 mod rot;
 mod segments;
 mod views;

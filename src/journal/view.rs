@@ -37,12 +37,12 @@ use super::base::{self, Base, Chunk, Stored};
 use super::catalogue::FrameInfo;
 use super::error::JournalError;
 use super::open::Journal;
-use super::page_index::{Entry, Index};
+use super::page_index::Index;
 use super::reading::{Wanted, verify_parts};
 use super::replay::{clear_suspects, load_base, none_left, wanted_regions};
 use super::segment::{Loc, file_name};
 use super::store::{Access, Store, StoreFile};
-use crate::frame::{Decompressor, FrameError, Manifest, PageImage, PartView, apply_delta};
+use crate::frame::{Batch, Decompressor, FrameError, Manifest, PageImage, PartView, apply_delta};
 use crate::ids::Epoch;
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
@@ -89,20 +89,12 @@ impl<S: Store> Journal<S> {
     /// finished first, which can fail as maintenance can.
     pub fn view(&mut self, upto: Epoch) -> Result<Held<S>, JournalError> {
         self.usable()?;
-        let needs_base = |frames: &[FrameInfo]| !frames.iter().any(|f| f.full);
-        let mut end = self.frame(upto)?;
-        if self.fold.is_some() && needs_base(&self.frames[..=end]) {
-            self.writable("finishing a fold")?;
-            while !self.fold_step()? {}
-            end = self.frame(upto)?;
-        }
+        let (needs_base, frames) = self.settled(upto)?;
         let layout = self.layout.clone().expect("a point has a layout");
-        let start = self.frames[..=end].iter().rposition(|f| f.full);
-        let base = match start {
-            None => Some(Base::open(&self.store, &layout, false)?),
-            Some(_) => None,
+        let base = match needs_base {
+            true => Some(Base::open(&self.store, &layout, false)?),
+            false => None,
         };
-        let frames = self.frames[start.unwrap_or(0)..=end].to_vec();
         let parts: Vec<Loc> = frames.iter().flat_map(|f| f.parts.clone()).collect();
         let mut files = BTreeMap::new();
         for number in parts.iter().map(|loc| loc.segment) {
@@ -122,13 +114,28 @@ impl<S: Store> Journal<S> {
             base: base.is_some(),
         });
         Ok(Held {
-            point: self.point(&self.frames[end]),
+            point: self.point(frames.last().expect("the point's is there")),
             token,
             layout,
             base,
             files,
             frames,
         })
+    }
+
+    /// The frames that make the point, and whether they go on top of the base. A fold that is under way
+    /// is finished first if that is so.
+    pub(super) fn settled(&mut self, upto: Epoch) -> Result<(bool, Vec<FrameInfo>), JournalError> {
+        let needs_base = |frames: &[FrameInfo]| !frames.iter().any(|f| f.full);
+        let mut end = self.frame(upto)?;
+        if self.fold.is_some() && needs_base(&self.frames[..=end]) {
+            self.writable("finishing a fold")?;
+            while !self.fold_step()? {}
+            end = self.frame(upto)?;
+        }
+        let start = self.frames[..=end].iter().rposition(|f| f.full);
+        let frames = self.frames[start.unwrap_or(0)..=end].to_vec();
+        Ok((start.is_none(), frames))
     }
 
     /// Lets go of what dropped views held, or of everything if the disk is full.
@@ -162,6 +169,14 @@ pub struct Held<S: Store> {
     frames: Vec<FrameInfo>,
 }
 
+/// A batch in its segment.
+struct BatchPlace {
+    segment: u32,
+    at: u64,
+    batch: Batch,
+    hash: [u8; 32],
+}
+
 /// Random access to the pages of a recovery point. See the module's documentation.
 pub struct View<S: Store> {
     point: RecoveryPoint,
@@ -171,6 +186,7 @@ pub struct View<S: Store> {
     base: Option<Base<S>>,
     files: BTreeMap<u32, S::File>,
     index: Index,
+    batches: Vec<BatchPlace>,
     cache: Mutex<Cache>,
 }
 
@@ -218,8 +234,18 @@ impl<S: Store> Held<S> {
     ///
     /// Fails if a frame is damaged or the hold ended. Takes 16 bytes of memory per changed page.
     pub fn index(self, progress: &mut dyn FnMut(u64)) -> Result<View<S>, JournalError> {
-        let mut index = Index::new(&self.layout);
-        let manifest = self.read_frames(None, progress, &mut |part, loc| index.add(part, loc))?;
+        let (mut index, mut batches) = (Index::new(&self.layout), Vec::new());
+        let manifest = self.read_frames(None, progress, &mut |part, loc| {
+            let first = index.add(part.rows(), part.header().batches)?;
+            assert_eq!(first as usize, batches.len(), "batches are counted alike");
+            batches.extend(part.batches().iter().map(|batch| BatchPlace {
+                segment: loc.segment,
+                at: u64::from(loc.offset) + batch.range().start as u64,
+                batch: *batch,
+                hash: *blake3::hash(&part.bytes()[batch.range()]).as_bytes(),
+            }));
+            Ok(())
+        })?;
         index.finish();
         let view = View {
             point: self.point,
@@ -229,6 +255,7 @@ impl<S: Store> Held<S> {
             base: self.base,
             files: self.files,
             index,
+            batches,
             cache: Mutex::default(),
         };
         view.alive()?;
@@ -390,17 +417,16 @@ impl<S: Store> View<S> {
             region.pages
         );
         let (zeroed, rows) = self.index.find(addr);
-        let whole = |row: &Entry| self.index.batches[row.batch as usize].whole;
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if zeroed || rows.first().is_some_and(whole) {
+        if zeroed || rows.first().is_some_and(|row| row.is_whole()) {
             into.fill(0);
         } else {
             self.read_base(&mut cache, addr, into)?;
         }
         for row in rows {
             let batch = self.batch(&mut cache, row.batch)?;
-            let content = &batch[usize::from(row.off)..][..usize::from(row.len)];
-            if whole(row) {
+            let content = &batch[row.range()];
+            if row.is_whole() {
                 into.copy_from_slice(content);
             } else {
                 apply_delta(content, into).map_err(|why| self.damaged(row.batch, why))?;
@@ -410,7 +436,7 @@ impl<S: Store> View<S> {
     }
 
     fn damaged(&self, number: u32, why: impl ToString) -> JournalError {
-        let place = &self.index.batches[number as usize];
+        let place = &self.batches[number as usize];
         let location = format!("{} at byte {}", file_name(place.segment), place.at);
         JournalError::corrupt(location, why)
     }
@@ -426,7 +452,7 @@ impl<S: Store> View<S> {
         let decoded = match batches.iter().position(|(n, _)| *n == number) {
             Some(at) => batches.remove(at).expect("found above").1,
             None => {
-                let place = &self.index.batches[number as usize];
+                let place = &self.batches[number as usize];
                 // Segments are read in whole blocks; a part consists of whole blocks.
                 let (start, len) = (place.at - place.at % BLOCK, place.batch.range().len());
                 let skip = (place.at - start) as usize;

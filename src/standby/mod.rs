@@ -32,12 +32,14 @@ mod seed;
 mod session;
 #[cfg(test)]
 mod tests;
+mod warm;
 
 pub use follow::{Follower, Lost, Told};
 pub use ground::Leftover;
 pub use image::{Image, ImageError};
 pub use mark::GroupPoint;
-pub use promote::Promotion;
+pub use promote::{Claimed, Lent, Promotion};
 pub use replica::{Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId};
 pub use seed::{LayError, SeedError, SeedInfo, read_seed};
 pub use session::{Lookup, Refusal, SessionEnd, serve};
+pub use warm::{WarmUp, WarmedUp};

@@ -1,11 +1,11 @@
 //! Leaving the standby role: the generation is raised, the session ends, and the image of a point is
-//! handed out.
+//! handed out, or directions to it for a guest whose memory is read from the journal while it runs.
 
 use super::image::Image;
 use super::replica::{Replica, ReplicaError};
 use crate::frame::Manifest;
 use crate::ids::{Epoch, Generation};
-use crate::journal::{RecoveryPoint, Store};
+use crate::journal::{Directions, Lease, RecoveryPoint, Store};
 
 /// What a failover needs to resume a guest.
 pub struct Promotion {
@@ -15,6 +15,26 @@ pub struct Promotion {
     pub manifest: Manifest,
     /// RAM.
     pub image: Image,
+}
+
+/// The same of a point whose RAM is in the journal only.
+pub struct Lent {
+    /// The point.
+    pub point: RecoveryPoint,
+    /// Layout, machine and device state.
+    pub manifest: Manifest,
+    /// To its RAM.
+    pub directions: Directions,
+    /// Keeps what they name, until the process that reads it has a lease of its own.
+    pub lease: Lease,
+}
+
+/// What [`Replica::claim_or_lend`] found.
+pub enum Claimed {
+    /// The image is in memory.
+    Image(Promotion),
+    /// It is not, and need not be.
+    Lent(Lent),
 }
 
 impl<S: Store> Replica<S> {
@@ -38,6 +58,50 @@ impl<S: Store> Replica<S> {
         let chosen = self.chosen(Some(point))?;
         self.retire();
         self.hand_out(chosen)
+    }
+
+    /// As [`claim`](Self::claim), but a point that the image does not show is lent if `lends` says so of
+    /// it: nothing of its RAM is read now. What the reader finds damaged later ends the guest.
+    pub fn claim_or_lend(
+        &mut self,
+        point: Epoch,
+        lends: impl FnOnce(&Manifest) -> bool,
+    ) -> Result<Claimed, ReplicaError> {
+        let chosen = self.chosen(Some(point))?;
+        self.retire();
+        if self.shows != Some(point) || self.image.is_none() {
+            match self.lend(&chosen, lends) {
+                Ok(Some(lent)) => {
+                    self.promoted = true;
+                    self.publish();
+                    return Ok(Claimed::Lent(lent));
+                }
+                Ok(None) => {}
+                // Whatever it is, a replay finds it too, or does without it.
+                Err(error) => {
+                    tracing::warn!(guest = %self.guest, %error, "the point is read as a whole before the guest runs");
+                }
+            }
+        }
+        self.hand_out(chosen).map(Claimed::Image)
+    }
+
+    fn lend(
+        &mut self,
+        point: &RecoveryPoint,
+        lends: impl FnOnce(&Manifest) -> bool,
+    ) -> Result<Option<Lent>, ReplicaError> {
+        let manifest = self.journal.manifest(point.epoch)?;
+        if !lends(&manifest) {
+            return Ok(None);
+        }
+        let directions = self.journal.directions(point.epoch)?;
+        Ok(directions.map(|(directions, lease)| Lent {
+            point: point.clone(),
+            manifest,
+            directions,
+            lease,
+        }))
     }
 
     /// Raises the generation durably after a [`claim`](Self::claim).

@@ -189,8 +189,9 @@ pub struct Replica<S: Store> {
 }
 
 impl<S: Store> Replica<S> {
-    /// Opens (or creates) the copy and rebuilds its image.
-    pub fn open(
+    /// Opens (or creates) the copy. Its image is made when a session needs it, or by
+    /// [`warm_up`](Self::warm_up).
+    pub fn open_cold(
         store: S,
         catalogue: Box<dyn Catalogue>,
         guest: &GuestId,
@@ -224,11 +225,6 @@ impl<S: Store> Replica<S> {
             status: watch::Sender::new(status),
             metrics: None,
         };
-        match replica.rebuild_image() {
-            // Older points may be good, and a primary that comes sends everything.
-            Err(error) if error.is_damage() => replica.problem(&error),
-            rebuilt => rebuilt?,
-        }
         replica.publish();
         replica.spare_groups();
         Ok((replica, report))
@@ -265,7 +261,7 @@ impl<S: Store> Replica<S> {
         });
     }
 
-    fn problem(&self, error: &ReplicaError) {
+    pub(super) fn problem(&self, error: &ReplicaError) {
         let text = error.to_string();
         // Said once: some things are tried again and again.
         if self.status.borrow().problem.as_ref() != Some(&text) {

@@ -257,6 +257,11 @@ impl Machine {
         self.console.clone()
     }
 
+    /// The guest cannot go on. The first cause counts. Does not wait.
+    pub fn fail(&self, cause: impl Into<String>) {
+        self.gate.fail(cause);
+    }
+
     /// Ends the guest for good: threads end, disks are flushed and unlocked. RAM stays readable.
     pub fn stop(&self) {
         let mut threads = self.control();

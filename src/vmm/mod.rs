@@ -4,7 +4,7 @@
 //!   machine.rs   builds, runs, pauses, saves and restores a machine; the only entry from outside
 //!     spec.rs      what to build                     memory.rs   guest RAM and its device-write bitmap
 //!     kvm.rs       VM file descriptor, dirty log     vcpu.rs     vCPU threads and the gate they park at
-//!     shell.rs     a VM without a guest yet
+//!     shell.rs     a VM without a guest yet         fill.rs     RAM that comes while the guest runs
 //!     boot/        first state of RAM and vCPUs      state.rs    vCPU and VM state as sections
 //!     gate.rs      where vCPU threads stop           cpuid.rs    what a vCPU is shown
 //!     devices/     serial port, virtio block, VM generation ID; console.rs is the host's side of the
@@ -34,6 +34,7 @@ pub(crate) mod cpuid;
 pub mod cut;
 pub mod devices;
 pub mod error;
+pub mod fill;
 pub(crate) mod gate;
 pub(crate) mod kvm;
 pub mod machine;
@@ -52,6 +53,7 @@ pub(crate) mod vcpu;
 pub use console::{Console, ConsoleOutput};
 pub use devices::disk::{Disk, WriteHook};
 pub use error::VmmError;
+pub use fill::{PageSource, Puts};
 pub use machine::Machine;
 pub use memory::{GuestRam, RamRange};
 pub use shell::Shell;

@@ -6,7 +6,7 @@
 //!   DIR/console.sock  the serial port (console.rs), raw bytes, any number of readers
 //!   DIR/vmm.log       the log
 //!
-//!   Empty ── Boot | Restore ──▶ Guest ── Stop | SIGTERM ──▶ machine stopped, disks flushed, exit 0
+//!   Empty ── Boot | Restore* ─▶ Guest ── Stop | SIGTERM ──▶ machine stopped, disks flushed, exit 0
 //!     │ connection lost, or none      │ guest ends or fails by itself: stays, so that the cause can
 //!     ▼                               ▼ be asked; daemon gone: debts given back, guest runs on
 //!    exit 0                          Guest
@@ -15,6 +15,9 @@
 //! Knows nothing of replication: a base is a value that it keeps for the daemon. A guest that the
 //! daemon paused stays paused when the daemon is gone, because a paused guest may have been handed
 //! over to another site; the next daemon decides. One that it only held for a cut runs on.
+//!
+//! After `RestoreFrom` the guest runs while its memory is read (`fill.rs`); there is a cut engine only
+//! once all of it is there, because a range of memory has one userfaultfd at a time.
 //!
 //! SIGHUP and SIGINT are ignored: a terminal that closes ends no guest.
 
@@ -29,16 +32,17 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, SyncSender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use connection::Connection;
 
+use crate::device_state::DeviceState;
 use crate::guest::RunState;
 use crate::ids::GuestId;
 use crate::vmm::cut::{CutEngine, CutTarget};
 use crate::vmm::protocol::{self, FromVmm};
-use crate::vmm::{Machine, MachineSpec, Shell, VmmError};
+use crate::vmm::{GuestRam, Machine, MachineSpec, PageSource, Shell, VmmError, fill};
 
 /// Name of the control socket in the run directory.
 pub const CONTROL_SOCKET: &str = "vmm.sock";
@@ -79,9 +83,34 @@ pub enum ProcessError {
 /// The machine and its cuts.
 pub(crate) struct Monitor {
     pub(crate) machine: Arc<Machine>,
-    pub(crate) engine: CutEngine,
+    engine: OnceLock<CutEngine>,
     pub(crate) spec: Vec<u8>,
 }
+
+impl Monitor {
+    /// None while its memory is still being read.
+    pub(crate) fn engine(&self) -> Option<&CutEngine> {
+        self.engine.get()
+    }
+
+    /// It is to stand still, or run, for another reason than a cut.
+    pub(crate) fn forget_hold(&self) {
+        if let Some(engine) = self.engine() {
+            engine.forget_hold();
+        }
+    }
+
+    /// Gives debts back and ends the guest.
+    pub(crate) fn stop(&self) {
+        if let Some(engine) = self.engine() {
+            engine.give_back();
+        }
+        self.machine.stop();
+    }
+}
+
+/// Makes a source of what the daemon says of it; an error in words.
+pub type OpenSource = fn(&[u8]) -> Result<Arc<dyn PageSource>, String>;
 
 /// What the threads of this process share.
 pub(crate) struct Process {
@@ -92,6 +121,7 @@ pub(crate) struct Process {
     shell: Mutex<Option<Shell>>,
     connection: Mutex<Option<Connection>>,
     connected: AtomicBool,
+    open_source: OpenSource,
     end: SyncSender<End>,
 }
 
@@ -101,7 +131,7 @@ type End = Option<Arc<UnixStream>>;
 
 /// Runs a guest's process to its end. Called first thing in the process: it sets the signal mask
 /// that all threads inherit, and the log.
-pub fn run(guest: &GuestId, run_dir: &Path) -> Result<(), ProcessError> {
+pub fn run(guest: &GuestId, run_dir: &Path, open_source: OpenSource) -> Result<(), ProcessError> {
     let signals = block_signals()?;
     std::fs::create_dir_all(run_dir).map_err(file_error(run_dir, "made"))?;
     let _pid = lock_run_dir(run_dir)?;
@@ -118,6 +148,7 @@ pub fn run(guest: &GuestId, run_dir: &Path) -> Result<(), ProcessError> {
         shell: Mutex::default(),
         connection: Mutex::default(),
         connected: AtomicBool::new(false),
+        open_source,
         end,
     });
     spawn("signals", &process, move |process| {
@@ -167,17 +198,87 @@ impl Process {
         spec: Vec<u8>,
         build: impl FnOnce(&MachineSpec) -> Result<Machine, VmmError>,
     ) -> Result<Arc<Monitor>, String> {
+        let monitor = self.build(spec, build)?;
+        self.engage(&monitor)?;
+        Ok(monitor)
+    }
+
+    /// Builds a guest that stands still and whose memory comes from the source from now on.
+    pub(crate) fn start_filling(
+        self: &Arc<Self>,
+        spec: Vec<u8>,
+        state: DeviceState,
+        source: &[u8],
+    ) -> Result<Arc<Monitor>, String> {
+        let source = (self.open_source)(source)?;
+        let since = Instant::now();
+        let process = Arc::downgrade(self);
+        self.build(spec, |spec| {
+            let shell = self.shell_for(spec)?;
+            let ram = Arc::clone(&shell.ram);
+            let filled = move |how: Result<(), String>| {
+                if let Some(process) = process.upgrade() {
+                    process.filled(&ram, how, since.elapsed());
+                }
+            };
+            fill::start(&shell.ram, source, filled).map_err(|error| VmmError::Memory {
+                bytes: spec.memory_bytes,
+                why: format!("it cannot come while the guest runs: {error}"),
+            })?;
+            Machine::restore(spec, shell, state)
+        })
+    }
+
+    /// All of the guest's memory is there, or it never will be.
+    fn filled(&self, ram: &Arc<GuestRam>, how: Result<(), String>, took: Duration) {
+        // Waits for a guest that is being built; one that could not be built is no guest.
+        let built = self.monitor();
+        let Some(monitor) = built.filter(|built| Arc::ptr_eq(built.machine.ram(), ram)) else {
+            return;
+        };
+        let ms = took.as_millis() as u64;
+        match how.and_then(|()| self.engage(&monitor)) {
+            Ok(()) => {
+                tracing::info!(ms, "all of the guest's memory is there");
+                self.tell(&FromVmm::Filled { ms });
+            }
+            Err(why) => {
+                tracing::error!(ms, why, "the guest's memory cannot be read");
+                monitor
+                    .machine
+                    .fail(format!("its memory cannot be read from the journal: {why}"));
+            }
+        }
+    }
+
+    /// From now on cuts can be made of the guest, for the daemon that is connected.
+    fn engage(&self, monitor: &Monitor) -> Result<(), String> {
+        let target: Arc<dyn CutTarget> = monitor.machine.clone();
+        // A connection that comes or goes finds the engine, or is found.
+        let connection = self.connection();
+        let engine = CutEngine::new(target).map_err(|error| error.to_string())?;
+        if let Some(connection) = &*connection {
+            engine.attach(Arc::clone(connection.session()));
+        }
+        let first = monitor.engine.set(engine).is_ok();
+        assert!(first, "a guest has one engine");
+        Ok(())
+    }
+
+    fn build(
+        self: &Arc<Self>,
+        spec: Vec<u8>,
+        build: impl FnOnce(&MachineSpec) -> Result<Machine, VmmError>,
+    ) -> Result<Arc<Monitor>, String> {
         let mut slot = lock(&self.monitor);
         if slot.is_some() {
             return Err("this process has a guest already".into());
         }
         let parsed = self.parse(&spec)?;
         let machine = Arc::new(build(&parsed).map_err(|error| error.to_string())?);
-        let target: Arc<dyn CutTarget> = machine.clone();
-        let engine = CutEngine::new(target).map_err(|error| error.to_string())?;
         let monitor = Arc::new(Monitor {
             machine,
-            engine,
+            engine: OnceLock::new(),
             spec,
         });
         let watched = Arc::clone(&monitor);
@@ -200,9 +301,13 @@ impl Process {
         Ok(())
     }
 
-    /// The shell, if one was made.
-    pub(crate) fn take_shell(&self) -> Option<Shell> {
-        lock(&self.shell).take()
+    /// The shell that was made for such a machine, or a new one.
+    pub(crate) fn shell_for(&self, spec: &MachineSpec) -> Result<Shell, VmmError> {
+        let made = lock(&self.shell).take();
+        match made.filter(|shell| shell.fits(spec)) {
+            Some(shell) => Ok(shell),
+            None => Shell::new(spec),
+        }
     }
 
     fn parse(&self, spec: &[u8]) -> Result<MachineSpec, String> {
@@ -229,8 +334,7 @@ impl Process {
             connection.close();
         }
         if let Some(monitor) = self.monitor() {
-            monitor.engine.give_back();
-            monitor.machine.stop();
+            monitor.stop();
         }
     }
 

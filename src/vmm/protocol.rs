@@ -124,6 +124,16 @@ pub enum Command {
         /// `MachineSpec`; its disks may be elsewhere.
         spec: Vec<u8>,
     },
+    /// As `Restore`, with memory that the process reads itself while the guest runs; see
+    /// [`fill`](super::fill). Until all of it is there no round or cut can be made.
+    RestoreFrom {
+        /// `MachineSpec`.
+        spec: Vec<u8>,
+        /// vCPUs and devices.
+        state: DeviceState,
+        /// Where its pages are, for the process's [`PageSource`](super::PageSource).
+        source: Vec<u8>,
+    },
 }
 
 /// First message of the guest's process.
@@ -180,6 +190,11 @@ pub enum FromVmm {
     DiskNews {
         /// What, in words.
         news: String,
+    },
+    /// All memory of a guest that ran before it was there is there now.
+    Filled {
+        /// Milliseconds since it was asked for.
+        ms: u64,
     },
 }
 

@@ -1,10 +1,16 @@
-//! Write protection of memory that this process owns, by raw userfaultfd ioctls.
+//! Write protection of memory that this process owns, and pages of it that come when they are touched, by
+//! raw userfaultfd ioctls.
 //!
 //! ```text
 //!   protect(range) ──▶ a write by a vCPU, a device thread or anyone else blocks
 //!                        │  one event per fault: wait() ─ read_faults()
 //!                        ▼
 //!                      (copy the page) ─ unprotect(page)   lifts the protection and wakes
+//!
+//!   register(range, Missing) ──▶ whoever touches a page that is not there blocks
+//!                        │  wait() ─ read_faults()
+//!                        ▼
+//!                      (get the content) ─ copy(page) | zero(page)   puts it there and wakes
 //! ```
 //!
 //! Used: `UFFD_FEATURE_PAGEFAULT_FLAG_WP`, `WP_HUGETLBFS_SHMEM` (private and shared memfd mappings)
@@ -26,6 +32,7 @@ const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURES: u64 = FEATURE_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED;
 
+const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const REGISTER_MODE_WP: u64 = 1 << 1;
 const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 const EVENT_PAGEFAULT: u8 = 0x12;
@@ -43,6 +50,9 @@ const fn ioctl_number(direction: u64, number: u64, size: usize) -> libc::Ioctl {
 const UFFDIO_API: libc::Ioctl = ioctl_number(3, 0x3f, size_of::<ApiArgument>());
 const UFFDIO_REGISTER: libc::Ioctl = ioctl_number(3, 0x00, size_of::<RegisterArgument>());
 const UFFDIO_UNREGISTER: libc::Ioctl = ioctl_number(2, 0x01, size_of::<RangeArgument>());
+const UFFDIO_WAKE: libc::Ioctl = ioctl_number(2, 0x02, size_of::<RangeArgument>());
+const UFFDIO_COPY: libc::Ioctl = ioctl_number(3, 0x03, size_of::<CopyArgument>());
+const UFFDIO_ZEROPAGE: libc::Ioctl = ioctl_number(3, 0x04, size_of::<ZeroArgument>());
 const UFFDIO_WRITEPROTECT: libc::Ioctl = ioctl_number(3, 0x06, size_of::<ProtectArgument>());
 const USERFAULTFD_IOC_NEW: libc::Ioctl = ioctl_number(0, 0x00, 0);
 
@@ -72,6 +82,31 @@ struct ProtectArgument {
     mode: u64,
 }
 
+#[repr(C)]
+struct CopyArgument {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    copied: i64,
+}
+
+#[repr(C)]
+struct ZeroArgument {
+    range: RangeArgument,
+    mode: u64,
+    zeroed: i64,
+}
+
+/// What faults are to be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Faults {
+    /// Writes to what is protected.
+    Writes,
+    /// Any access to a page that is not there.
+    Missing,
+}
+
 /// What [`Uffd::wait`] saw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wake {
@@ -81,7 +116,7 @@ pub enum Wake {
     Stop,
 }
 
-/// A userfaultfd that can write-protect. Closing it lifts every protection and wakes everyone.
+/// A userfaultfd. Closing it lifts every protection and wakes everyone.
 #[derive(Debug)]
 pub struct Uffd {
     fd: OwnedFd,
@@ -145,11 +180,15 @@ impl Uffd {
         Ok(())
     }
 
-    /// Lets `bytes` bytes from address `start` on be protected later. Protects nothing yet.
-    pub fn register(&self, start: usize, bytes: usize) -> io::Result<()> {
+    /// Lets `bytes` bytes from address `start` on be protected later, and protects nothing yet; or has
+    /// whoever touches a missing page there wait from now on. A range has one of the two at a time.
+    pub fn register(&self, start: usize, bytes: usize, faults: Faults) -> io::Result<()> {
         let mut argument = RegisterArgument {
             range: range(start, bytes),
-            mode: REGISTER_MODE_WP,
+            mode: match faults {
+                Faults::Writes => REGISTER_MODE_WP,
+                Faults::Missing => REGISTER_MODE_MISSING,
+            },
             ioctls: 0,
         };
         self.ioctl(UFFDIO_REGISTER, &mut argument)
@@ -187,6 +226,64 @@ impl Uffd {
         }
     }
 
+    /// Puts pages to address `to` on, except where there are some already, and wakes those that wait
+    /// there.
+    pub fn copy(&self, to: usize, pages: &[[u8; PAGE_SIZE]]) -> io::Result<()> {
+        let bytes = size_of_val(pages);
+        let mut done = 0;
+        while done < bytes {
+            let mut argument = CopyArgument {
+                to: (to + done) as u64,
+                from: (pages.as_ptr().addr() + done) as u64,
+                len: (bytes - done) as u64,
+                mode: 0,
+                copied: 0,
+            };
+            match self.ioctl(UFFDIO_COPY, &mut argument) {
+                Ok(()) => return Ok(()),
+                Err(error) => match usize::try_from(argument.copied) {
+                    // Some of it, until one that is there or an interruption.
+                    Ok(copied @ 1..) => done += copied,
+                    _ => done += self.not_put(to + done, &error)?,
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts a page of zeros, unless there is a page already, and wakes those that wait there.
+    pub fn zero(&self, at: usize) -> io::Result<()> {
+        loop {
+            let mut argument = ZeroArgument {
+                range: range(at, PAGE_SIZE),
+                mode: 0,
+                zeroed: 0,
+            };
+            match self.ioctl(UFFDIO_ZEROPAGE, &mut argument) {
+                Ok(()) => return Ok(()),
+                Err(error) if self.not_put(at, &error)? > 0 => return Ok(()),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Bytes to go on behind a page that was not put: none for another try.
+    fn not_put(&self, at: usize, error: &io::Error) -> io::Result<usize> {
+        match error.raw_os_error() {
+            // Whoever put it may have done so before the waiting began.
+            Some(libc::EEXIST) => {
+                self.ioctl(UFFDIO_WAKE, &mut range(at, PAGE_SIZE))?;
+                Ok(PAGE_SIZE)
+            }
+            // The address space is being changed by another thread (mmap, madvise).
+            Some(libc::EAGAIN | libc::EINTR) => {
+                std::thread::yield_now();
+                Ok(0)
+            }
+            other => Err(io::Error::from_raw_os_error(other.unwrap_or(libc::EIO))),
+        }
+    }
+
     /// Blocks until there is a fault to read or `stop` is readable.
     pub fn wait(&self, stop: &impl AsRawFd) -> io::Result<Wake> {
         let mut polled = [self.fd.as_raw_fd(), stop.as_raw_fd()].map(|fd| libc::pollfd {
@@ -214,8 +311,8 @@ impl Uffd {
         Ok(Wake::Stop)
     }
 
-    /// Appends the page addresses of pending write faults. Never blocks; none pending is fine.
-    pub fn read_faults(&self, into: &mut Vec<usize>) -> io::Result<()> {
+    /// Appends the page addresses of pending faults of one kind. Never blocks; none pending is fine.
+    pub fn read_faults(&self, faults: Faults, into: &mut Vec<usize>) -> io::Result<()> {
         let mut messages = [0u64; MESSAGE_WORDS * MESSAGES_PER_READ];
         // SAFETY: the pointer and length describe the array above.
         let bytes = unsafe {
@@ -235,7 +332,11 @@ impl Uffd {
         let (messages, _) = messages.as_chunks::<MESSAGE_WORDS>();
         for message in &messages[..bytes as usize / (MESSAGE_WORDS * size_of::<u64>())] {
             let (event, flags, address) = (message[0] as u8, message[1], message[2]);
-            if event == EVENT_PAGEFAULT && flags & PAGEFAULT_FLAG_WP != 0 {
+            let kind = match flags & PAGEFAULT_FLAG_WP {
+                0 => Faults::Missing,
+                _ => Faults::Writes,
+            };
+            if event == EVENT_PAGEFAULT && kind == faults {
                 into.push(address as usize & !(PAGE_SIZE - 1));
             }
         }
@@ -263,7 +364,8 @@ mod tests {
     fn faults_of(memory: &Mapping, pages: usize) -> Vec<usize> {
         let uffd = Uffd::open().unwrap();
         let start = memory.address();
-        uffd.register(start, pages * PAGE_SIZE).unwrap();
+        uffd.register(start, pages * PAGE_SIZE, Faults::Writes)
+            .unwrap();
         for page in (0..pages).step_by(2) {
             uffd.protect(start + page * PAGE_SIZE, PAGE_SIZE).unwrap();
         }
@@ -280,7 +382,7 @@ mod tests {
             });
             let (mut seen, mut faults) = (Vec::new(), Vec::new());
             while uffd.wait(&stop.as_fd().as_raw_fd()).unwrap() == Wake::Faults {
-                uffd.read_faults(&mut faults).unwrap();
+                uffd.read_faults(Faults::Writes, &mut faults).unwrap();
                 for fault in faults.drain(..) {
                     // SAFETY: as above; the writer waits until we unprotect.
                     let before = unsafe { (fault as *const u8).read_volatile() };

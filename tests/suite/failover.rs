@@ -175,6 +175,83 @@ fn a_guest_of_1_gib_is_back_within_seconds() {
     assert_ne!(report.point.epoch, Epoch(0));
 }
 
+/// What the monitor at site-b says once nothing of its guest's memory is missing any more.
+const FILLED: &str = "all of the guest's memory is there";
+
+#[test]
+fn a_guest_runs_before_its_memory_is_read() {
+    if !kvm("a_guest_runs_before_its_memory_is_read") {
+        return;
+    }
+    let mut pair = Pair::protected(Options {
+        memory_mib: 256,
+        working_set_mib: 64,
+        ..Options::default()
+    });
+    pair.more_points(6);
+    let older = pair.b.points()[2].epoch;
+    disaster(&mut pair);
+    // No image of an older point is in memory.
+    let run = pair.failover(&["--point", &older.to_string()]);
+    assert!(
+        run.out.contains("read from the journal while it runs"),
+        "{}",
+        run.out
+    );
+    assert_eq!(run.failover().point.epoch, older);
+    let console = pair.b.console();
+    pair.runs_on_clean(&console);
+    let log = pair
+        .b
+        .state()
+        .join("guests")
+        .join(GUEST)
+        .join("run/vmm.log");
+    wait("all of its memory is there", || {
+        std::fs::read_to_string(&log)
+            .unwrap()
+            .contains(FILLED)
+            .then_some(())
+    });
+    console.advances();
+    assert_eq!(console.heard().errors, 0);
+
+    // It can be protected as any other, and nothing keeps the journal as it is any more.
+    pair.a.start();
+    pair.b.ok(&["protect", GUEST, "--peer", "site-a"]);
+    wait("it is protected the other way round", || {
+        (pair.at_b().state == GuestState::Protected).then_some(())
+    });
+    pair.a.verify(&[]);
+}
+
+#[test]
+fn a_failover_whose_guest_failed_is_repeated_from_another_point() {
+    if !kvm("a_failover_whose_guest_failed_is_repeated_from_another_point") {
+        return;
+    }
+    let mut pair = Pair::protected(Options::default());
+    pair.more_points(6);
+    let (older, chosen) = (pair.b.points()[1].epoch, pair.b.points()[3].epoch);
+    disaster(&mut pair);
+    pair.failover(&["--point", &chosen.to_string()]).failover();
+    let resumed = pair.b.vmm();
+    pair.runs_on_clean(&pair.b.console());
+    // While it runs nobody takes it away.
+    let refused = pair.failover(&[]).error(4);
+    assert_eq!(refused.reason, Reason::WrongState);
+    kill_now(&[resumed]);
+    pair.b.gone(resumed);
+    wait("it is seen", || {
+        matches!(pair.at_b().run_state, Some(RunState::Failed(_))).then_some(())
+    });
+    let report = pair.failover(&["--point", &older.to_string()]).failover();
+    assert_eq!(report.point.epoch, older);
+    pair.runs_on_clean(&pair.b.console());
+    assert_eq!(pair.at_b().role, Role::Active);
+    assert!(pair.at_b().rollback_until.is_some());
+}
+
 #[test]
 fn a_failover_can_be_rolled_back_for_a_while() {
     if !kvm("a_failover_can_be_rolled_back_for_a_while") {

@@ -5,7 +5,7 @@
 //! ```text
 //!   waiting  warm, and a monitor waits with its machine made (`warm = [..]` in the configuration)
 //!   warm     the copy is open, the image of its newest point is in memory
-//!   cold     the journal is opened and the image read from it first
+//!   cold     the journal is opened, and memory is read from it while the guest runs
 //!   limit    QEMU -incoming: a QEMU is started and reads as large a guest from a file (--compare-qemu)
 //! ```
 //!
@@ -20,7 +20,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::encode::guest;
-use super::original::{Original, copy};
+use super::original::{Original, cold_copy, copy};
 use super::pause::no_kvm;
 use super::qemu::Talking;
 use super::sample::Samples;
@@ -30,7 +30,7 @@ use crate::device_state::DeviceState;
 use crate::guest::Guest;
 use crate::guest::builtin::{BuiltinGuest, Unbooted};
 use crate::journal::DirStore;
-use crate::standby::Replica;
+use crate::standby::{Claimed, Replica};
 use crate::vmm::MachineSpec;
 use crate::vmm::process::CONSOLE_SOCKET;
 
@@ -87,7 +87,7 @@ async fn size(bench: &mut Bench, memory_mib: u64, samples: usize) -> anyhow::Res
     {
         let original = Original::start(memory_mib)?;
         let mut replica = copy(&dir)?;
-        original.seed(&mut replica)?;
+        original.history(&mut replica)?;
         while replica.maintain(SystemClock.now())? {}
     }
     let mut other = None;
@@ -114,7 +114,7 @@ async fn size(bench: &mut Bench, memory_mib: u64, samples: usize) -> anyhow::Res
         let of_warm = resumed(&mut replica, &run.join("warm"), Instant::now(), None).await?;
         drop(replica);
         let started = Instant::now();
-        let mut replica = copy(&dir)?;
+        let mut replica = cold_copy(&dir)?;
         let of_cold = resumed(&mut replica, &run.join("cold"), started, None).await?;
         drop(replica);
         let of_other = match &other {
@@ -182,10 +182,13 @@ async fn resumed(
 ) -> anyhow::Result<f64> {
     let generation = replica.journal().generation().next();
     let newest = replica.journal().newest().context("there is no point")?;
-    let promotion = replica.claim(newest.epoch)?;
-    let spec: MachineSpec = serde_json::from_slice(&promotion.manifest.machine)?;
-    let state = DeviceState::from_bytes(&promotion.manifest.device_state)?;
-    let ram = promotion.image.fd().try_clone()?;
+    let claimed = replica.claim_or_lend(newest.epoch, |_| true)?;
+    let manifest = match &claimed {
+        Claimed::Image(promotion) => &promotion.manifest,
+        Claimed::Lent(lent) => &lent.manifest,
+    };
+    let spec: MachineSpec = serde_json::from_slice(&manifest.machine)?;
+    let state = DeviceState::from_bytes(&manifest.device_state)?;
     // As at a site: the monitor is begun while the generation is raised.
     std::fs::create_dir_all(run)?;
     let exe = std::env::current_exe().context("this program's file cannot be found")?;
@@ -202,7 +205,16 @@ async fn resumed(
     let (unbooted, raised) = tokio::join!(beginning, raising);
     let unbooted = unbooted?;
     raised?;
-    let mut resumed = unbooted.restore(&spec, state, ram).await?;
+    let mut resumed = match &claimed {
+        Claimed::Image(promotion) => {
+            let ram = promotion.image.fd().try_clone()?;
+            unbooted.restore(&spec, state, ram).await?
+        }
+        Claimed::Lent(lent) => {
+            let directions = lent.directions.to_bytes();
+            unbooted.restore_from(&spec, state, directions).await?
+        }
+    };
     let ends = Ends(resumed.pid());
     let speaks = speaks(run.join(CONSOLE_SOCKET));
     let (resuming, spoke) = tokio::join!(resumed.resume(), timeout(SPEAKS_WITHIN, speaks));

@@ -119,6 +119,20 @@ impl Original {
         parts.durable()?;
         Ok(started.elapsed().as_secs_f64())
     }
+
+    /// Makes a history in this empty copy: all of it, and a small checkpoint, as newest points are.
+    pub fn history(&self, replica: &mut Replica<DirStore>) -> anyhow::Result<()> {
+        let mut source = self.source(replica)?;
+        let session = self.opens(replica)?;
+        for chunks in [usize::MAX, 4] {
+            let mut parts = Parts::of(replica, session);
+            source.frame(self.memory().take(chunks), |part| parts.take(part))?;
+            parts.durable()?;
+        }
+        // As a daemon does within a quarter of a second.
+        replica.journal_mut().flush_catalogue();
+        Ok(())
+    }
 }
 
 /// The standby's end of one frame.
@@ -157,6 +171,15 @@ impl<'a> Parts<'a> {
 
 /// Opens or creates the copy in this directory.
 pub(super) fn copy(dir: &Path) -> anyhow::Result<Replica<DirStore>> {
+    let mut replica = cold_copy(dir)?;
+    if let Some(begun) = replica.warm_up()? {
+        replica.warmed_up(begun.build());
+    }
+    Ok(replica)
+}
+
+/// The same without an image.
+pub(super) fn cold_copy(dir: &Path) -> anyhow::Result<Replica<DirStore>> {
     let store = DirStore::new(dir)?;
     let catalogue = SledCatalogue::open(&dir.join("catalog"))?;
     let options = ReplicaOptions {
@@ -175,6 +198,6 @@ pub(super) fn copy(dir: &Path) -> anyhow::Result<Replica<DirStore>> {
         },
         ram_pages_max: u64::MAX,
     };
-    let (replica, _) = Replica::open(store, Box::new(catalogue), &guest(), options)?;
+    let (replica, _) = Replica::open_cold(store, Box::new(catalogue), &guest(), options)?;
     Ok(replica)
 }

@@ -337,7 +337,7 @@ impl Supervisor {
                 above,
                 reply,
             } => {
-                drop(reply.send(self.promote(point, above)));
+                drop(reply.send(self.promote(point, above).await));
             }
             Order::Resume(resume) => {
                 let resumed = self.resume(resume.from, resume.allowed).await;

@@ -14,7 +14,7 @@ use crate::control::types::{ApiError, Outcome as Did};
 use crate::guest::any::AnyGuest;
 use crate::guest::builtin::BuiltinGuest;
 use crate::guest::builtin::stopped::is_stopped;
-use crate::guest::{Guest, RunState};
+use crate::guest::{Guest, GuestError, RunState};
 use crate::ids::{Epoch, Generation, SiteId};
 use crate::page::Layout;
 use crate::primary::{self, Ownership};
@@ -251,11 +251,12 @@ impl Supervisor {
         })
     }
 
-    pub(super) fn promote(
+    pub(super) async fn promote(
         &mut self,
         point: Epoch,
         above: Generation,
     ) -> Result<Generation, ApiError> {
+        self.give_up_failed().await?;
         if !matches!(self.process, Process::Absent) {
             let text = "the guest runs at this site already";
             return Err(ApiError::new(Reason::WrongState, text));
@@ -298,6 +299,38 @@ impl Supervisor {
         record.protected_to = None;
         self.save(record)?;
         Ok(generation)
+    }
+
+    /// A guest that failed while its failover can still be rolled back may be resumed from another point:
+    /// what it did here is given up.
+    async fn give_up_failed(&mut self) -> Result<(), ApiError> {
+        let Some(record) = self.record.clone() else {
+            return Ok(());
+        };
+        let state = self.view.borrow().run_state.clone();
+        let (Standing::Active, Some(failover), Some(RunState::Failed(why))) =
+            (&record.standing, &record.failover, state)
+        else {
+            return Ok(());
+        };
+        tracing::warn!(guest = %self.guest, why, "the guest that failed is given up for another failover");
+        if let Process::Held(mut guest) = std::mem::replace(&mut self.process, Process::Absent) {
+            match guest.stop().await {
+                Ok(()) | Err(GuestError::Gone(_)) => {}
+                Err(error) => {
+                    self.hold(guest);
+                    return Err(failed(error));
+                }
+            }
+        }
+        self.save(GuestRecord {
+            standing: Standing::Promoting {
+                point: failover.point,
+            },
+            machine: None,
+            failover: None,
+            ..record
+        })
     }
 
     /// The promotion is void: the record is what it was before it.

@@ -143,6 +143,7 @@ impl Connection {
         let (end, ended) = watch::channel(None);
         let (news, disk_news) = watch::channel(None);
         let reader = Reader {
+            guest: guest.clone(),
             stream: stream.clone(),
             waiting: waiting.clone(),
             content: content_tx,
@@ -291,6 +292,7 @@ fn greet(socket: &Path) -> Result<Greeted, GuestError> {
 }
 
 struct Reader {
+    guest: GuestId,
     stream: Arc<UnixStream>,
     waiting: Arc<Waiting>,
     content: mpsc::UnboundedSender<Content>,
@@ -334,6 +336,11 @@ impl Reader {
                 }
                 // Asked for by `state`, which always gets the newest.
                 FromVmm::StateChanged { .. } => continue,
+                FromVmm::Filled { ms } => {
+                    let guest = &self.guest;
+                    tracing::info!(%guest, ms, "all of the guest's memory was read from the journal");
+                    continue;
+                }
                 FromVmm::DiskNews { news } => {
                     self.news.send_replace(Some(news));
                     continue;

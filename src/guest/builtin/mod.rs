@@ -249,6 +249,22 @@ impl Unbooted {
         self.started(command, Some(ram)).await
     }
 
+    /// The same, with memory that the process reads itself while the guest runs, from where `source` says
+    /// to it. Rounds and cuts fail until all of it is there.
+    pub async fn restore_from(
+        self,
+        spec: &MachineSpec,
+        state: DeviceState,
+        source: Vec<u8>,
+    ) -> Result<BuiltinGuest, GuestError> {
+        let command = Command::RestoreFrom {
+            spec: json(spec),
+            state,
+            source,
+        };
+        self.started(command, None).await
+    }
+
     /// A guest of this shape is about to come: makes its machine as far as that goes. Only its
     /// `restore` will be faster.
     pub async fn prepare(&self, spec: &MachineSpec) -> Result<(), GuestError> {

@@ -13,7 +13,7 @@ use super::engine::Shared;
 use super::job::CancelReason;
 use super::strategy::CopyOnWrite;
 use crate::page::PAGE_SIZE;
-use crate::vmm::uffd::Wake;
+use crate::vmm::uffd::{Faults, Wake};
 
 /// As [`run`]; a panic is treated like an error of userfaultfd, because the guest would wait for this
 /// thread for ever.
@@ -32,11 +32,14 @@ fn run(shared: &Shared, protection: &Arc<CopyOnWrite>, stop: &EventFd) {
         let wake = protection.uffd().wait(stop);
         let result = match wake {
             Ok(Wake::Stop) => return,
-            Ok(Wake::Faults) => protection.uffd().read_faults(&mut faults).and_then(|()| {
-                faults
-                    .drain(..)
-                    .try_for_each(|at| answer(shared, protection, at))
-            }),
+            Ok(Wake::Faults) => protection
+                .uffd()
+                .read_faults(Faults::Writes, &mut faults)
+                .and_then(|()| {
+                    faults
+                        .drain(..)
+                        .try_for_each(|at| answer(shared, protection, at))
+                }),
             Err(error) => Err(error),
         };
         if let Err(error) = result {

@@ -24,7 +24,7 @@ use crate::guest::CutStrategy;
 use crate::page::{PAGE_SIZE, PageAddr, PageRange, RegionId};
 use crate::vmm::RamRange;
 use crate::vmm::staging::Mapping;
-use crate::vmm::uffd::Uffd;
+use crate::vmm::uffd::{Faults, Uffd};
 
 /// A buffer up to this size is kept for the next stop-and-copy cut.
 const KEPT_BUFFER_BYTES_MAX: usize = 16 << 20;
@@ -236,7 +236,7 @@ impl CopyOnWrite {
     pub fn new(pages: Arc<GuestPages>, states: Arc<PageStates>) -> io::Result<Self> {
         let uffd = Uffd::open()?;
         for range in pages.ranges() {
-            uffd.register(range.hva, range.bytes())?;
+            uffd.register(range.hva, range.bytes(), Faults::Writes)?;
         }
         Ok(Self {
             uffd,

@@ -22,13 +22,13 @@ use std::time::{Duration, Instant};
 use super::{Monitor, Process};
 use crate::guest::CutId;
 use crate::page::PageAddr;
-use crate::vmm::cut::{CutError, CutStart, Outbox, Session};
+use crate::vmm::cut::{CutEngine, CutError, CutStart, Outbox, Session};
 use crate::vmm::protocol::{
     self, COMMAND_BYTES_MAX, Command, Failure, FrameReader, FromVmm, Info, ProtocolError, Reply,
     ToVmm, Welcome, WireSet,
 };
 use crate::vmm::staging::{Staging, StagingOptions};
-use crate::vmm::{Machine, MachineSpec, Shell};
+use crate::vmm::{Machine, MachineSpec};
 
 /// How long a new connection may take for its first frame.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -71,17 +71,22 @@ impl Outbox for Frames {
 pub(crate) struct Connection {
     stream: Arc<UnixStream>,
     frames: Frames,
+    session: Arc<Session>,
     thread: JoinHandle<()>,
 }
 
 impl Connection {
+    pub(crate) fn session(&self) -> &Arc<Session> {
+        &self.session
+    }
+
     pub(crate) fn frames(&self) -> &Frames {
         &self.frames
     }
 
     /// Ends it and waits until its debts were given back.
     pub(crate) fn close(self) {
-        drop(self.frames);
+        drop((self.frames, self.session));
         // It may be shut down already.
         let _ = self.stream.shutdown(Shutdown::Both);
         if self.thread.join().is_err() {
@@ -164,22 +169,26 @@ fn open(process: &Arc<Process>, stream: UnixStream) -> Result<(), ConnectionErro
         staging,
         outbox: Box::new(frames.clone()),
     });
-    if let Some(monitor) = process.monitor() {
-        monitor.engine.attach(Arc::clone(&session));
-    }
     let serving = Serving {
         process: Arc::clone(process),
-        session,
+        session: Arc::clone(&session),
         frames: frames.clone(),
     };
-    // Held until the connection is in its place, so that its end finds it there.
+    // Before the lock: a guest is built under its own, and engaged with this one.
+    let monitor = process.monitor();
+    // Held until the connection is in its place, so that its end finds it there, and so does an engine
+    // that is made meanwhile.
     let mut place = process.connection();
+    if let Some(engine) = monitor.as_ref().and_then(|monitor| monitor.engine()) {
+        engine.attach(Arc::clone(&session));
+    }
     let served = Arc::clone(&stream);
     let thread = std::thread::Builder::new().name("connection".into());
     let thread = thread.spawn(move || serve(serving, &served, reader, queue))?;
     *place = Some(Connection {
         stream,
         frames,
+        session,
         thread,
     });
     Ok(())
@@ -210,8 +219,8 @@ fn serve(
     // Whoever waits for a slot of this session must not: give back before the commands are waited
     // for, and again after a boot that was under way.
     let detach = || {
-        if let Some(monitor) = process.monitor() {
-            monitor.engine.detach(&session);
+        if let Some(engine) = process.monitor().as_ref().and_then(|m| m.engine()) {
+            engine.detach(&session);
         }
     };
     detach();
@@ -241,6 +250,8 @@ fn serve(
         }
     }
     drop(place);
+    // An engine may have been made for this connection until now.
+    detach();
     drop(session);
     // With the socket shut down it ends at its next frame, or with the last sender.
     let _ = writer.join();
@@ -363,12 +374,19 @@ impl Serving {
         monitor.ok_or_else(|| failed("no guest was booted or restored in this process"))
     }
 
+    /// Asks the engine.
+    fn engine<R>(&self, ask: impl FnOnce(&CutEngine) -> Result<R, Failure>) -> Result<R, Failure> {
+        let monitor = self.monitor()?;
+        let none = || failed("the guest's memory is still being read: try again when all is there");
+        ask(monitor.engine().ok_or_else(none)?)
+    }
+
     fn info(&self) -> Reply {
         let guest = self.process.monitor().map(|monitor| Info {
             layout: monitor.machine.layout().clone(),
             machine: monitor.spec.clone(),
             state: monitor.machine.run_state().into(),
-            base: monitor.engine.base(),
+            base: monitor.engine().and_then(CutEngine::base),
         });
         Reply::Info { guest }
     }
@@ -377,25 +395,31 @@ impl Serving {
         match command {
             Command::Boot { spec } => {
                 let monitor = self.process.start(spec, Machine::boot).map_err(failed)?;
-                monitor.engine.attach(Arc::clone(&self.session));
                 monitor.machine.resume();
                 Ok(self.info())
             }
             Command::Restore { spec, state } => {
                 let since = Instant::now();
                 let image = image.ok_or_else(|| failed("no memory image came along"))?;
-                let shell = self.process.take_shell();
                 let restore = |spec: &MachineSpec| {
-                    let shell = match shell.filter(|shell| shell.fits(spec)) {
-                        Some(shell) => shell,
-                        None => Shell::new(spec)?,
-                    };
+                    let shell = self.process.shell_for(spec)?;
                     Machine::restore(spec, shell.show(&image)?, state)
                 };
-                let monitor = self.process.start(spec, restore).map_err(failed)?;
-                monitor.engine.attach(Arc::clone(&self.session));
+                self.process.start(spec, restore).map_err(failed)?;
                 let ms = since.elapsed().as_micros() as f64 / 1e3;
                 tracing::info!(ms, "the guest was restored");
+                Ok(self.info())
+            }
+            Command::RestoreFrom {
+                spec,
+                state,
+                source,
+            } => {
+                let since = Instant::now();
+                let started = self.process.start_filling(spec, state, &source);
+                started.map_err(failed)?;
+                let ms = since.elapsed().as_micros() as f64 / 1e3;
+                tracing::info!(ms, "the guest was restored, its memory is being read");
                 Ok(self.info())
             }
             Command::Prepare { spec } => {
@@ -405,48 +429,48 @@ impl Serving {
             Command::Info => Ok(self.info()),
             Command::State => Ok(Reply::State(self.monitor()?.machine.run_state().into())),
             Command::Round { contents } => {
-                let round = self.monitor()?.engine.round(contents).map_err(cut_failed)?;
+                let round = self.engine(|e| e.round(contents).map_err(cut_failed))?;
                 Ok(Reply::Round {
                     id: round.id,
                     dirty: WireSet::new(&round.dirty),
                 })
             }
             Command::Cut { strategy } => {
-                let cut = self.monitor()?.engine.cut(strategy).map_err(cut_failed)?;
+                let cut = self.engine(|e| e.cut(strategy).map_err(cut_failed))?;
                 Ok(cut_made(cut))
             }
             Command::CutHeld { strategy, within } => {
-                let monitor = self.monitor()?;
-                let cut = monitor.engine.cut_held(strategy, within);
-                Ok(cut_made(cut.map_err(cut_failed)?))
+                let cut = |e: &CutEngine| e.cut_held(strategy, within).map_err(cut_failed);
+                Ok(cut_made(self.engine(cut)?))
             }
             Command::Release => Ok(Reply::Released {
-                held: self.monitor()?.engine.release(),
+                held: self.engine(|e| Ok(e.release()))?,
             }),
             Command::Settle { id, base } => {
-                self.monitor()?.engine.settle(id, base).map_err(failed)?;
+                self.engine(|e| e.settle(id, base).map_err(failed))?;
                 Ok(Reply::Done)
             }
             Command::GiveBack => {
-                self.monitor()?.engine.give_back();
+                if let Some(engine) = self.monitor()?.engine() {
+                    engine.give_back();
+                }
                 Ok(Reply::Done)
             }
             Command::Pause => {
                 let monitor = self.monitor()?;
-                monitor.engine.forget_hold();
+                monitor.forget_hold();
                 monitor.machine.pause().map_err(failed)?;
                 Ok(Reply::Done)
             }
             Command::Resume => {
                 let monitor = self.monitor()?;
-                monitor.engine.forget_hold();
+                monitor.forget_hold();
                 monitor.machine.resume();
                 Ok(Reply::Done)
             }
             Command::Stop => {
                 if let Some(monitor) = self.process.monitor() {
-                    monitor.engine.give_back();
-                    monitor.machine.stop();
+                    monitor.stop();
                 }
                 Ok(Reply::Done)
             }

@@ -1,0 +1,576 @@
+//! Reading a recovery point in another process than the journal's: page by page, at once, and all of it.
+//! A guest that is resumed from a copy whose image is not in memory runs on what this reads.
+//!
+//! ```text
+//!   the journal's process                      the reader's
+//!   Journal::directions ──▶ Directions ──────▶ PointReader::open    headers and rows of all parts:
+//!                           + Lease            │                    where is the content of a page?
+//!                                              ├─ page     one page: its rows, oldest first, on top of
+//!                                              │           a base page or of zeros
+//!                                              ├─ recent   what changed last: the guest's working set
+//!                                              └─ all      every page once, parts in order, like a
+//!                                                          replay; then the root is compared
+//! ```
+//!
+//! * Nothing is handed out that was not verified: of a base page its leaf, of a part its blake3, which
+//!   takes all of the part; its rows must be the ones that were read before. Whole parts are kept for a
+//!   while, because the next page is often in the same one.
+//! * That all of it together is what the primary had, its root, is known only at the end of
+//!   [`all`](PointReader::all). Each part was compared with it when it became durable.
+//! * The journal's files must stay as they are meanwhile. The [`Lease`] says so to their owner, even if
+//!   that is another process by then: it does no maintenance.
+//! * [`all`](PointReader::all) keeps pages that have deltas until their last one; no other content.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::ahead;
+use super::base::{self, Base, CHUNK_PAGES, Stored};
+use super::catalogue::FrameInfo;
+use super::dir::{AlignedBuf, DirStore};
+use super::error::JournalError;
+use super::open::Journal;
+use super::page_index::Index;
+use super::reading::{Bytes, verify_parts};
+use super::replay::Loaded;
+use super::runs::{Runs, Takes};
+use super::segment::{Loc, file_name};
+use super::store::{Access, Lease, Store, StoreFile};
+use crate::frame::{
+    BLOCK, Content, Decompressor, FrameError, HEADER_BYTES, PartHeader, PartView, Row, RowKind,
+    VerifiedPart, apply_delta, unverified_rows,
+};
+use crate::ids::{Epoch, ImageRoot};
+use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
+
+/// Bytes of parts that are kept: 64 MiB.
+const KEPT_BYTES: usize = 64 << 20;
+/// Decoded batches that are kept: 4 MiB.
+const KEPT_BATCHES: usize = 64;
+/// Most pages that count as recent.
+const RECENT_PAGES: usize = 16 << 10;
+/// Reads that the disk has to do at a time.
+const READS: usize = 8;
+
+/// What a process needs to read a point.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Directions {
+    dir: PathBuf,
+    layout: Layout,
+    root: ImageRoot,
+    /// The frames go on top of the base image.
+    base: bool,
+    /// Up to the point.
+    frames: Vec<FrameInfo>,
+}
+
+impl Directions {
+    /// As bytes for the process that reads; the same program.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).expect("directions have no failing encoder")
+    }
+
+    /// What [`to_bytes`](Self::to_bytes) made; `None` if it is something else.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (directions, rest) = postcard::take_from_bytes(bytes).ok()?;
+        rest.is_empty().then_some(directions)
+    }
+}
+
+impl<S: Store> Journal<S> {
+    /// Directions to a point, and the lease that keeps what they name until the reader has its own.
+    /// `None` if no other process can open the journal's files. A fold that is under way is finished
+    /// first, which can fail as maintenance can.
+    pub fn directions(&mut self, upto: Epoch) -> Result<Option<(Directions, Lease)>, JournalError> {
+        self.usable()?;
+        let lease = self.store.lend();
+        let Some(lease) = lease.map_err(|e| JournalError::io("lend", "the journal", e))? else {
+            return Ok(None);
+        };
+        let directions = self.directions_in(lease.dir().to_owned(), upto)?;
+        Ok(Some((directions, lease)))
+    }
+
+    pub(super) fn directions_in(
+        &mut self,
+        dir: PathBuf,
+        upto: Epoch,
+    ) -> Result<Directions, JournalError> {
+        let (base, frames) = self.settled(upto)?;
+        Ok(Directions {
+            dir,
+            layout: self.layout.clone().expect("a point has a layout"),
+            root: frames.last().expect("the point's is there").root,
+            base,
+            frames,
+        })
+    }
+}
+
+/// A part and where it is.
+struct PartPlace {
+    loc: Loc,
+    /// Number of its frame, and its own there.
+    frame: usize,
+    number: usize,
+    /// Number of its first batch.
+    batch: u32,
+    /// blake3 of its rows as they were read.
+    rows: [u8; 32],
+}
+
+/// See the module.
+pub struct PointReader<S: Store = DirStore> {
+    directions: Directions,
+    base: Option<Base<S>>,
+    files: BTreeMap<u32, S::File>,
+    parts: Vec<PartPlace>,
+    index: Index,
+    _lease: Option<Lease>,
+}
+
+/// What [`PointReader::page`] keeps between calls.
+#[derive(Default)]
+pub struct PageCache {
+    decoder: Decompressor,
+    /// The most recently used one first: number of the part.
+    parts: VecDeque<(usize, VerifiedPart<Bytes>)>,
+    /// The same: number of the batch.
+    batches: VecDeque<(u32, Vec<u8>)>,
+}
+
+/// The rows of a part that were read ahead.
+#[derive(Default)]
+struct Rows {
+    block: Option<AlignedBuf>,
+    header: Option<PartHeader>,
+    bytes: Bytes,
+    skip: usize,
+}
+
+impl PointReader {
+    /// Opens the files and reads where everything is: a header and the rows of every part, and no
+    /// content.
+    pub fn open(directions: Directions) -> Result<Self, JournalError> {
+        let lease = Lease::take(&directions.dir);
+        let lease = lease.map_err(|e| JournalError::io("lend", "the journal", e))?;
+        let store = DirStore::existing(&directions.dir);
+        let store = store.map_err(|e| JournalError::io("open", "the journal", e))?;
+        Self::over(&store, directions, Some(lease))
+    }
+}
+
+impl<S: Store> PointReader<S> {
+    /// The same for a store that is there.
+    pub(super) fn over(
+        store: &S,
+        directions: Directions,
+        lease: Option<Lease>,
+    ) -> Result<Self, JournalError> {
+        let base = match directions.base {
+            true => Some(Base::open(store, &directions.layout, false)?),
+            false => None,
+        };
+        let mut files = BTreeMap::new();
+        for loc in directions.frames.iter().flat_map(|frame| &frame.parts) {
+            if let std::collections::btree_map::Entry::Vacant(entry) = files.entry(loc.segment) {
+                let name = file_name(loc.segment);
+                let file = store.open(&name, Access::Blocks, false);
+                entry.insert(file.map_err(|e| JournalError::io("open", &name, e))?);
+            }
+        }
+        let mut reader = Self {
+            index: Index::new(&directions.layout),
+            directions,
+            base,
+            files,
+            parts: Vec::new(),
+            _lease: lease,
+        };
+        reader.read_rows()?;
+        Ok(reader)
+    }
+
+    fn read_rows(&mut self) -> Result<(), JournalError> {
+        let places: Vec<(usize, usize, Loc)> = (0..)
+            .zip(&self.directions.frames)
+            .flat_map(|(frame, info)| {
+                let parts = (0..).zip(&info.parts);
+                parts.map(move |(number, loc)| (frame, number, *loc))
+            })
+            .collect();
+        let (files, layout) = (&self.files, &self.directions.layout);
+        let (index, parts) = (&mut self.index, &mut self.parts);
+        ahead::in_order(
+            places.len(),
+            READS,
+            |at, rows: &mut Rows| {
+                let (_, _, loc) = places[at];
+                let block = rows.block.get_or_insert_with(|| AlignedBuf::new(BLOCK));
+                read(files, loc, 0, block)?;
+                let header = PartHeader::parse(&block[..HEADER_BYTES]);
+                let header = header.map_err(|e| JournalError::corrupt(loc.to_string(), e))?;
+                let range = header.rows_range();
+                let start = range.start - range.start % BLOCK as u64;
+                let end = range.end.next_multiple_of(BLOCK as u64);
+                if end > u64::from(loc.len) {
+                    return Err(another(loc));
+                }
+                let into = rows.bytes.room((end - start) as usize);
+                read(files, loc, start, into)?;
+                rows.skip = (range.start - start) as usize;
+                rows.header = Some(header);
+                Ok(())
+            },
+            |at, rows| {
+                let (frame, number, loc) = places[at];
+                let header = rows.header.take().expect("it was read");
+                let range = header.rows_range();
+                let len = (range.end - range.start) as usize;
+                let bytes = &rows.bytes.as_ref()[rows.skip..rows.skip + len];
+                let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
+                let rows = unverified_rows(&header, bytes).map_err(damaged)?;
+                let fits = |row: &Row| {
+                    let end = u64::from(row.addr.page) + u64::from(row.count);
+                    let region = layout.get(row.addr.region);
+                    region.is_some_and(|region| end <= u64::from(region.pages))
+                        && (row.kind == RowKind::Zero || u32::from(row.place().0) < header.batches)
+                };
+                if !rows.iter().all(fits) {
+                    return Err(another(loc));
+                }
+                let batch = index.add(rows.into_iter(), header.batches)?;
+                parts.push(PartPlace {
+                    loc,
+                    frame,
+                    number,
+                    batch,
+                    rows: *blake3::hash(bytes).as_bytes(),
+                });
+                Ok(())
+            },
+        )?;
+        index.finish();
+        Ok(())
+    }
+
+    /// The guest's content.
+    pub fn layout(&self) -> &Layout {
+        &self.directions.layout
+    }
+
+    /// The content of a page, which must be one of the layout; false for a page of zeros, for which
+    /// `into` is left alone.
+    pub fn page(
+        &self,
+        cache: &mut PageCache,
+        addr: PageAddr,
+        into: &mut [u8; PAGE_SIZE],
+    ) -> Result<bool, JournalError> {
+        let (zeroed, rows) = self.index.find(addr);
+        let whole = rows.first().is_some_and(|row| row.is_whole());
+        let mut some = whole || (!zeroed && self.base_page(addr, into)?);
+        if !some && !rows.is_empty() {
+            into.fill(0);
+            some = true;
+        }
+        for row in rows {
+            let (content, loc) = self.batch(cache, row.batch)?;
+            let content = content.get(row.range()).ok_or_else(|| another(loc))?;
+            if row.is_whole() {
+                into.copy_from_slice(content);
+            } else {
+                apply_delta(content, into)
+                    .map_err(|e| JournalError::corrupt(loc.to_string(), e))?;
+            }
+        }
+        Ok(some)
+    }
+
+    /// False if it is zeros.
+    fn base_page(&self, addr: PageAddr, into: &mut [u8; PAGE_SIZE]) -> Result<bool, JournalError> {
+        let Some(base) = &self.base else {
+            // What a full frame does not have is zero.
+            return Ok(false);
+        };
+        let range = PageRange {
+            start: addr.page,
+            end: addr.page + 1,
+        };
+        let chunk = base.read(addr.region, range, false)?;
+        match base.judge(addr.region, &chunk, 0) {
+            Stored::Zero => Ok(false),
+            Stored::Page(page) => {
+                *into = *page;
+                Ok(true)
+            }
+            Stored::Damaged(_) => Err(wrong_page(addr)),
+        }
+    }
+
+    /// A batch, decoded, of a part that was verified.
+    fn batch<'c>(
+        &self,
+        cache: &'c mut PageCache,
+        number: u32,
+    ) -> Result<(&'c [u8], Loc), JournalError> {
+        let part = self.parts.partition_point(|part| part.batch <= number) - 1;
+        let place = &self.parts[part];
+        let at = cache.batches.iter().position(|(n, _)| *n == number);
+        let decoded = match at {
+            Some(at) => cache.batches.remove(at).expect("found above").1,
+            None => {
+                self.load(cache, part)?;
+                let (_, loaded) = cache.parts.front().expect("it was loaded");
+                let view = loaded.view();
+                let batch = view.batches().get((number - place.batch) as usize);
+                let batch = batch.ok_or_else(|| another(place.loc))?;
+                let mut decoded = match cache.batches.len() {
+                    KEPT_BATCHES.. => cache.batches.pop_back().expect("there are some").1,
+                    _ => Vec::new(),
+                };
+                let stored = &view.bytes()[batch.range()];
+                batch
+                    .decode(&mut cache.decoder, stored, &mut decoded)
+                    .map_err(|e| JournalError::corrupt(place.loc.to_string(), e))?;
+                decoded
+            }
+        };
+        cache.batches.push_front((number, decoded));
+        Ok((&cache.batches[0].1, place.loc))
+    }
+
+    /// Makes the part the first one of the cache, read and verified.
+    fn load(&self, cache: &mut PageCache, number: usize) -> Result<(), JournalError> {
+        if let Some(at) = cache.parts.iter().position(|(n, _)| *n == number) {
+            let part = cache.parts.remove(at).expect("found above");
+            cache.parts.push_front(part);
+            return Ok(());
+        }
+        let loc = self.parts[number].loc;
+        let kept: usize = cache
+            .parts
+            .iter()
+            .map(|(_, p)| p.view().bytes().len())
+            .sum();
+        let full = kept + loc.len as usize > KEPT_BYTES;
+        let spare = cache.parts.pop_back_if(|_| full);
+        let mut buffer = spare.map_or_else(Bytes::default, |(_, part)| part.into_bytes());
+        read(&self.files, loc, 0, buffer.room(loc.len as usize))?;
+        let part = VerifiedPart::verify(buffer);
+        let part = part.map_err(|(e, _)| JournalError::corrupt(loc.to_string(), e))?;
+        self.check(number, &part.view())?;
+        cache.parts.push_front((number, part));
+        Ok(())
+    }
+
+    /// An error if a part that was verified is not the one whose rows were read before.
+    fn check(&self, number: usize, view: &PartView<'_>) -> Result<(), JournalError> {
+        let place = &self.parts[number];
+        let range = view.header().rows_range();
+        let rows = &view.bytes()[range.start as usize..range.end as usize];
+        let same = *blake3::hash(rows).as_bytes() == place.rows;
+        match same && self.directions.frames[place.frame].owns(view.header(), place.number) {
+            true => Ok(()),
+            false => Err(another(place.loc)),
+        }
+    }
+
+    /// RAM pages that the point's own frame changed, up to 64 MiB of them.
+    pub fn recent(&self, cache: &mut PageCache, takes: Takes<'_>) -> Result<(), JournalError> {
+        let last = self.directions.frames.len() - 1;
+        let mut pages = Vec::new();
+        for number in (0..self.parts.len()).filter(|n| self.parts[*n].frame == last) {
+            self.load(cache, number)?;
+            let (_, part) = cache.parts.front().expect("it was loaded");
+            pages.extend(
+                part.view()
+                    .rows()
+                    .filter(|row| row.count == 1)
+                    .map(|row| row.addr),
+            );
+            if pages.len() >= RECENT_PAGES {
+                break;
+            }
+        }
+        let ram = self.layout().ram_regions();
+        let mut page = [0; PAGE_SIZE];
+        for addr in pages.into_iter().take(RECENT_PAGES) {
+            if usize::from(addr.region.0) < ram && self.page(cache, addr, &mut page)? {
+                takes(addr, &[page])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every RAM page that is not zero, once; in no order. After `Ok` they had the root of the point.
+    pub fn all(&self, takes: Takes<'_>) -> Result<(), JournalError> {
+        let mut out = Runs::new(self.layout(), takes);
+        let mut open = HashMap::new();
+        if let Some(base) = &self.base {
+            self.all_of_base(base, &mut out, &mut open)?;
+        }
+        self.all_of_frames(&mut out, &mut open)?;
+        if let Some(addr) = open.keys().next() {
+            return Err(JournalError::corrupt(
+                place(*addr),
+                "its last change is missing",
+            ));
+        }
+        let found = out.finish()?;
+        match found == self.directions.root {
+            true => Ok(()),
+            false => Err(JournalError::corrupt(
+                "the point",
+                format!(
+                    "its image has root {found}, {} was recorded",
+                    self.directions.root
+                ),
+            )),
+        }
+    }
+
+    fn ram(&self) -> impl Iterator<Item = (RegionId, u32)> {
+        let regions = self.layout().iter().take(self.layout().ram_regions());
+        regions.map(|(id, region)| (id, region.pages))
+    }
+
+    fn all_of_base(
+        &self,
+        base: &Base<S>,
+        out: &mut Runs<'_, '_>,
+        open: &mut HashMap<PageAddr, Box<[u8; PAGE_SIZE]>>,
+    ) -> Result<(), JournalError> {
+        for (region, pages) in self.ram() {
+            let chunks = pages.div_ceil(CHUNK_PAGES);
+            ahead::in_order(
+                chunks as usize,
+                ahead::threads(chunks > 1),
+                |number, loaded: &mut Loaded| loaded.read(base, region, pages, number),
+                |_, loaded| {
+                    loaded.each(region, |addr, page, damaged| {
+                        let (zeroed, rows) = self.index.find(addr);
+                        if zeroed || rows.first().is_some_and(|row| row.is_whole()) {
+                            return Ok(());
+                        }
+                        if damaged {
+                            return Err(wrong_page(addr));
+                        }
+                        match rows.is_empty() {
+                            true => out.push(addr, page),
+                            false => {
+                                open.insert(addr, Box::new(*page));
+                                Ok(())
+                            }
+                        }
+                    })
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    fn all_of_frames(
+        &self,
+        out: &mut Runs<'_, '_>,
+        open: &mut HashMap<PageAddr, Box<[u8; PAGE_SIZE]>>,
+    ) -> Result<(), JournalError> {
+        let ram = self.layout().ram_regions();
+        let wants = move |region: RegionId| usize::from(region.0) < ram;
+        let from_files = |loc: Loc, into: &mut [u8]| read(&self.files, loc, 0, into);
+        let (mut part, mut row) = (0, 0);
+        for info in &self.directions.frames {
+            let (_, footer) =
+                verify_parts(&info.parts, &from_files, Some(&wants), &mut |_, view| {
+                    self.check(part, view)?;
+                    let damaged = |error: FrameError| {
+                        JournalError::corrupt(self.parts[part].loc.to_string(), error)
+                    };
+                    // Regions that are not wanted have rows too.
+                    let mut numbers = (row..)
+                        .zip(view.rows())
+                        .filter(|(_, row)| wants(row.addr.region))
+                        .map(|(number, _)| number);
+                    let numbered = |addr, content: Content<'_>| {
+                        let number = numbers.next().expect("a row for each content");
+                        self.apply(addr, number, content, out, open)
+                    };
+                    view.for_each_of(wants, numbered)
+                        .map_err(|error| match error {
+                            JournalError::Frame(error) => damaged(error),
+                            other => other,
+                        })?;
+                    row += view.header().rows;
+                    part += 1;
+                    Ok(())
+                })?;
+            if footer.root != info.root {
+                let place = format!("epoch {}", info.epoch);
+                return Err(JournalError::corrupt(place, "its root is another one"));
+            }
+        }
+        Ok(())
+    }
+
+    /// One row, which may be void.
+    fn apply(
+        &self,
+        addr: PageAddr,
+        number: u32,
+        content: Content<'_>,
+        out: &mut Runs<'_, '_>,
+        open: &mut HashMap<PageAddr, Box<[u8; PAGE_SIZE]>>,
+    ) -> Result<(), JournalError> {
+        let (_, rows) = self.index.find(addr);
+        let Some(at) = rows.iter().position(|row| row.number == number) else {
+            return Ok(());
+        };
+        let last = at + 1 == rows.len();
+        match content {
+            Content::Zero(_) => Ok(()),
+            Content::Raw(page) if last => out.push(addr, page),
+            Content::Raw(page) => {
+                open.insert(addr, Box::new(*page));
+                Ok(())
+            }
+            Content::Delta(delta) => {
+                let zeros = || Box::new([0; PAGE_SIZE]);
+                let mut page = open.remove(&addr).unwrap_or_else(zeros);
+                apply_delta(delta, &mut page).map_err(|why| FrameError::Delta { addr, why })?;
+                if last {
+                    return out.push(addr, &page);
+                }
+                open.insert(addr, page);
+                Ok(())
+            }
+        }
+    }
+}
+
+fn place(addr: PageAddr) -> String {
+    format!("page {} of region {}", addr.page, addr.region.0)
+}
+
+fn wrong_page(addr: PageAddr) -> JournalError {
+    JournalError::corrupt(base::place(addr), "its checksum is wrong")
+}
+
+fn another(loc: Loc) -> JournalError {
+    JournalError::corrupt(loc.to_string(), "it is another frame")
+}
+
+/// Reads blocks of a part, from `at` in it on.
+fn read<F: StoreFile>(
+    files: &BTreeMap<u32, F>,
+    loc: Loc,
+    at: u64,
+    into: &mut [u8],
+) -> Result<(), JournalError> {
+    let file = files
+        .get(&loc.segment)
+        .expect("the files of all parts are open");
+    file.read_at(u64::from(loc.offset) + at, into)
+        .map_err(|e| JournalError::corrupt(loc.to_string(), format!("it cannot be read: {e}")))
+}
