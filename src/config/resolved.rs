@@ -90,6 +90,9 @@ pub struct TlsConfig {
     pub crl: Option<PathBuf>,
 }
 
+/// Most streams of a link.
+pub const STREAMS_MAX: u32 = 8;
+
 /// Another site.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerConfig {
@@ -109,6 +112,8 @@ pub struct PeerConfig {
     pub keepalive: Duration,
     /// Silence after which the link is taken for dead.
     pub dead_after: Duration,
+    /// TLS connections of each guest's link to it, if this site dials.
+    pub streams: usize,
     /// How much may be sent to it, and when.
     pub bandwidth: BandwidthConfig,
 }
@@ -118,7 +123,8 @@ impl PeerConfig {
     pub fn same_link(&self, other: &PeerConfig) -> bool {
         let link = |peer: &PeerConfig| {
             let (address, name) = (peer.address.clone(), peer.server_name.clone());
-            (address, name, peer.keepalive, peer.dead_after)
+            let times = (peer.keepalive, peer.dead_after);
+            (address, name, times, peer.streams)
         };
         link(self) == link(other)
     }

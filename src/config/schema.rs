@@ -90,6 +90,7 @@ table!(
         warm: Vec<Spanned<String>>,
         keepalive: Maybe<String>,
         dead_after: Maybe<String>,
+        streams: Maybe<u32>,
         bandwidth: Maybe<String>,
         time_zone: Maybe<String>,
         window: Vec<Spanned<Window>>,

@@ -335,6 +335,11 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
             "is less than twice keepalive: one late answer would cut a good link",
         );
     }
+    let streams = check.plain(&format!("{prefix}.streams"), raw.streams, 1);
+    if !(1..=STREAMS_MAX).contains(&streams.value) {
+        let message = format!("{} is not from 1 to 8", streams.value);
+        check.problem(&format!("{prefix}.streams"), streams.place, message);
+    }
     let (zone, windows) = (raw.time_zone, raw.window);
     let bandwidth = super::bandwidth::validate(check, prefix, raw.bandwidth, zone, windows);
     PeerConfig {
@@ -346,6 +351,7 @@ fn peer(check: &mut Check<'_>, prefix: &str, raw: schema::Peer, listens: bool) -
         warm,
         keepalive: keepalive.value,
         dead_after: dead_after.value,
+        streams: streams.value as usize,
         bandwidth,
     }
 }

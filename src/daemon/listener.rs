@@ -17,6 +17,9 @@ use crate::transport::{
     DialTarget, LinkStats, LinkTimes, ListenOptions, TlsDialer, TlsListener, TlsMaterial, TlsPaths,
 };
 use crate::wire::link::HandshakeFailure;
+use crate::wire::stripe::STREAMS_MAX;
+
+const _: () = assert!(crate::config::resolved::STREAMS_MAX as usize == STREAMS_MAX);
 
 /// Links of peers that dialed us, by peer. A link of a guest replaces the one before.
 pub(super) type Inbound = Mutex<BTreeMap<SiteId, Vec<std::sync::Weak<LinkStats>>>>;
@@ -52,6 +55,7 @@ pub(super) fn dialer(
         site: site.clone(),
     };
     TlsDialer::new(material.clone(), target, times(peer), env.clone())
+        .map(|dialer| dialer.with_streams(peer.streams))
         .inspect_err(|error| tracing::error!(peer = %site, error, "the peer cannot be dialed"))
         .ok()
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!   accept ─ permit? ─▶ handshake task (time limit) ─▶ identity, allowed site? ─▶ [queue] ─▶ accept()
 //!                        │ fails: counted, reported, alert lingers      │ no: Refused{..} is sent
+//!                                                 a stream that joins: ─▶ its link      (`join`)
 //! ```
 //!
 //! Nothing that a peer does ends the listener, or keeps other addresses out: handshakes are bounded
@@ -15,7 +16,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use rustls::pki_types::CertificateDer;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
@@ -23,16 +25,19 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::dial::{READ_BUFFER_BYTES, TLS_BUFFER_BYTES};
+use super::join::{self, Joins, Keys, NoJoin};
 use super::live::{Live, PeerIdentity, PeerRole};
 use super::material::{Current, TlsMaterial};
-use super::session::{self, Context, TlsRx, TlsTx};
+use super::session::{self, First, Link, TlsRx, TlsTx};
 use super::stats::{Counted, LinkStats};
 use super::{LinkTimes, failure, socket};
 use crate::clock::Env;
 use crate::ids::SiteId;
-use crate::wire::link::{HandshakeFailure, LinkError, LinkTx};
+use crate::wire::codec::Message;
+use crate::wire::link::HandshakeFailure;
 use crate::wire::message::{RefuseReason, ToPrimary, ToStandby};
-use crate::wire::version::ALPN;
+use crate::wire::stripe::{Carried, Join};
+use crate::wire::version::{ALPN, ALPN_JOIN, ALPN_STREAMS};
 
 /// Links that came up and wait for `accept`.
 const WAITING: usize = 16;
@@ -115,6 +120,7 @@ impl TlsListener {
             allowed: allowed.clone(),
             env,
             by_address: Mutex::default(),
+            joins: Arc::default(),
             queue,
             options,
         });
@@ -155,6 +161,7 @@ struct Shared {
     allowed: Arc<ArcSwap<BTreeSet<SiteId>>>,
     env: Env,
     by_address: Mutex<HashMap<IpAddr, usize>>,
+    joins: Arc<Joins>,
     queue: mpsc::Sender<Accepted>,
     options: ListenOptions,
 }
@@ -240,59 +247,157 @@ impl Shared {
                 return self.report(address, HandshakeFailure::Timeout, text);
             }
         };
-        let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
-        let chain: Vec<_> = chain.iter().map(|c| c.clone().into_owned()).collect();
-        let leaf = chain.first().expect("a verified client has a certificate");
-        let context = |membership| Context {
-            times,
-            env: self.env.clone(),
-            stats: stats.clone(),
-            membership,
-            // A standby sends words, no content.
-            throttle: None,
-        };
-        let refusal = match PeerIdentity::of(leaf) {
-            Ok(peer) if self.allowed.load().contains(&peer.site) => {
-                let live = Live {
-                    peer: peer.clone(),
-                    address,
-                    chain,
-                    role: PeerRole::Client,
-                };
-                let membership = self.material.enter(live, &current);
-                let (tx, rx) = session::start(tls, context(Some(membership)));
-                let accepted = Accepted {
-                    peer,
-                    address,
-                    rx,
-                    tx,
-                    stats: stats.clone(),
-                };
+        let refusal = match self.identify(&tls) {
+            Ok((peer, chain)) if tls.get_ref().1.alpn_protocol() == Some(ALPN_JOIN) => {
+                return self.join(tls, &peer, &chain[0], address).await;
+            }
+            Ok((peer, chain)) => {
+                let accepted = self.accepted(tls, (peer, chain), address, &stats, &current);
                 // The slot is kept until the role takes the link: a bound on those that wait.
                 let _ = self.queue.send(accepted).await;
                 return drop(slot);
             }
-            Ok(peer) => (
-                HandshakeFailure::WrongSite,
-                RefuseReason::NotAllowed,
-                format!(
+            Err(refusal) => refusal,
+        };
+        self.refuse(tls, address, refusal).await;
+    }
+
+    fn identify(
+        &self,
+        tls: &TlsStream<Stream>,
+    ) -> Result<(PeerIdentity, Vec<CertificateDer<'static>>), Refusal> {
+        let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
+        let chain: Vec<_> = chain.iter().map(|c| c.clone().into_owned()).collect();
+        let leaf = chain.first().expect("a verified client has a certificate");
+        let peer = PeerIdentity::of(leaf).map_err(|error| Refusal {
+            failure: HandshakeFailure::NoUri,
+            reason: RefuseReason::WrongSite,
+            text: error.to_string(),
+        })?;
+        if !self.allowed.load().contains(&peer.site) {
+            return Err(Refusal {
+                failure: HandshakeFailure::WrongSite,
+                reason: RefuseReason::NotAllowed,
+                text: format!(
                     "site {} may not replicate to site {}: add it to the configuration there",
                     peer.site,
                     self.material.site()
                 ),
-            ),
-            Err(error) => (
-                HandshakeFailure::NoUri,
-                RefuseReason::WrongSite,
-                error.to_string(),
-            ),
+            });
+        }
+        Ok((peer, chain))
+    }
+
+    /// A new link.
+    fn accepted(
+        &self,
+        tls: TlsStream<Stream>,
+        (peer, chain): (PeerIdentity, Vec<CertificateDer<'static>>),
+        address: SocketAddr,
+        stats: &Arc<LinkStats>,
+        current: &Arc<Current>,
+    ) -> Accepted {
+        // A standby sends words, no content: nothing to limit.
+        let (link, spent) = Link::new(self.options.times, self.env.clone(), stats.clone(), None);
+        let connection = tls.get_ref().1;
+        let keys = (connection.alpn_protocol() == Some(ALPN_STREAMS))
+            .then(|| Keys::of(connection).ok())
+            .flatten();
+        let joinable = keys.map(|keys| self.joins.open(keys, chain[0].clone(), &link));
+        let live = Live {
+            peer: peer.clone(),
+            address,
+            chain,
+            role: PeerRole::Client,
         };
-        let (failure, reason, text) = refusal;
+        let first = First {
+            heard: tls.get_ref().0.get_ref().heard(),
+            stream: tls,
+            spent,
+            membership: Some(self.material.enter(live, current)),
+            joinable,
+            spoke: None,
+        };
+        let (tx, rx) = session::start(&link, first);
+        Accepted {
+            peer,
+            address,
+            rx,
+            tx,
+            stats: stats.clone(),
+        }
+    }
+
+    /// Another stream of a link that is up.
+    async fn join(
+        &self,
+        mut tls: TlsStream<Stream>,
+        peer: &PeerIdentity,
+        certificate: &CertificateDer<'_>,
+        address: SocketAddr,
+    ) {
+        let limit = self.options.times.handshake_timeout;
+        let said = timeout(limit, join::read_one::<Carried<ToStandby>>(&mut tls)).await;
+        let refused = |failure, text: String| Refusal {
+            failure,
+            reason: RefuseReason::Protocol,
+            text: format!("a stream of site {}: {text}", peer.site),
+        };
+        let join: Join = match said {
+            Ok(Ok(Carried::Join(join))) => join,
+            Ok(Ok(_)) => {
+                let text = "its first message does not join a link".to_owned();
+                let refusal = refused(HandshakeFailure::Protocol, text);
+                return self.refuse(tls, address, refusal).await;
+            }
+            Ok(Err(error)) => {
+                return self.report(address, error.failure(), error.to_string());
+            }
+            Err(_) => {
+                let text = format!("a stream that joins no link within {limit:?}");
+                return self.report(address, HandshakeFailure::Timeout, text);
+            }
+        };
+        let link = match self.joins.admit(&join, certificate, tls.get_ref().1) {
+            Ok(link) => link,
+            Err(NoJoin::NoLink) => {
+                tracing::debug!(%address, peer = %peer.site, "a stream came for a link that has ended");
+                return linger(tls).await;
+            }
+            Err(NoJoin::OtherPeer) => {
+                let text = "the link is not that certificate's".to_owned();
+                let refusal = refused(HandshakeFailure::WrongSite, text);
+                return self.refuse(tls, address, refusal).await;
+            }
+            Err(NoJoin::Refused(why)) => {
+                let refusal = refused(HandshakeFailure::Protocol, why.to_owned());
+                return self.refuse(tls, address, refusal).await;
+            }
+        };
+        let counted = tls.get_mut().0.get_mut();
+        counted.adopt(&link.stats);
+        let heard = counted.heard();
+        let (pongs, answers) = mpsc::channel(session::PONGS);
+        pongs
+            .try_send(u64::from(join.index))
+            .expect("the channel is empty");
+        tokio::spawn(session::run_at_standby(tls, heard, link, (pongs, answers)));
+    }
+
+    async fn refuse(&self, tls: TlsStream<Stream>, address: SocketAddr, refusal: Refusal) {
+        let Refusal {
+            failure,
+            reason,
+            text,
+        } = refusal;
         self.report(address, failure, text.clone());
-        let (mut tx, rx) = session::start::<_, ToPrimary, ToStandby>(tls, context(None));
+        let refused = ToPrimary::Refused { reason, text }.encode();
+        let bytes = refused.expect("a text is cut to its bounds").to_bytes();
         // A courtesy to the peer; its loss changes nothing here.
-        let _: Result<(), LinkError> = tx.send(ToPrimary::Refused { reason, text }).await;
-        drop((tx, rx));
+        let mut tls = tls;
+        if timeout(ALERT_LINGER, tls.write_all(&bytes)).await.is_ok() {
+            linger(tls).await;
+        }
     }
 
     fn report(&self, address: SocketAddr, failure: HandshakeFailure, text: String) {
@@ -302,6 +407,13 @@ impl Shared {
             text,
         });
     }
+}
+
+/// Why a peer whose handshake succeeded is sent away.
+struct Refusal {
+    failure: HandshakeFailure,
+    reason: RefuseReason,
+    text: String,
 }
 
 struct Failed {
@@ -333,7 +445,11 @@ async fn tls_of(
     let mut tls = accepted.map_err(|(error, stream)| failed(error, Some(stream)))?;
     let connection = tls.get_mut().1;
     connection.set_buffer_limit(Some(TLS_BUFFER_BYTES));
-    if connection.alpn_protocol() != Some(ALPN) {
+    let known = [ALPN, ALPN_STREAMS, ALPN_JOIN];
+    if !connection
+        .alpn_protocol()
+        .is_some_and(|p| known.contains(&p))
+    {
         return Err(Failed {
             failure: HandshakeFailure::Protocol,
             text: "the peer does not say that it speaks lifeboat/1: another program".to_owned(),
@@ -345,7 +461,7 @@ async fn tls_of(
 
 /// Lets the alert arrive: closing while unread bytes lie here would reset the connection and destroy
 /// what was sent.
-async fn linger(mut stream: Stream) {
+async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let drained = async {
         stream.shutdown().await?;
         let mut scrap = [0; 4096];

@@ -32,7 +32,7 @@ use crate::ids::SiteId;
 use crate::pki::{
     CertificateInfo, CrlInfo, KeyFileError, PkiError, read_key_file, read_public_file,
 };
-use crate::wire::version::ALPN;
+use crate::wire::version::{ALPN, ALPN_JOIN, ALPN_STREAMS};
 
 /// Where the files are (PEM).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,6 +101,8 @@ impl TlsStatus {
 pub(super) struct Current {
     pub(super) server: Arc<ServerConfig>,
     pub(super) client: Arc<ClientConfig>,
+    /// For a stream that joins a link.
+    pub(super) joining: Arc<ClientConfig>,
     of_clients: Arc<dyn ClientCertVerifier>,
     of_servers: Arc<WebPkiServerVerifier>,
     status: TlsStatus,
@@ -265,7 +267,8 @@ fn build(site: &SiteId, paths: &TlsPaths, expired: Expired) -> Result<Current, T
         .with_client_cert_verifier(of_clients.clone())
         .with_single_cert(chain.clone(), key.clone_key())
         .map_err(pair("server"))?;
-    server.alpn_protocols = vec![ALPN.to_vec()];
+    // The first one that the peer knows too.
+    server.alpn_protocols = [ALPN_STREAMS, ALPN, ALPN_JOIN].map(Vec::from).into();
     server.session_storage = Arc::new(NoServerSessionStorage {});
     server.send_tls13_tickets = 0;
     let mut client = ClientConfig::builder_with_provider(provider)
@@ -274,8 +277,10 @@ fn build(site: &SiteId, paths: &TlsPaths, expired: Expired) -> Result<Current, T
         .with_webpki_verifier(of_servers.clone())
         .with_client_auth_cert(chain, key)
         .map_err(pair("client"))?;
-    client.alpn_protocols = vec![ALPN.to_vec()];
     client.resumption = Resumption::disabled();
+    client.alpn_protocols = vec![ALPN_JOIN.to_vec()];
+    let joining = client.clone();
+    client.alpn_protocols = vec![ALPN_STREAMS.to_vec(), ALPN.to_vec()];
 
     let cas = cas.iter().map(|ca| CertificateInfo::from_der(ca));
     let cas = cas.collect::<Result<_, _>>().map_err(content(&paths.ca))?;
@@ -284,6 +289,7 @@ fn build(site: &SiteId, paths: &TlsPaths, expired: Expired) -> Result<Current, T
     Ok(Current {
         server: Arc::new(server),
         client: Arc::new(client),
+        joining: Arc::new(joining),
         of_clients,
         of_servers,
         status: TlsStatus {

@@ -1,5 +1,8 @@
 //! Links between sites: TCP, mutual TLS 1.3, keepalive. Moves messages, reads none of them.
 //!
+//! Drawn is a link of one stream, as most are. With more (`join`) big messages go over all of them in
+//! pieces (`outgoing`, `assembly`); each other stream has a task of its own at both ends.
+//!
 //! ```text
 //!  primary                                                       standby
 //!  TlsDialer::dial                                               TlsListener::accept
@@ -21,7 +24,8 @@
 //!   `dead_after`. A side that gets **no byte** for `dead_after` while it waits for one ends the
 //!   link. A side whose role does not take what arrived is not waiting, and declares nobody dead.
 //! * **Memory**: per link at most one part in each queue and one in each task, and two spare
-//!   buffers at each end (`LinkRx::recycle`, `LinkTx::spent`).
+//!   buffers at each end (`LinkRx::recycle`, `LinkTx::spent`). With several streams two parts more
+//!   at each end, and a piece per stream.
 //! * **Order at the end**: what was queued is written, then TLS and TCP are closed in order, and
 //!   what the peer still sends is read and thrown away for two seconds; closing at once
 //!   would reset the connection, and the peer would lose the refusal that explains the end.
@@ -36,16 +40,21 @@
 //! TCP), reading in the role's own task (a role that is busy would not answer pings), TCP_USER_TIMEOUT
 //! as the only detector (it also kills a link whose standby is merely slow; see `socket`).
 
+mod assembly;
 mod dial;
 mod failure;
+mod join;
 mod listen;
 mod live;
 mod material;
+mod outgoing;
 mod plain;
+mod reader;
 mod session;
 mod socket;
 mod stats;
 mod suites;
+mod writer;
 
 pub use dial::{DialTarget, TlsDialer};
 pub use listen::{Accepted, ListenOptions, RefusedPeer, TlsListener};

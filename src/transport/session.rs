@@ -1,4 +1,4 @@
-//! A link that is up: two tasks between the byte stream and the role.
+//! A link that is up: two tasks between its first stream and the role, and one for each other stream.
 //!
 //! ```text
 //!            reader                                   writer
@@ -9,63 +9,63 @@
 //!    └ writer ended: at most LINGER more               └
 //! ```
 //!
-//! With a limit of the bandwidth the writer sends content in pieces that are paced (`throttle`). Beats
+//! With a limit of the bandwidth the writers send content in pieces that are paced (`throttle`). Beats
 //! go between messages, and each piece is a sign of life too; what the peer sends is not limited here.
+//!
+//! Another stream ([`crate::wire::stripe`]) that breaks or falls silent is a writer that failed: the
+//! link ends with its reason.
 //!
 //! The reader's reason is the better one (an alert, a refusal, silence), so a failed write does not
 //! end the reader at once: what the peer said before the connection broke is still delivered.
 
-use std::io::{self, IoSlice};
 use std::marker::PhantomData;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, MissedTickBehavior, timeout};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::LinkTimes;
-use super::failure;
+use super::assembly::Assembly;
+use super::join::Joinable;
 use super::live::Membership;
-use super::stats::LinkStats;
+use super::outgoing::Outgoing;
+use super::reader::{Incoming, Reader, read_beats, read_pieces};
+use super::stats::{Heard, LinkStats};
+use super::writer::{Messages, Nothing, Pieces, Writer};
 use crate::clock::Env;
 use crate::throttle::Throttle;
-use crate::wire::codec::{Beat, Encoded, Header, Message};
-use crate::wire::limits::{HEADER_BYTES, PART_BYTES_MAX};
+use crate::wire::codec::{Encoded, Message};
+use crate::wire::limits::PART_BYTES_MAX;
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
+use crate::wire::message::{ToPrimary, ToStandby};
 
 /// How long what the peer sends is still read after our side ended, so that the end arrives there.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
 
-/// Longest time to write out the queue's end and close in order.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-
 /// Pongs that wait to be written; more are not sent (the peer pings faster than it reads).
-const PONGS: usize = 8;
+pub(super) const PONGS: usize = 8;
 
 /// Buffers of parts that wait for their next use.
 const SPARES: usize = 2;
 
-/// Smaller bodies are no content, and do not wait for a limit of the bandwidth.
-const PACED_BYTES_MIN: usize = 4 << 10;
-
 /// Smaller bodies are not worth a spare buffer.
-const SPARE_BYTES_MIN: usize = 64 << 10;
+pub(super) const SPARE_BYTES_MIN: usize = 64 << 10;
 
 /// Why each task ended.
 #[derive(Debug, Clone, Default)]
-struct Over {
-    reader: Option<LinkError>,
-    writer: Option<LinkError>,
+pub(super) struct Over {
+    pub(super) reader: Option<LinkError>,
+    /// Or that of another stream.
+    pub(super) writer: Option<LinkError>,
 }
 
 /// The sending half of a link.
 pub struct TlsTx<M> {
     queue: mpsc::Sender<Encoded>,
-    spent: mpsc::Receiver<Vec<u8>>,
-    over: watch::Receiver<Over>,
-    stats: Arc<LinkStats>,
+    spent: Spent,
+    link: Arc<Link>,
     message: PhantomData<fn(M)>,
 }
 
@@ -73,21 +73,25 @@ pub struct TlsTx<M> {
 pub struct TlsRx<M> {
     queue: mpsc::Receiver<M>,
     spares: mpsc::Sender<Vec<u8>>,
-    over: watch::Receiver<Over>,
-    stats: Arc<LinkStats>,
+    link: Arc<Link>,
 }
 
 impl<M> TlsTx<M> {
     /// The link's counters.
     pub fn stats(&self) -> &Arc<LinkStats> {
-        &self.stats
+        &self.link.stats
+    }
+
+    /// Streams that carry what is sent here; more may join.
+    pub fn streams(&self) -> usize {
+        1 + self.link.outgoing.others()
     }
 }
 
 impl<M> TlsRx<M> {
     /// The link's counters.
     pub fn stats(&self) -> &Arc<LinkStats> {
-        &self.stats
+        &self.link.stats
     }
 }
 
@@ -95,7 +99,7 @@ impl<M: Message> LinkTx<M> for TlsTx<M> {
     async fn send(&mut self, message: M) -> Result<(), LinkError> {
         let encoded = message.encode().map_err(LinkError::Unsendable)?;
         self.queue.send(encoded).await.map_err(|_| {
-            let over = self.over.borrow();
+            let over = self.link.over.borrow();
             let why = over.reader.clone().or_else(|| over.writer.clone());
             why.unwrap_or(LinkError::Closed)
         })
@@ -111,6 +115,7 @@ impl<M: Message> LinkRx<M> for TlsRx<M> {
         match self.queue.recv().await {
             Some(message) => Ok(message),
             None => Err(self
+                .link
                 .over
                 .borrow()
                 .reader
@@ -127,317 +132,198 @@ impl<M: Message> LinkRx<M> for TlsRx<M> {
     }
 }
 
-/// What a link needs besides its stream.
-pub(super) struct Context {
+/// What the streams of a link share.
+pub(super) struct Link {
     pub(super) times: LinkTimes,
     pub(super) env: Env,
     pub(super) stats: Arc<LinkStats>,
-    /// None in tests without certificates.
-    pub(super) membership: Option<Membership>,
-    /// None: content is sent as fast as the stream takes it.
+    /// None: content is sent as fast as the streams take it.
     pub(super) throttle: Option<Arc<Throttle>>,
+    pub(super) over: watch::Sender<Over>,
+    pub(super) assembly: Arc<Assembly>,
+    pub(super) outgoing: Arc<Outgoing>,
+    pub(super) spent: mpsc::Sender<Vec<u8>>,
 }
 
-/// Starts the two tasks.
-pub(super) fn start<S, Out, In>(stream: S, context: Context) -> (TlsTx<Out>, TlsRx<In>)
+/// What goes to the role's half of a link.
+pub(super) type Spent = mpsc::Receiver<Vec<u8>>;
+
+impl Link {
+    /// A link without streams yet.
+    pub(super) fn new(
+        times: LinkTimes,
+        env: Env,
+        stats: Arc<LinkStats>,
+        throttle: Option<Arc<Throttle>>,
+    ) -> (Arc<Self>, Spent) {
+        let (spent, returned) = mpsc::channel(SPARES);
+        let link = Self {
+            times,
+            env,
+            stats,
+            throttle,
+            over: watch::channel(Over::default()).0,
+            assembly: Arc::default(),
+            outgoing: Arc::new(Outgoing::new(spent.clone())),
+            spent,
+        };
+        (Arc::new(link), returned)
+    }
+
+    /// Something ended that the link cannot do without: its reader has [`LINGER`] left.
+    pub(super) fn fail(&self, why: LinkError) {
+        self.over.send_modify(|over| {
+            over.writer.get_or_insert(why);
+        });
+    }
+
+    /// Waits until the link's reader has ended.
+    pub(super) async fn ended(&self) {
+        let mut over = self.over.subscribe();
+        // The sender is ours, so there is no error.
+        let _ = over.wait_for(|over| over.reader.is_some()).await;
+    }
+}
+
+/// What a first stream has besides its link.
+pub(super) struct First<S> {
+    pub(super) stream: S,
+    pub(super) heard: Arc<Heard>,
+    pub(super) spent: Spent,
+    /// None in tests without certificates.
+    pub(super) membership: Option<Membership>,
+    /// At a standby: others may join until it is dropped.
+    pub(super) joinable: Option<Joinable>,
+    /// Told when the peer has said something.
+    pub(super) spoke: Option<oneshot::Sender<()>>,
+}
+
+/// Starts the two tasks of a link's first stream.
+pub(super) fn start<S, Out, In>(link: &Arc<Link>, first: First<S>) -> (TlsTx<Out>, TlsRx<In>)
 where
     S: AsyncRead + AsyncWrite + Send + 'static,
     Out: Message,
     In: Message,
 {
-    let (read, write) = tokio::io::split(stream);
-    let (over, over_rx) = watch::channel(Over::default());
-    let over = Arc::new(over);
+    let (read, write) = tokio::io::split(first.stream);
     let (out_tx, out_rx) = mpsc::channel(Out::QUEUE);
     let (in_tx, in_rx) = mpsc::channel(In::QUEUE);
     let (pong_tx, pong_rx) = mpsc::channel(PONGS);
     let (spare_tx, spare_rx) = mpsc::channel(SPARES);
-    let (spent_tx, spent_rx) = mpsc::channel(SPARES);
-    let Context {
-        times,
-        env,
-        stats,
-        membership,
-        throttle,
-    } = context;
-    stats.link_is_up();
-    let reader = Reader {
-        stream: read,
-        dead_after: times.dead_after,
-        stats: stats.clone(),
+    link.stats.link_is_up();
+    let reader = Reader::new(read, link.times.dead_after, first.heard).with_spares(spare_rx);
+    let incoming = Incoming {
+        reader,
+        link: link.clone(),
         pongs: pong_tx,
-        spares: spare_rx,
+        queue: in_tx,
+        spoke: first.spoke,
     };
-    let writer = Writer {
-        stream: write,
-        pongs: pong_rx,
-        spent: spent_tx,
-        keepalive: times.keepalive,
-        env,
-        stats: stats.clone(),
-        throttle,
-    };
-    tokio::spawn(reader.run::<In>(in_tx, over.clone(), membership));
-    tokio::spawn(writer.run::<Out>(out_rx, over));
+    let writer = Writer::new(write, pong_rx, link.clone(), Some(link.stats.clone()));
+    tokio::spawn(run_reader(incoming, first.membership, first.joinable));
+    let messages = Messages::<Out>::new(out_rx, link.outgoing.clone());
+    tokio::spawn(run_writer(writer, messages));
     let tx = TlsTx {
         queue: out_tx,
-        spent: spent_rx,
-        over: over_rx.clone(),
-        stats: stats.clone(),
+        spent: first.spent,
+        link: link.clone(),
         message: PhantomData,
     };
     let rx = TlsRx {
         queue: in_rx,
         spares: spare_tx,
-        over: over_rx,
-        stats,
+        link: link.clone(),
     };
     (tx, rx)
 }
 
-struct Reader<S> {
-    stream: ReadHalf<S>,
-    dead_after: Duration,
-    stats: Arc<LinkStats>,
-    pongs: mpsc::Sender<u64>,
-    spares: mpsc::Receiver<Vec<u8>>,
+async fn run_reader<S, M>(
+    mut incoming: Incoming<S, M>,
+    mut membership: Option<Membership>,
+    joinable: Option<Joinable>,
+) where
+    S: AsyncRead + Unpin,
+    M: Message,
+{
+    let dropped = async {
+        match &mut membership {
+            Some(membership) => LinkError::Dropped(membership.dropped().await),
+            None => std::future::pending().await,
+        }
+    };
+    let error = tokio::select! {
+        biased;
+        error = dropped => error,
+        error = incoming.read_all() => error,
+    };
+    drop(joinable);
+    // Set before the queue closes: who sees the queue's end finds the reason.
+    let over = &incoming.link.over;
+    over.send_modify(|over| over.reader = Some(error));
 }
 
-impl<S: AsyncRead + AsyncWrite> Reader<S> {
-    async fn run<M: Message>(
-        mut self,
-        queue: mpsc::Sender<M>,
-        over: Arc<watch::Sender<Over>>,
-        mut membership: Option<Membership>,
-    ) {
-        let dropped = async {
-            match &mut membership {
-                Some(membership) => LinkError::Dropped(membership.dropped().await),
-                None => std::future::pending().await,
-            }
-        };
-        let error = tokio::select! {
-            biased;
-            error = dropped => error,
-            error = self.read_all(&queue, over.subscribe()) => error,
-        };
-        // Set before the queue closes: who sees the queue's end finds the reason.
-        over.send_modify(|over| over.reader = Some(error));
-        drop(queue);
-    }
-
-    /// Hands out messages until something ends it.
-    async fn read_all<M: Message>(
-        &mut self,
-        queue: &mpsc::Sender<M>,
-        mut over: watch::Receiver<Over>,
-    ) -> LinkError {
-        let lingered = async {
-            let ended = over.wait_for(|over| over.writer.is_some()).await;
-            let why = ended.ok().and_then(|over| over.writer.clone());
-            tokio::time::sleep(LINGER).await;
-            why.unwrap_or(LinkError::Closed)
-        };
-        let mut lingered = pin!(lingered);
-        loop {
-            let message = tokio::select! {
-                // The limit first: a peer that never stops sending must not outlast it.
-                biased;
-                error = &mut lingered => return error,
-                message = self.next::<M>() => message,
-            };
-            let message = match message {
-                Ok(message) => message,
-                Err(error) => return error,
-            };
-            match message.as_beat() {
-                Some(beat) if !M::ANSWERED => self.stats.pong(beat),
-                Some(beat) => {
-                    // Full: the peer pings faster than it reads. It gets fewer answers.
-                    let _ = self.pongs.try_send(beat.nonce);
-                }
-                None => {
-                    // An error means that the role has gone; then messages are thrown away.
-                    let _ = queue.send(message).await;
-                }
-            }
-        }
-    }
-
-    async fn next<M: Message>(&mut self) -> Result<M, LinkError> {
-        let torn = || LinkError::Broken("it ended in the middle of a message".into());
-        let mut header = [0; HEADER_BYTES];
-        let mut filled = 0;
-        while filled < HEADER_BYTES {
-            let read = self.stream.read(&mut header[filled..]);
-            match alive(read, self.dead_after, &self.stats).await? {
-                0 if filled == 0 => return Err(LinkError::Closed),
-                0 => return Err(torn()),
-                n => filled += n,
-            }
-        }
-        let header = Header::parse::<M>(&header)?;
-        let bytes = header.body_bytes();
-        let mut body = self.buffer(bytes);
-        while body.len() < bytes {
-            let mut rest = (&mut self.stream).take((bytes - body.len()) as u64);
-            let read = rest.read_buf(&mut body);
-            if alive(read, self.dead_after, &self.stats).await? == 0 {
-                return Err(torn());
-            }
-        }
-        Ok(M::decode(header, body)?)
-    }
-
-    /// Empty, with room for `bytes`, which are within the bounds of a message.
-    fn buffer(&mut self, bytes: usize) -> Vec<u8> {
-        if bytes >= SPARE_BYTES_MIN
-            && let Ok(mut spare) = self.spares.try_recv()
-            && spare.capacity() >= bytes
-        {
-            spare.clear();
-            return spare;
-        }
-        Vec::with_capacity(bytes)
-    }
+async fn run_writer<S, M>(mut writer: Writer<S>, messages: Messages<M>)
+where
+    S: AsyncWrite + Unpin,
+    M: Message,
+{
+    let link = writer.link().clone();
+    let error = tokio::select! {
+        biased;
+        () = link.ended() => LinkError::Closed,
+        error = writer.write_all::<M>(messages) => error,
+    };
+    link.fail(error);
 }
 
-/// Waits for a read, and gives up when not even a part of a TLS record came for `dead_after`.
-async fn alive<T>(
-    read: impl Future<Output = io::Result<T>>,
-    dead_after: Duration,
-    stats: &LinkStats,
-) -> Result<T, LinkError> {
-    let mut read = pin!(read);
-    let mut wait = dead_after;
-    loop {
-        match timeout(wait, &mut read).await {
-            Ok(result) => return result.map_err(|error| failure::of_link(&error)),
-            Err(_) => {
-                let silent = stats.since_received();
-                if silent >= dead_after {
-                    return Err(LinkError::Dead(dead_after));
-                }
-                wait = dead_after - silent;
-            }
-        }
-    }
+/// Another stream of a primary: carries pieces until the link ends. Any other end of it ends the link.
+pub(super) async fn run_at_primary<S>(stream: S, heard: Arc<Heard>, link: Arc<Link>)
+where
+    S: AsyncRead + AsyncWrite,
+{
+    let (read, write) = tokio::io::split(stream);
+    let (_pong_tx, pong_rx) = mpsc::channel(PONGS);
+    let reader = Reader::new(read, link.times.dead_after, heard);
+    let mut writer = Writer::new(write, pong_rx, link.clone(), None);
+    link.outgoing.joined();
+    let pieces = Pieces(link.outgoing.clone());
+    let mut reading = pin!(read_beats::<ToPrimary>(reader));
+    let error = tokio::select! {
+        biased;
+        () = link.ended() => return,
+        error = &mut reading => error,
+        error = writer.write_all::<ToStandby>(pieces) => match error {
+            // Closing before what was written has arrived could reset the connection.
+            LinkError::Closed => return tokio::select! {
+                () = link.ended() => {}
+                _ = reading => {}
+            },
+            error => error,
+        },
+    };
+    link.fail(error);
 }
 
-struct Writer<S> {
-    stream: WriteHalf<S>,
-    pongs: mpsc::Receiver<u64>,
-    spent: mpsc::Sender<Vec<u8>>,
-    keepalive: Duration,
-    env: Env,
-    stats: Arc<LinkStats>,
-    throttle: Option<Arc<Throttle>>,
-}
-
-enum Next {
-    Message(Encoded),
-    Pong(u64),
-    Beat,
-    Close,
-}
-
-impl<S: AsyncRead + AsyncWrite> Writer<S> {
-    async fn run<M: Message>(
-        mut self,
-        mut queue: mpsc::Receiver<Encoded>,
-        over: Arc<watch::Sender<Over>>,
-    ) {
-        let mut reader = over.subscribe();
-        let error = tokio::select! {
-            biased;
-            _ = reader.wait_for(|over| over.reader.is_some()) => LinkError::Closed,
-            error = self.write_all::<M>(&mut queue) => error,
-        };
-        over.send_modify(|over| over.writer = Some(error));
-    }
-
-    async fn write_all<M: Message>(&mut self, queue: &mut mpsc::Receiver<Encoded>) -> LinkError {
-        let mut beats = tokio::time::interval_at(Instant::now() + self.keepalive, self.keepalive);
-        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            // Beats and pongs first: they are few, and a queue that is never empty must not
-            // silence them.
-            let next = tokio::select! {
-                biased;
-                Some(nonce) = self.pongs.recv() => Next::Pong(nonce),
-                _ = beats.tick() => Next::Beat,
-                message = queue.recv() => message.map_or(Next::Close, Next::Message),
-            };
-            let encoded = match next {
-                Next::Message(encoded) => encoded,
-                Next::Pong(nonce) => self.encode_beat::<M>(nonce),
-                Next::Beat => self.encode_beat::<M>(0),
-                Next::Close => break,
-            };
-            if let Err(error) = self.write(&encoded, queue.is_empty()).await {
-                return failure::of_link(&error);
-            }
-            if encoded.body.capacity() >= SPARE_BYTES_MIN {
-                // Full: nobody asks for it.
-                let _ = self.spent.try_send(encoded.body);
-            }
-        }
-        // Everything was written; the end may fail as it likes.
-        let _ = timeout(CLOSE_TIMEOUT, self.stream.shutdown()).await;
-        LinkError::Closed
-    }
-
-    fn encode_beat<M: Message>(&self, nonce: u64) -> Encoded {
-        let at = self.env.now();
-        // Our own beat in a direction where beats are answered is a ping.
-        let beat = match nonce {
-            0 if M::ANSWERED => self.stats.ping(at),
-            nonce => Beat { nonce, at },
-        };
-        M::beat(beat).encode().expect("a beat is within its bounds")
-    }
-
-    async fn write(&mut self, encoded: &Encoded, flush: bool) -> io::Result<()> {
-        let limited = self.throttle.clone().filter(|t| t.rate().is_some());
-        if let Some(throttle) = limited {
-            return self.write_slowly(encoded, &throttle).await;
-        }
-        let mut slices = [IoSlice::new(&encoded.header), IoSlice::new(&encoded.body)];
-        let mut slices = slices.as_mut_slice();
-        let mut left = encoded.header.len() + encoded.body.len();
-        while left > 0 {
-            let written = self.stream.write_vectored(slices).await?;
-            if written == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            left -= written;
-            IoSlice::advance_slices(&mut slices, written);
-        }
-        if flush {
-            self.stream.flush().await?;
-        }
-        Ok(())
-    }
-
-    /// Content in small pieces, each as soon as it may go: the peer hears of us all the time, and
-    /// other links get their turns. What is small is only counted.
-    async fn write_slowly(&mut self, encoded: &Encoded, throttle: &Throttle) -> io::Result<()> {
-        let head = encoded.header.len();
-        self.stream.write_all(&encoded.header).await?;
-        if encoded.body.len() < PACED_BYTES_MIN {
-            throttle.count(head + encoded.body.len());
-            self.stream.write_all(&encoded.body).await?;
-            return self.stream.flush().await;
-        }
-        throttle.count(head);
-        let mut rest = &encoded.body[..];
-        while !rest.is_empty() {
-            let (piece, after) = rest.split_at(throttle.chunk().min(rest.len()));
-            throttle.pass(piece.len()).await;
-            self.stream.write_all(piece).await?;
-            self.stream.flush().await?;
-            rest = after;
-        }
-        Ok(())
+/// Another stream of a standby: brings pieces until the link or it ends. If the primary closed it in
+/// order, the first stream will say how that was meant.
+pub(super) async fn run_at_standby<S>(
+    stream: S,
+    heard: Arc<Heard>,
+    link: Arc<Link>,
+    (pong_tx, pong_rx): (mpsc::Sender<u64>, mpsc::Receiver<u64>),
+) where
+    S: AsyncRead + AsyncWrite,
+{
+    let (read, write) = tokio::io::split(stream);
+    let reader = Reader::new(read, link.times.dead_after, heard);
+    let mut writer = Writer::new(write, pong_rx, link.clone(), None);
+    let error = tokio::select! {
+        biased;
+        () = link.ended() => return,
+        error = read_pieces::<ToStandby>(reader, &link, pong_tx) => error,
+        error = writer.write_all::<ToPrimary>(Nothing) => error,
+    };
+    if error != LinkError::Closed {
+        link.fail(error);
     }
 }

@@ -3,6 +3,8 @@
 //! Round trip and clock offset come from Ping and Pong. A pong that waited behind a part shows a
 //! longer round trip and a skewed offset, so both are taken from the fastest of the last
 //! [`SAMPLES`] pairs (as NTP does).
+//!
+//! Whether a stream is silent is that stream's own ([`Heard`]); all else is of the whole link.
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,13 +29,42 @@ const OUTSTANDING: usize = 64;
 /// `rtt_ns` before the first pong.
 const NO_RTT: u64 = u64::MAX;
 
+/// When something was heard last.
+#[derive(Debug)]
+pub(super) struct Heard {
+    base: Instant,
+    last_ns: AtomicU64,
+}
+
+impl Default for Heard {
+    /// Just now.
+    fn default() -> Self {
+        Self {
+            base: Instant::now(),
+            last_ns: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Heard {
+    /// Time since then.
+    pub(super) fn since(&self) -> Duration {
+        let last = Duration::from_nanos(self.last_ns.load(Ordering::Relaxed));
+        self.base.elapsed().saturating_sub(last)
+    }
+
+    fn touch(&self) {
+        let now = u64::try_from(self.base.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.last_ns.store(now, Ordering::Relaxed);
+    }
+}
+
 /// Counters of a link; shared, cheap to read at any time. A dialer's stats go on over all its links.
 #[derive(Debug)]
 pub struct LinkStats {
-    base: Instant,
+    heard: Heard,
     sent_bytes: AtomicU64,
     received_bytes: AtomicU64,
-    last_received_ns: AtomicU64,
     rtt_ns: AtomicU64,
     offset_ns: AtomicI64,
     pings: Mutex<Pings>,
@@ -49,10 +80,9 @@ struct Pings {
 impl Default for LinkStats {
     fn default() -> Self {
         Self {
-            base: Instant::now(),
+            heard: Heard::default(),
             sent_bytes: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
-            last_received_ns: AtomicU64::new(0),
             rtt_ns: AtomicU64::new(NO_RTT),
             offset_ns: AtomicI64::new(0),
             pings: Mutex::default(),
@@ -73,8 +103,7 @@ impl LinkStats {
 
     /// Time since the last byte came (or since the link came up).
     pub fn since_received(&self) -> Duration {
-        let last = Duration::from_nanos(self.last_received_ns.load(Ordering::Relaxed));
-        self.base.elapsed().saturating_sub(last)
+        self.heard.since()
     }
 
     /// Round trip to the peer; `None` before the first pong, and always at the standby, which
@@ -97,7 +126,7 @@ impl LinkStats {
         pings.sent.clear();
         pings.samples.clear();
         drop(pings);
-        self.touch();
+        self.heard.touch();
     }
 
     /// The next ping's nonce; remembers when it was sent.
@@ -136,25 +165,38 @@ impl LinkStats {
         self.rtt_ns.store(rtt, Ordering::Relaxed);
     }
 
-    fn touch(&self) {
-        let now = u64::try_from(self.base.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.last_received_ns.store(now, Ordering::Relaxed);
-    }
-
     fn lock(&self) -> std::sync::MutexGuard<'_, Pings> {
         self.pings.lock().expect("no panic while it is held")
     }
 }
 
-/// A byte stream that counts into [`LinkStats`].
+/// A byte stream that counts into [`LinkStats`], and knows when it brought something.
 pub(super) struct Counted<S> {
     inner: S,
     stats: Arc<LinkStats>,
+    heard: Arc<Heard>,
 }
 
 impl<S> Counted<S> {
     pub(super) fn new(inner: S, stats: Arc<LinkStats>) -> Self {
-        Self { inner, stats }
+        Self {
+            inner,
+            stats,
+            heard: Arc::default(),
+        }
+    }
+
+    /// When this stream brought something.
+    pub(super) fn heard(&self) -> Arc<Heard> {
+        self.heard.clone()
+    }
+
+    /// From now on it is one of another link's streams. What it counted counts there too.
+    pub(super) fn adopt(&mut self, stats: &Arc<LinkStats>) {
+        let before = std::mem::replace(&mut self.stats, stats.clone());
+        let (sent, received) = (before.sent_bytes(), before.received_bytes());
+        stats.sent_bytes.fetch_add(sent, Ordering::Relaxed);
+        stats.received_bytes.fetch_add(received, Ordering::Relaxed);
     }
 
     fn sent(&self, bytes: usize) {
@@ -177,7 +219,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
             self.stats
                 .received_bytes
                 .fetch_add(bytes as u64, Ordering::Relaxed);
-            self.stats.touch();
+            self.stats.heard.touch();
+            self.heard.touch();
         }
         Poll::Ready(Ok(()))
     }

@@ -3,8 +3,10 @@
 
 mod hostile;
 mod identity;
+mod joins;
 mod reload;
 mod streams;
+mod striped;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

@@ -91,7 +91,7 @@ impl Header {
         Self::bounded(kind, length, bounds)
     }
 
-    fn bounded(kind: u8, bytes: usize, bounds: Bounds) -> Result<Header, WireError> {
+    pub(super) fn bounded(kind: u8, bytes: usize, bounds: Bounds) -> Result<Header, WireError> {
         if !bounds.allow(bytes) {
             return Err(WireError::Length {
                 kind,
@@ -107,7 +107,11 @@ impl Header {
         self.bytes
     }
 
-    fn to_bytes(self) -> [u8; HEADER_BYTES] {
+    pub(super) fn kind(self) -> u8 {
+        self.kind
+    }
+
+    pub(super) fn to_bytes(self) -> [u8; HEADER_BYTES] {
         let length = u32::try_from(self.bytes).expect("bounds are below 4 GiB");
         let mut out = [0; HEADER_BYTES];
         out[..4].copy_from_slice(&length.to_le_bytes());
@@ -157,6 +161,9 @@ pub trait Message: Sized + Send + 'static {
     /// True if the receiver answers a beat of this direction with its nonce.
     const ANSWERED: bool;
 
+    /// True if big messages of this direction may come in pieces ([`super::stripe`]).
+    const STRIPED: bool;
+
     /// The bounds of this kind; `None` if the kind does not go this way.
     fn bounds(kind: u8) -> Option<Bounds>;
 
@@ -173,7 +180,7 @@ pub trait Message: Sized + Send + 'static {
     fn as_beat(&self) -> Option<Beat>;
 }
 
-mod kind {
+pub(super) mod kind {
     pub const HELLO: u8 = 0x01;
     pub const OPEN: u8 = 0x02;
     pub const PART: u8 = 0x03;
@@ -185,6 +192,9 @@ mod kind {
     pub const COMPARE: u8 = 0x09;
     pub const MARK: u8 = 0x0a;
     pub const GROUP: u8 = 0x0b;
+    pub const STRIPED: u8 = 0x0c;
+    pub const PIECE: u8 = 0x0d;
+    pub const JOIN: u8 = 0x0e;
 
     pub const HELLO_REPLY: u8 = 0x81;
     pub const OPENED: u8 = 0x82;
@@ -207,6 +217,7 @@ mod kind {
 impl Message for ToStandby {
     const QUEUE: usize = 1;
     const ANSWERED: bool = true;
+    const STRIPED: bool = true;
 
     fn bounds(kind: u8) -> Option<Bounds> {
         Some(match kind {
@@ -291,6 +302,7 @@ impl Message for ToStandby {
 impl Message for ToPrimary {
     const QUEUE: usize = 64;
     const ANSWERED: bool = false;
+    const STRIPED: bool = false;
 
     fn bounds(kind: u8) -> Option<Bounds> {
         Some(match kind {
@@ -456,7 +468,7 @@ fn to_body<T: Serialize>(value: &T) -> Vec<u8> {
     postcard::to_stdvec(value).expect("message types have no failing encoder")
 }
 
-fn encoded<M: Message>(kind: u8, body: Vec<u8>) -> Result<Encoded, WireError> {
+pub(super) fn encoded<M: Message>(kind: u8, body: Vec<u8>) -> Result<Encoded, WireError> {
     let bounds = M::bounds(kind).expect("every message's kind has bounds");
     let header = Header::bounded(kind, body.len(), bounds)?.to_bytes();
     Ok(Encoded { header, body })

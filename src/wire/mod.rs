@@ -14,7 +14,7 @@
 //!      │ ── Close ─────────────────────────────────────▶ │
 //! ```
 //!
-//! One link carries one guest. Every message is an 8-byte header and a body ([`codec`]); what a
+//! One link carries one guest, over one TLS connection or several ([`stripe`]). Every message is an 8-byte header and a body ([`codec`]); what a
 //! peer may send is bounded before anything is allocated ([`limits`]).
 
 pub mod codec;
@@ -23,6 +23,7 @@ pub mod handshake;
 pub mod limits;
 pub mod link;
 pub mod message;
+pub mod stripe;
 pub mod version;
 
 #[cfg(test)]

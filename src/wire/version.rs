@@ -10,6 +10,9 @@
 //! What never changes, whatever the version: the 8-byte header, the kinds of `Hello`, `HelloReply`
 //! and `Refused`, and the leading fields of these three. New fields go to their end, where an older
 //! site ignores them. Everything else is decoded strictly.
+//!
+//! That a link may have several streams ([`super::stripe`]) is agreed on before the hellos, by the
+//! name of the protocol in the TLS handshake: a site that does not know it takes [`ALPN`].
 
 use std::fmt;
 
@@ -27,6 +30,12 @@ pub const VERSION_GROUPS: u16 = 2;
 /// Name of the protocol in the TLS handshake (ALPN). It changes only if the header or the first
 /// messages do.
 pub const ALPN: &[u8] = b"lifeboat/1";
+
+/// The same, of a link that more streams may join.
+pub const ALPN_STREAMS: &[u8] = b"lifeboat/1 streams";
+
+/// A stream that joins a link.
+pub const ALPN_JOIN: &[u8] = b"lifeboat/1 join";
 
 /// A range of protocol versions, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

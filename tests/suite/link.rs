@@ -3,7 +3,7 @@
 use lifeboat::control::types::SyncPath;
 use lifeboat::metrics::labels::GuestState;
 
-use crate::harness::{Options, Pair, kvm, wait};
+use crate::harness::{GUEST, Options, Pair, kill_now, kvm, wait};
 
 /// Memory that the daemon may take more while the link is away. The guest has 64 MiB.
 const GROWTH_MAX: u64 = 128 << 20;
@@ -58,4 +58,45 @@ fn the_guest_runs_on_without_the_link_and_nothing_is_copied_anew_after_it() {
         });
         pair.b.verify(&[]);
     }
+}
+
+#[test]
+fn a_guest_is_replicated_over_several_streams_and_fails_over() {
+    if !kvm("a_guest_is_replicated_over_several_streams_and_fails_over") {
+        return;
+    }
+    let mut pair = Pair::new(Options {
+        proxy: true,
+        memory_mib: 128,
+        working_set_mib: 64,
+        ..Options::default()
+    });
+    let keepalive = "keepalive = \"500ms\"";
+    pair.a.edit(keepalive, &format!("{keepalive}\nstreams = 3"));
+    pair.protect();
+    let proxy = pair.proxy.as_ref().expect("asked for");
+    let console = pair.a.console();
+    wait("three connections carry pieces", || {
+        (proxy.carried(512 << 10) >= 3).then_some(())
+    });
+    // One link, whatever it is made of: it is cut, and comes back.
+    proxy.cut();
+    wait("the guest is shown as degraded", || {
+        matches!(pair.at_a().state, GuestState::Degraded | GuestState::Resync).then_some(())
+    });
+    let acked = pair.acked().unwrap();
+    proxy.mend();
+    pair.point_after(acked);
+    pair.b.verify(&[]);
+    console.advances();
+    let victims = [pair.a.pid(), pair.a.vmm()];
+    pair.mid_epoch();
+    kill_now(&victims);
+    pair.a.reap();
+    pair.a.gone(victims[1]);
+    let report = pair.failover(&[]).failover();
+    pair.runs_on_clean(&pair.b.console());
+    pair.b.ok(&["guest", "stop", GUEST]);
+    pair.b.terminate();
+    pair.check_image(report.point.epoch);
 }

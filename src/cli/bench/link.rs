@@ -1,10 +1,10 @@
-//! A link between two sites on loopback: parts of frames through `transport`, against the same bytes
-//! through plain TLS in the same process and on the same threads.
+//! A link between two sites on loopback: parts of frames through `transport`, with one stream and with
+//! two, against the same bytes through plain TLS in the same process and on the same threads.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::runtime::Runtime;
@@ -25,6 +25,7 @@ use crate::wire::message::{ToPrimary, ToStandby};
 
 const LOOPBACK: &str = "127.0.0.1";
 const PART_BYTES: usize = 4 << 20;
+const JOIN_MAX: Duration = Duration::from_secs(10);
 
 /// Certificates of two sites.
 struct Sites {
@@ -76,7 +77,7 @@ struct Linked {
 }
 
 impl Linked {
-    async fn connect(sites: &Sites, sample_bytes: usize) -> anyhow::Result<Self> {
+    async fn connect(sites: &Sites, sample_bytes: usize, streams: usize) -> anyhow::Result<Self> {
         let allowed = BTreeSet::from([sites.near.0.clone()]);
         let address = (LOOPBACK.parse::<std::net::IpAddr>()?, 0).into();
         let options = ListenOptions::default();
@@ -90,12 +91,22 @@ impl Linked {
         };
         let material = sites.near.1.clone();
         let dialer = TlsDialer::new(material, target, LinkTimes::default(), Env::system());
-        let dialer = dialer.map_err(anyhow::Error::msg)?;
+        let dialer = dialer.map_err(anyhow::Error::msg)?.with_streams(streams);
         let (dialed, accepted) = tokio::join!(dialer.dial(), listener.accept());
         let (tx, rx) = dialed?;
         let (done, arrived) = mpsc::unbounded_channel();
         let mut far = accepted.rx;
-        let answers = accepted.tx;
+        let mut answers = accepted.tx;
+        // The other streams join when the peer is heard.
+        let at = Env::system().now();
+        answers.send(ToPrimary::Pong { nonce: 0, at }).await?;
+        let joining = async {
+            while tx.streams() < streams {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let joined = tokio::time::timeout(JOIN_MAX, joining).await;
+        joined.context("the streams of a link did not come up")?;
         tokio::spawn(async move {
             let mut bytes = 0;
             while let Ok(message) = far.recv().await {
@@ -168,30 +179,32 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let samples = bench.samples(25);
     let sites = Sites::make(&bench.dir.path().join("pki"))?;
     let bytes = count * PART_BYTES;
-    let (links, plains) = Runtime::new()?.block_on(async {
+    let (ones, twos, plains) = Runtime::new()?.block_on(async {
         let mut plain = PlainTls::connect(&sites.near.1, &sites.far.1, PART_BYTES).await?;
-        let mut linked = Linked::connect(&sites, bytes).await?;
-        let (mut links, mut plains) = (Vec::new(), Vec::new());
+        let mut one = Linked::connect(&sites, bytes, 1).await?;
+        let mut two = Linked::connect(&sites, bytes, 2).await?;
+        let (mut ones, mut twos, mut plains) = (Vec::new(), Vec::new(), Vec::new());
         for sample in 0..=samples {
             let content = parts(count);
             let started = Instant::now();
             plain.send(&content).await?;
             let plain_took = started.elapsed().as_secs_f64();
-            let link_took = linked.send(content).await?;
+            let one_took = one.send(content.clone()).await?;
+            let two_took = two.send(content).await?;
             if sample > 0 {
                 plains.push(plain_took);
-                links.push(link_took);
+                ones.push(one_took);
+                twos.push(two_took);
             }
         }
-        anyhow::Ok((links, plains))
+        anyhow::Ok((ones, twos, plains))
     })?;
     let limit = rates(plains, Section::Stream, PLAIN, bytes);
-    let row = rates(
-        links,
-        Section::Stream,
-        "parts of 4 MiB over one link",
-        bytes,
-    );
-    bench.push(row.against(&limit).wanted_ratio(0.90));
+    let one = "parts of 4 MiB over one link";
+    let one = rates(ones, Section::Stream, one, bytes);
+    let two = "the same over two streams of a link";
+    let two = rates(twos, Section::Stream, two, bytes);
+    bench.push(one.against(&limit).wanted_ratio(0.90));
+    bench.push(two.against(&limit));
     Ok(())
 }

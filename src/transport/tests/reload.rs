@@ -248,3 +248,28 @@ async fn a_site_starts_with_what_has_expired_and_says_so() {
     assert!(status.cert.not_after < now);
     assert!(status.crl_next_update().unwrap() < now);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revoked_peer_loses_all_streams_of_its_link() {
+    let installation = Installation::new();
+    let (a, b) = (installation.load("a"), installation.load("b"));
+    let mut standby = Standby::listen(&b, &["a"]).await;
+    let (address, passed) = joins::counting(standby.address()).await;
+    let dialer = dialer(&a, address, "b").with_streams(3);
+    let (dialed, accepted) = tokio::join!(greet(&dialer, &a), answer(&mut standby, &b));
+    let (((mut tx, mut rx), _), mut accepted) = (dialed.unwrap(), accepted);
+    joins::exchange(&mut tx, &mut accepted.rx, || passed.busy(3)).await;
+    pki::revoke(installation.dir.path(), "a").unwrap();
+    installation.copy_crl_to("b");
+    assert_eq!(b.reload().unwrap().len(), 1, "one link");
+    let why = soon(accepted.rx.recv()).await.unwrap_err();
+    assert!(matches!(why, LinkError::Dropped(_)), "{why}");
+    assert!(soon(rx.recv()).await.is_err());
+    drop((tx, rx));
+    soon(async {
+        while passed.open() > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}

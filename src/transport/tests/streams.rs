@@ -3,13 +3,13 @@
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::time::{Instant, timeout};
 
-use super::super::session::{self, Context};
+use super::super::session::{self, First, Link};
 use super::super::stats::Counted;
 use super::*;
 use crate::ids::Epoch;
 use crate::wire::codec::{Message, WireError};
 
-const TIMES: LinkTimes = LinkTimes {
+pub(super) const TIMES: LinkTimes = LinkTimes {
     connect_timeout: Duration::from_secs(5),
     handshake_timeout: Duration::from_secs(5),
     keepalive: Duration::from_secs(2),
@@ -23,15 +23,31 @@ where
     Out: Message,
     In: Message,
 {
-    let stats: Arc<LinkStats> = Arc::default();
-    let context = Context {
-        times: TIMES,
-        env: Env::system(),
-        stats: stats.clone(),
+    let (link, spent) = Link::new(TIMES, Env::system(), Arc::default(), None);
+    start_of(&link, spent, stream)
+}
+
+/// The first stream of a link.
+pub(super) fn start_of<S, Out, In>(
+    link: &Arc<Link>,
+    spent: session::Spent,
+    stream: S,
+) -> (TlsTx<Out>, TlsRx<In>)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    Out: Message,
+    In: Message,
+{
+    let stream = Counted::new(stream, link.stats.clone());
+    let first = First {
+        heard: stream.heard(),
+        stream,
+        spent,
         membership: None,
-        throttle: None,
+        joinable: None,
+        spoke: None,
     };
-    session::start(Counted::new(stream, stats), context)
+    session::start(link, first)
 }
 
 type Primary = (TlsTx<ToStandby>, TlsRx<ToPrimary>);
@@ -339,7 +355,7 @@ async fn pings_are_answered_and_never_reach_the_role() {
 }
 
 /// Polls a future a few times and drops it if it is not ready then.
-async fn poll_few<F: Future>(future: F, polls: usize) -> Option<F::Output> {
+pub(super) async fn poll_few<F: Future>(future: F, polls: usize) -> Option<F::Output> {
     let mut future = std::pin::pin!(future);
     for _ in 0..polls {
         tokio::select! {

@@ -19,6 +19,8 @@ enum Mode {
 struct State {
     mode: Mode,
     open: Vec<TcpStream>,
+    /// Bytes that passed towards the target, of each connection there was.
+    carried: Vec<Arc<AtomicU64>>,
 }
 
 struct Shared {
@@ -69,6 +71,7 @@ impl Proxy {
             state: Mutex::new(State {
                 mode: Mode::Open,
                 open: Vec::new(),
+                carried: Vec::new(),
             }),
             changed: Condvar::new(),
         });
@@ -84,6 +87,13 @@ impl Proxy {
     /// Bytes that passed towards the target so far.
     pub fn passed(&self) -> u64 {
         self.shared.passed.load(Ordering::Relaxed)
+    }
+
+    /// Connections that carried more than that towards the target.
+    pub fn carried(&self, bytes: u64) -> usize {
+        let state = self.shared.state();
+        let more = |carried: &&Arc<AtomicU64>| carried.load(Ordering::Relaxed) > bytes;
+        state.carried.iter().filter(more).count()
     }
 
     /// Closes what is open, and refuses what comes.
@@ -123,13 +133,15 @@ fn accept(listener: &TcpListener, target: u16, shared: &Arc<Shared>) {
         let Ok(far) = TcpStream::connect(("127.0.0.1", target)) else {
             continue;
         };
+        let carried: Arc<AtomicU64> = Arc::default();
+        shared.state().carried.push(carried.clone());
         for (forth, mut from, mut to) in
             [(true, &near, &far), (false, &far, &near)].map(|(forth, from, to)| {
                 let clone = |stream: &TcpStream| stream.try_clone().expect("a second descriptor");
                 (forth, clone(from), clone(to))
             })
         {
-            let shared = shared.clone();
+            let (shared, carried) = (shared.clone(), carried.clone());
             std::thread::spawn(move || {
                 let mut bytes = [0; 64 << 10];
                 while let Ok(count @ 1..) = from.read(&mut bytes) {
@@ -138,6 +150,7 @@ fn accept(listener: &TcpListener, target: u16, shared: &Arc<Shared>) {
                     }
                     if forth {
                         shared.passed.fetch_add(count as u64, Ordering::Relaxed);
+                        carried.fetch_add(count as u64, Ordering::Relaxed);
                     }
                 }
                 let _ = to.shutdown(Shutdown::Both);
