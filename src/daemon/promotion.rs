@@ -274,9 +274,14 @@ impl Takeover {
         generation: Generation,
     ) -> Result<bool, ApiError> {
         let taken = self.try_carry_out(run, point, generation).await;
-        if taken.is_err() {
-            self.handle.ask(|reply| Order::Withdraw { reply }).await?;
-        }
+        let withdrawn = match &taken {
+            Ok(_) => Ok(()),
+            Err(_) => self.handle.ask(|reply| Order::Withdraw { reply }).await,
+        };
+        // The record says now what there is to know. Whoever waits for the word does not wait for this.
+        let (env, copy) = (self.site.env.clone(), self.copy.clone());
+        tokio::spawn(async move { env.offload(move || lock(&copy).settled()).await });
+        withdrawn?;
         taken
     }
 
@@ -286,17 +291,52 @@ impl Takeover {
         point: Epoch,
         offered: Generation,
     ) -> Result<bool, ApiError> {
+        run.step("promote");
+        let since = Instant::now();
         let copy = self.copy.clone();
-        let known = self
-            .site
-            .env
-            .offload(move || lock(&copy).journal().generation());
-        let next = self.promote(run, point, known.await).await?;
-        if next != offered {
-            let text = format!("generation {offered} was offered, {next} is the next one here");
-            return Err(failed(text));
+        let taking = self.site.env.offload(move || {
+            let mut replica = lock(&copy);
+            let known = replica.journal().generation();
+            Ok::<_, ReplicaError>((replica.take(point, offered)?, known))
+        });
+        // What waits warm gets the rest of the point meanwhile.
+        let catching_up = self.site.warms.catch_up(&self.guest, point);
+        let (taken, ()) = tokio::join!(taking, catching_up);
+        let (promotion, known) = taken?;
+        let ms = since.elapsed().as_micros() as f64 / 1e3;
+        tracing::debug!(guest = %self.guest, ms, "the point is there");
+        run.detail(format!("generation {known} -> {offered}"));
+        // One of our monitor waits for the record that says that it may run, which is the only one then:
+        // whatever dies before leaves the guest to its owner, who asks. QEMU does not wait.
+        let hardware = Hardware::from_bytes(&promotion.manifest.machine).map_err(failed)?;
+        let recorded = matches!(hardware, Hardware::Qemu(_));
+        if recorded {
+            let next = self.record(point, known).await?;
+            if next != offered {
+                let text = format!("generation {offered} was offered, {next} is the next one here");
+                return Err(failed(text));
+            }
         }
-        self.resume(run, point, offered).await
+        let first = self.raised(offered);
+        self.resume_from(run, promotion, (offered, recorded), first)
+            .await
+    }
+
+    /// Raises the generation of the copy.
+    async fn raised(&self, generation: Generation) -> Result<(), ApiError> {
+        let copy = self.copy.clone();
+        let raising = self.site.env.offload(move || lock(&copy).raise(generation));
+        Ok(raising.await?)
+    }
+
+    /// Records that a promotion has begun; its generation is above this one.
+    async fn record(&self, point: Epoch, above: Generation) -> Result<Generation, ApiError> {
+        let order = |reply| Order::Promote {
+            point,
+            above,
+            reply,
+        };
+        self.handle.ask(order).await
     }
 
     /// Records the promotion; its generation is above this one.
@@ -308,15 +348,10 @@ impl Takeover {
     ) -> Result<Generation, ApiError> {
         run.step("promote");
         let since = Instant::now();
-        let order = |reply| Order::Promote {
-            point,
-            above,
-            reply,
-        };
         // What waits warm gets the rest of the point meanwhile. Nothing else may be begun before the
         // record: it is what keeps others from the copy.
         let catching_up = self.site.warms.catch_up(&self.guest, point);
-        let (generation, ()) = tokio::join!(self.handle.ask(order), catching_up);
+        let (generation, ()) = tokio::join!(self.record(point, above), catching_up);
         let generation = generation?;
         run.detail(format!("generation {above} -> {generation}"));
         let ms = since.elapsed().as_micros() as f64 / 1e3;
@@ -339,18 +374,18 @@ impl Takeover {
         let ms = since.elapsed().as_micros() as f64 / 1e3;
         tracing::debug!(guest = %self.guest, ms, "the point is there");
         // Nothing runs before it; what the guest will run in is made meanwhile.
-        let copy = self.copy.clone();
-        let raising = self.site.env.offload(move || lock(&copy).raise(generation));
-        let raised = async { Ok(raising.await?) };
-        self.resume_from(run, promotion, generation, raised).await
+        let first = self.raised(generation);
+        self.resume_from(run, promotion, (generation, true), first)
+            .await
     }
 
-    /// Runs the guest once `first` is done, from what waits warm or else from files.
+    /// Runs the guest once `first` is done, from what waits warm or else from files. The record says
+    /// already that it is being promoted, if the second of the pair says so.
     async fn resume_from(
         &self,
         run: &RunHandle,
         promotion: Promotion,
-        generation: Generation,
+        (generation, recorded): (Generation, bool),
         first: impl Future<Output = Result<(), ApiError>>,
     ) -> Result<bool, ApiError> {
         let source = Source {
@@ -364,8 +399,10 @@ impl Takeover {
             allow.send_replace(true);
             Ok(())
         };
+        let allowed = (allowed, recorded);
         let resuming = self.resume_once_allowed(run, &source, generation, allowed);
         let (decided, resumed) = tokio::join!(deciding, resuming);
+        self.site.warms.settled(&self.guest);
         // The guest has its memory; this is only our view of it, which takes a while to be unmapped: not
         // in the moment in which the guest begins to run, and others wait for our word.
         let env = self.site.env.clone();
@@ -381,13 +418,13 @@ impl Takeover {
         run: &RunHandle,
         source: &Source,
         generation: Generation,
-        allowed: watch::Receiver<bool>,
+        (allowed, recorded): (watch::Receiver<bool>, bool),
     ) -> Result<bool, ApiError> {
         run.step("materialise");
         let fed = self.fed(run, source, generation).await?;
         if let Some(from) = fed {
             run.step("resume");
-            let error = match self.run_from(from, allowed.clone()).await {
+            let error = match self.run_from(from, allowed.clone(), recorded).await {
                 Ok(runs) => {
                     run.detail("in the process that waited warm");
                     return Ok(runs);
@@ -405,17 +442,19 @@ impl Takeover {
         }
         let from = self.materialise(source, generation).await?;
         run.step("resume");
-        self.run_from(from, allowed).await
+        self.run_from(from, allowed, recorded).await
     }
 
     async fn run_from(
         &self,
         from: Materialised,
         allowed: watch::Receiver<bool>,
+        recorded: bool,
     ) -> Result<bool, ApiError> {
         let resume = |reply| Resume {
             from,
             allowed,
+            recorded,
             reply,
         };
         self.handle

@@ -5,7 +5,7 @@ use super::image::Image;
 use super::replica::{Replica, ReplicaError};
 use crate::frame::Manifest;
 use crate::ids::{Epoch, Generation};
-use crate::journal::{RecoveryPoint, Store};
+use crate::journal::{JournalError, RecoveryPoint, Store};
 
 /// What a failover needs to resume a guest.
 pub struct Promotion {
@@ -38,6 +38,28 @@ impl<S: Store> Replica<S> {
         let chosen = self.chosen(Some(point))?;
         self.retire();
         self.hand_out(chosen)
+    }
+
+    /// The same for a guest that its owner gives away under this number. Nothing on the disk keeps others
+    /// from the copy yet: until [`settled`](Self::settled) nobody opens a session, whatever the guest's
+    /// record says.
+    pub fn take(
+        &mut self,
+        point: Epoch,
+        generation: Generation,
+    ) -> Result<Promotion, ReplicaError> {
+        let current = self.journal.generation();
+        if generation <= current {
+            let found = generation;
+            return Err(JournalError::Fenced { current, found }.into());
+        }
+        self.taking = true;
+        self.claim(point)
+    }
+
+    /// The guest's record says what became of a [`take`](Self::take).
+    pub fn settled(&mut self) {
+        self.taking = false;
     }
 
     /// Raises the generation durably after a [`claim`](Self::claim).
@@ -87,9 +109,11 @@ impl<S: Store> Replica<S> {
         self.promoted
     }
 
-    /// The guest does not run here, and will not: primaries may come again.
+    /// The guest does not run here, and will not: primaries may come again. Not while it is being taken.
     pub fn demote(&mut self) {
-        self.promoted = false;
+        if !self.taking {
+            self.promoted = false;
+        }
     }
 
     /// The image of a point, apart from the one that is kept. Compares its root.
