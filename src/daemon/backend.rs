@@ -129,10 +129,12 @@ impl Site {
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A supervisor for each guest that is configured here or has a record here.
+    /// A supervisor for each guest that is configured here, has a record here, or had a monitor here
+    /// when the last daemon ended.
     pub fn start_guests(&self) {
         let config = self.config();
         let mut names = record::list(&config.state_dir);
+        names.extend(record::with_monitor(&config.state_dir));
         names.extend(config.guests.keys().cloned());
         names.iter().for_each(|name| drop(self.supervisor(name)));
     }

@@ -55,6 +55,8 @@ pub(super) struct Feeding {
     described: Vec<u8>,
     epoch: Epoch,
     sync_at: Option<Instant>,
+    /// When its process answered last.
+    answered: Option<Instant>,
 }
 
 /// What there is to do.
@@ -234,6 +236,7 @@ impl Feeding {
             described: manifest.machine,
             epoch,
             sync_at: None,
+            answered: None,
         };
         // What became durable while it was begun: whoever moves a guest here begins when it is fed.
         if let Err(why) = feeding.queued(env).await {
@@ -257,7 +260,21 @@ impl Feeding {
                 Some(Err(_)) | None => return Ok(()),
             }
         }
-        self.sync(env).await
+        self.sync(env).await?;
+        self.answers().await?;
+        self.answered = Some(Instant::now());
+        Ok(())
+    }
+
+    /// An error if its process does not answer. (`mut` because disks are not to be shared.)
+    async fn answers(&mut self) -> Result<(), String> {
+        let content = self.content.as_ref().expect("it was given back");
+        let answers = match (&self.fed.vessel, &content.qemu) {
+            (Vessel::Monitor(process), _) => process.answers(ANSWERS_WITHIN).await,
+            (Vessel::Qemu(_), Some(qemu)) => qemu.answers(ANSWERS_WITHIN).await,
+            (Vessel::Qemu(_), None) => unreachable!("a QEMU that was not taken is fed"),
+        };
+        answers.map_err(|e| e.to_string())
     }
 
     /// Feeds what is there, and syncs.
@@ -403,17 +420,9 @@ impl Feeding {
         if self.epoch > point {
             return Err(format!("it is at #{} already", self.epoch));
         }
-        let content = self.content.as_ref().expect("it was given back");
-        match (&self.fed.vessel, &content.qemu) {
-            (Vessel::Monitor(process), _) => {
-                let answers = process.answers(ANSWERS_WITHIN).await;
-                answers.map_err(|e| e.to_string())?;
-            }
-            (Vessel::Qemu(_), Some(qemu)) => {
-                let answers = qemu.answers(ANSWERS_WITHIN).await;
-                answers.map_err(|e| e.to_string())?;
-            }
-            (Vessel::Qemu(_), None) => unreachable!("a QEMU that was not taken is fed"),
+        // It was asked a moment ago, as a rule.
+        if self.answered.is_none_or(|at| at.elapsed() > ANSWERS_WITHIN) {
+            self.answers().await?;
         }
         self.sync(env).await
     }

@@ -40,6 +40,7 @@ mod source;
 mod standbys;
 mod status;
 mod supervisor;
+mod takeover;
 mod verbs;
 mod warm;
 

@@ -81,6 +81,9 @@ pub(super) struct Resume {
     /// It may run once this is true; it never may if this ends otherwise. What it runs in is made
     /// meanwhile.
     pub allowed: watch::Receiver<bool>,
+    /// The record says that it is being promoted. Else it is given away by its owner, who asks if this
+    /// daemon dies.
+    pub recorded: bool,
     /// True if it runs; false if it was switched off.
     pub reply: Reply<bool>,
 }

@@ -16,16 +16,21 @@
 //!
 //! The record is written before what it says becomes true: a guest that may run has an `Active`
 //! record, and a fenced guest has a `Fenced` one before it is stopped.
+//!
+//! A guest of our monitor that its owner gives away gets its `Active` record here at once, when all it
+//! needs to run is there: until then it is its owner's. One of QEMU is promoted as in a failover.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::context::run_dir;
 use super::hardware::Hardware;
 use crate::clock::Timestamp;
 use crate::durable;
 use crate::ids::{Epoch, Generation, GuestId, SiteId};
+use crate::vmm::process::PID_FILE;
 
 const RECORD_BYTES_MAX: u64 = 1 << 20;
 
@@ -219,12 +224,22 @@ pub fn remove(state_dir: &Path, guest: &GuestId) -> Result<(), RecordError> {
 
 /// The guests that have a record here.
 pub fn list(state_dir: &Path) -> Vec<GuestId> {
+    with(state_dir, |guest| path(state_dir, guest))
+}
+
+/// The guests for which one of our monitors runs, or was killed.
+pub fn with_monitor(state_dir: &Path) -> Vec<GuestId> {
+    with(state_dir, |guest| run_dir(state_dir, guest).join(PID_FILE))
+}
+
+/// Guests for which this file exists.
+fn with(state_dir: &Path, file: impl Fn(&GuestId) -> PathBuf) -> Vec<GuestId> {
     let Ok(entries) = std::fs::read_dir(state_dir.join("guests")) else {
         return Vec::new();
     };
     let mut guests: Vec<GuestId> = entries
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok())
-        .filter(|guest| path(state_dir, guest).exists())
+        .filter(|guest| file(guest).exists())
         .collect();
     guests.sort();
     guests

@@ -19,7 +19,7 @@
 //! * Memory: the guest's RAM once more in QEMU, and once more again while it is being filled; none for
 //!   our monitor, which gets that of the copy.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -67,6 +67,8 @@ pub(super) struct Warms {
     guests: Mutex<BTreeMap<GuestId, Keeper>>,
     /// Guests that are about to be moved here, and how long they are waited for.
     expected: Mutex<BTreeMap<GuestId, Instant>>,
+    /// Guests whose process was taken, until it is known what became of that.
+    taken: Mutex<BTreeSet<GuestId>>,
 }
 
 struct Keeper {
@@ -99,6 +101,10 @@ impl Warms {
 
     fn expected(&self) -> MutexGuard<'_, BTreeMap<GuestId, Instant>> {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn taken(&self) -> MutexGuard<'_, BTreeSet<GuestId>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_expected(&self, guest: &GuestId) -> bool {
@@ -160,6 +166,8 @@ impl Warms {
     /// answer says why.
     pub async fn take(&self, guest: &GuestId, point: Epoch) -> Option<Result<Fed, String>> {
         self.expected().remove(guest);
+        // In this order: whoever finds no keeper finds that.
+        self.taken().insert(guest.clone());
         let keeper = self.guests().remove(guest)?;
         let (reply, taken) = oneshot::channel();
         let asking = async {
@@ -170,8 +178,18 @@ impl Warms {
         };
         let slow = || Err("it was not fed in time".to_owned());
         let answer = timeout(TAKE_WITHIN, asking).await;
-        keeper.end().await;
-        Some(answer.unwrap_or_else(|_| slow()))
+        let answer = answer.unwrap_or_else(|_| slow());
+        match &answer {
+            // It has nothing to end.
+            Ok(_) => drop(tokio::spawn(keeper.end())),
+            Err(_) => keeper.end().await,
+        }
+        Some(answer)
+    }
+
+    /// Nobody is to wait for the guest while it is being taken; then again.
+    pub fn settled(&self, guest: &GuestId) {
+        self.taken().remove(guest);
     }
 
     /// Ends what waits for the guest.
@@ -238,6 +256,7 @@ pub(super) async fn tend(site: Arc<Site>) {
         guests.extend(config.peers.values().flat_map(|peer| peer.warm.clone()));
         for guest in &guests {
             if site.context.warms.of(guest).is_none()
+                && !site.context.warms.taken().contains(guest)
                 && !promoting(&state_dir, guest)
                 && let Some(table) = wanted(&site, guest)
             {

@@ -8,9 +8,9 @@
 //!   a checkpoint ───────────────────────────────────────▶ durable, fed to the process
 //!   pause ─ last cut ─ parts ───────────────────────────▶ durable
 //!   record: given away        (the guest is ours)
-//!                             ◀───────────── Ack ───────
-//!   ── Take(epoch, generation) ── point of no return ───▶ generation raised, resumed
-//!        (in doubt)           ◀───────────── Taken ─────
+//!   ── Take(epoch, generation) ── point of no return ───▶ if that is durable: generation raised, resumed
+//!        (in doubt)           ◀───────────── Ack ───────
+//!                             ◀───────────── Taken ─────
 //!   record: moved; the process is stopped
 //! ```
 //!
@@ -24,6 +24,11 @@
 //! never takes it. So there
 //! is one owner at any instant, at the price of a guest that stands still while the one site that may
 //! have it cannot be asked.
+//!
+//! The offer follows a small last checkpoint at once: the standby takes the guest only if the checkpoint
+//! became durable, and the guest does not stand still for one more way there and back. One that is on
+//! its way for longer, or over a link whose bandwidth is limited, is waited for before the offer: until
+//! then no lost link makes the guest stand still.
 
 use std::time::Duration;
 
@@ -39,6 +44,8 @@ use crate::wire::message::ToStandby;
 
 /// Time for checkpoints on their way before the last one, and for the last one itself.
 const DURABLE_WITHIN: Duration = Duration::from_secs(20);
+/// A last checkpoint of at most so many bytes is on its way for a moment only. 1 MiB.
+const MOMENT_BYTES_MAX: usize = 1 << 20;
 /// Time for the owner to undo its record of an offer that was not made.
 const UNDONE_WITHIN: Duration = Duration::from_secs(5);
 /// Time for the standby to look whether it can take the guest, and to write its disks beforehand.
@@ -181,13 +188,25 @@ impl<G: Guest> Builder<'_, G> {
             .events
             .send(HandoverEvent::Permit { epoch, answer })
             .await;
-        let (is_durable, permit) = tokio::join!(self.all_durable(), permit);
-        if !is_durable? {
-            return Ok(Err(
-                "the last checkpoint did not become durable in time".into()
-            ));
+        let moment =
+            self.queue.bytes() <= MOMENT_BYTES_MAX && !self.engine.options.throttle.binds();
+        let permit = match moment {
+            true => permit.await,
+            false => {
+                let (is_durable, permit) = tokio::join!(self.all_durable(), permit);
+                if !is_durable? {
+                    return Ok(Err(
+                        "the last checkpoint did not become durable in time".into()
+                    ));
+                }
+                permit
+            }
+        };
+        // What the standby said meanwhile may be that it cannot have it.
+        while let Ok(event) = self.events.try_recv() {
+            self.apply(event).await?;
         }
-        let durable = Instant::now();
+        let permitted = Instant::now();
         let Ok(generation) = permit else {
             return Ok(Err("the guest could not be given away".into()));
         };
@@ -201,8 +220,8 @@ impl<G: Guest> Builder<'_, G> {
         tracing::info!(
             guest = %self.engine.options.guest,
             cut_ms = ms(since, cut),
-            durable_ms = ms(cut, durable),
-            offered_ms = ms(durable, Instant::now()),
+            permitted_ms = ms(cut, permitted),
+            offered_ms = ms(permitted, Instant::now()),
             "the guest stands still and is offered"
         );
         loop {

@@ -25,6 +25,7 @@ mod compare;
 mod follow;
 mod ground;
 mod image;
+mod maintain;
 mod mark;
 mod promote;
 mod replica;

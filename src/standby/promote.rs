@@ -5,7 +5,7 @@ use super::image::Image;
 use super::replica::{Replica, ReplicaError};
 use crate::frame::Manifest;
 use crate::ids::{Epoch, Generation};
-use crate::journal::{Directions, Lease, RecoveryPoint, Store};
+use crate::journal::{Directions, JournalError, Lease, RecoveryPoint, Store};
 
 /// What a failover needs to resume a guest.
 pub struct Promotion {
@@ -104,6 +104,28 @@ impl<S: Store> Replica<S> {
         }))
     }
 
+    /// The same for a guest that its owner gives away under this number. Nothing on the disk keeps others
+    /// from the copy yet: until [`settled`](Self::settled) nobody opens a session, whatever the guest's
+    /// record says.
+    pub fn take(
+        &mut self,
+        point: Epoch,
+        generation: Generation,
+    ) -> Result<Promotion, ReplicaError> {
+        let current = self.journal.generation();
+        if generation <= current {
+            let found = generation;
+            return Err(JournalError::Fenced { current, found }.into());
+        }
+        self.taking = true;
+        self.claim(point)
+    }
+
+    /// The guest's record says what became of a [`take`](Self::take).
+    pub fn settled(&mut self) {
+        self.taking = false;
+    }
+
     /// Raises the generation durably after a [`claim`](Self::claim).
     pub fn raise(&mut self, generation: Generation) -> Result<(), ReplicaError> {
         self.journal.raise_generation(generation)?;
@@ -151,9 +173,11 @@ impl<S: Store> Replica<S> {
         self.promoted
     }
 
-    /// The guest does not run here, and will not: primaries may come again.
+    /// The guest does not run here, and will not: primaries may come again. Not while it is being taken.
     pub fn demote(&mut self) {
-        self.promoted = false;
+        if !self.taking {
+            self.promoted = false;
+        }
     }
 
     /// The image of a point, apart from the one that is kept. Compares its root.

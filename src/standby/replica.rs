@@ -161,7 +161,7 @@ pub struct ReplicaStatus {
 }
 
 /// A frame that is arriving.
-struct Incoming {
+pub(super) struct Incoming {
     check: FrameCheck,
     /// The parts, until together they are too many.
     kept: Option<Vec<VerifiedPart<Vec<u8>>>>,
@@ -180,12 +180,14 @@ pub struct Replica<S: Store> {
     pub(super) shows: Option<Epoch>,
     /// The guest is being resumed from here, or was: no session may be opened.
     pub(super) promoted: bool,
-    incoming: Option<Incoming>,
+    /// Its owner gives the guest away to here, and no record says yet what became of that.
+    pub(super) taking: bool,
+    pub(super) incoming: Option<Incoming>,
     /// Somebody follows what becomes durable.
     pub(super) teller: Option<Teller>,
     pub(super) session: u64,
     pub(super) status: watch::Sender<ReplicaStatus>,
-    metrics: Option<GuestMetrics>,
+    pub(super) metrics: Option<GuestMetrics>,
 }
 
 impl<S: Store> Replica<S> {
@@ -219,6 +221,7 @@ impl<S: Store> Replica<S> {
             image: None,
             shows: None,
             promoted: false,
+            taking: false,
             incoming: None,
             teller: None,
             session: 0,
@@ -568,29 +571,5 @@ impl<S: Store> Replica<S> {
         }
         last.apply(image)?;
         Ok(())
-    }
-
-    /// One bounded step of retention. True if more is to do.
-    pub fn maintain(&mut self, now: Timestamp) -> Result<bool, ReplicaError> {
-        let worked = self.maintain_step(now);
-        if let Err(error) = &worked {
-            self.problem(error);
-        }
-        worked
-    }
-
-    fn maintain_step(&mut self, now: Timestamp) -> Result<bool, ReplicaError> {
-        self.journal.tick(now)?;
-        if self.incoming.is_some() {
-            return Ok(false);
-        }
-        let retention = self.options.retention;
-        let more = self.journal.maintain(now, &retention)?.more;
-        if let Some(metrics) = &self.metrics {
-            let stat = self.journal.stat();
-            metrics.set_journal_size(stat.segment_bytes + stat.base_bytes);
-        }
-        self.publish();
-        Ok(more)
     }
 }

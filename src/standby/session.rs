@@ -109,6 +109,8 @@ struct OpenSession<S: Store> {
     guest: GuestId,
     /// The primary's.
     generation: Generation,
+    /// The newest checkpoint that came by this session and is durable.
+    durable: Option<Epoch>,
     leftover: Option<Box<dyn Leftover>>,
 }
 
@@ -219,6 +221,7 @@ async fn open<S: Store>(
         session,
         guest,
         generation,
+        durable: None,
         leftover,
     })
 }
@@ -274,9 +277,13 @@ async fn receive<S: Store>(
                 preparing = Some(Box::pin(async move { lookup.prepare(&guest).await }));
             }
             ToStandby::Take { epoch, generation } => {
-                let refused = match generation > opened.generation {
-                    true => lookup.take(&opened.guest, epoch, generation).await.err(),
-                    false => Some(format!("generation {generation} is not a new one")),
+                // The offer may follow the checkpoint before that is durable, and it may have failed.
+                let refused = if opened.durable != Some(epoch) {
+                    Some(format!("checkpoint #{epoch} did not become durable"))
+                } else if generation <= opened.generation {
+                    Some(format!("generation {generation} is not a new one"))
+                } else {
+                    lookup.take(&opened.guest, epoch, generation).await.err()
                 };
                 tx.send(ToPrimary::Taken { refused }).await?;
             }
@@ -336,7 +343,7 @@ async fn mark<S: Store>(
 
 async fn part<S: Store>(
     env: &Env,
-    opened: &OpenSession<S>,
+    opened: &mut OpenSession<S>,
     site: &SiteId,
     tx: &mut impl LinkTx<ToPrimary>,
     bytes: Vec<u8>,
@@ -350,6 +357,7 @@ async fn part<S: Store>(
         Ok(Receipt::More) => Ok(()),
         Ok(Receipt::Durable(point)) => {
             let (epoch, root, durable_at) = (point.epoch, point.root, point.durable_at);
+            opened.durable = Some(epoch);
             Ok(tx
                 .send(ToPrimary::Ack {
                     epoch,

@@ -12,7 +12,7 @@ use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, ImageRoot};
 use crate::journal::{JournalOptions, MemCatalogue, MemStore, RecoveryPoint, Retention};
 use crate::page::{Layout, PAGE_SIZE, PageAddr, Region, RegionKind};
-use crate::wire::message::{Open, Opened};
+use crate::wire::message::{Open, Opened, RefuseReason};
 
 const PAGES: u32 = 3;
 
@@ -198,4 +198,43 @@ fn a_follower_without_memory_is_told_of_no_page_of_it() {
     let stored = replica.journal().manifest(second.epoch).unwrap();
     let promotion = replica.claim(second.epoch).unwrap();
     assert_eq!((promotion.manifest, promotion.point), (stored, second));
+}
+
+/// From the moment in which it is taken until the record says what became of that, nobody is told that
+/// the guest is theirs, whatever the record says: not even who comes with a higher number.
+#[test]
+fn a_guest_that_is_being_taken_is_nobody_elses() {
+    let (mut replica, session, opened) = copy();
+    let first = durable(take(&mut replica, session, frame(&opened, 1, None, true)));
+    let asks = |generation| Open {
+        guest: "db1".parse().unwrap(),
+        generation: Generation(generation),
+        layout: layout(),
+        machine: Vec::new(),
+        rpo_target: Duration::from_secs(1),
+        running: false,
+    };
+    let old = replica.journal().generation();
+    assert!(replica.take(first.epoch, old).is_err(), "it is no new one");
+    assert!(replica.take(first.epoch.next(), old.next()).is_err());
+    replica.settled();
+    replica.demote();
+    replica.open_session(&asks(old.0)).unwrap();
+
+    replica.take(first.epoch, old.next()).unwrap();
+    for higher in 1..4 {
+        replica.demote();
+        let refused = replica.open_session(&asks(old.0 + higher));
+        assert!(matches!(
+            refused,
+            Err(Refusal::Refused(RefuseReason::Busy, _))
+        ));
+    }
+    replica.raise(old.next()).unwrap();
+    // It did not come to its end: its owner asks with a number above, and it is never taken under this one.
+    replica.settled();
+    replica.demote();
+    replica.open_session(&asks(old.0 + 2)).unwrap();
+    assert!(replica.take(first.epoch, old.next()).is_err());
+    assert!(replica.raise(old.next()).is_err());
 }

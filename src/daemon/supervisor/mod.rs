@@ -205,6 +205,15 @@ impl Supervisor {
     }
 
     async fn adopted(&mut self, mut guest: AnyGuest) -> Result<(), ApiError> {
+        // One of our monitor that was restored for a guest that its owner gave away, and not let run: the
+        // record would say so. One that ran before it was paused has a base.
+        if let AnyGuest::Builtin(restored) = &guest
+            && restored.info().state == RunState::Paused
+            && restored.info().base.is_none()
+            && !self.may_run()
+        {
+            return guest.stop().await.map_err(failed);
+        }
         let Some(record) = &self.record else {
             self.hold(guest);
             return Err(ApiError::new(
@@ -340,7 +349,8 @@ impl Supervisor {
                 drop(reply.send(self.promote(point, above).await));
             }
             Order::Resume(resume) => {
-                let resumed = self.resume(resume.from, resume.allowed).await;
+                let (from, recorded) = (resume.from, resume.recorded);
+                let resumed = self.resume(from, resume.allowed, recorded).await;
                 drop(resume.reply.send(resumed));
             }
             Order::Fence {

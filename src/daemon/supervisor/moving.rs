@@ -148,6 +148,12 @@ impl Supervisor {
         })
     }
 
+    /// True if the guest is this site's, or was offered by it.
+    pub(super) fn may_run(&self) -> bool {
+        let standing = self.record.as_ref().map(|r| &r.standing);
+        matches!(standing, Some(Standing::Active | Standing::Offered { .. }))
+    }
+
     /// True while it is not known who has the guest.
     pub(super) fn in_doubt(&self) -> bool {
         let offered = matches!(

@@ -333,13 +333,42 @@ impl Supervisor {
         })
     }
 
+    /// A guest that its owner gives away may be taken under this number, as far as this site knows.
+    fn takeable(&self, generation: Generation) -> Result<(), ApiError> {
+        let refused = match &self.record {
+            _ if !matches!(self.process, Process::Absent) => "the guest runs at this site already",
+            Some(r) if r.standing == Standing::Active => "this site owns the guest already",
+            Some(r) if matches!(r.standing, Standing::Resuming { .. }) => {
+                "it is being found out whether the guest was resumed here"
+            }
+            // A number that was given away, or taken, before is not used again.
+            Some(r)
+                if r.generation >= generation
+                    && matches!(
+                        r.standing,
+                        Standing::RolledBack { .. } | Standing::Promoting { .. }
+                    ) =>
+            {
+                "the number that was offered is not a new one here"
+            }
+            _ => return Ok(()),
+        };
+        Err(ApiError::new(Reason::WrongState, refused))
+    }
+
     /// The promotion is void: the record is what it was before it.
     pub(super) fn withdraw(&mut self) -> Result<(), ApiError> {
         let standing = self.record.as_ref().map(|r| &r.standing);
         if !matches!(standing, Some(Standing::Promoting { .. })) {
             return Ok(());
         }
-        match self.before.take() {
+        let before = self.before.take();
+        self.put_back(before)
+    }
+
+    /// The record is what it was.
+    fn put_back(&mut self, before: Option<GuestRecord>) -> Result<(), ApiError> {
+        match before {
             Some(record) => self.save(record),
             None => {
                 record::remove(&self.site.state_dir, &self.guest).map_err(failed)?;
@@ -362,11 +391,13 @@ impl Supervisor {
         shape(&known.ok_or_else(|| ApiError::no_such_guest(&self.guest))?)
     }
 
-    /// Runs the guest once that is allowed. True if it runs; false if it was switched off.
+    /// Runs the guest once that is allowed. True if it runs; false if it was switched off. `recorded`: the
+    /// record says that it is being promoted.
     pub(super) async fn resume(
         &mut self,
         from: Materialised,
         mut allowed: watch::Receiver<bool>,
+        recorded: bool,
     ) -> Result<bool, ApiError> {
         let since = Instant::now();
         let Materialised {
@@ -377,10 +408,17 @@ impl Supervisor {
             failover,
             process,
         } = from;
+        if !recorded && let Err(refused) = self.takeable(generation) {
+            if let Some(process) = process {
+                process.end().await;
+            }
+            return Err(refused);
+        }
         let before = self.record.clone();
         let mut record = before.clone().unwrap_or_else(GuestRecord::first);
         record.standing = Standing::Active;
         record.generation = generation;
+        record.protected_to = None;
         record.machine = Some(hardware.clone());
         record.failover = failover;
         if is_stopped(&state) {
@@ -443,10 +481,8 @@ impl Supervisor {
                 Ok(true)
             }
             Err(error) => {
-                // It never ran here: the promotion is unfinished and can be repeated.
-                if let Some(before) = before {
-                    self.save(before)?;
-                }
+                // It never ran here: a promotion is unfinished and can be repeated, or its owner keeps it.
+                self.put_back(before)?;
                 Err(error)
             }
         }

@@ -79,6 +79,9 @@ impl Drop for LentSlot {
     }
 }
 
+/// A question that was asked.
+pub(super) struct Asked(oneshot::Receiver<Result<Reply, Failure>>);
+
 /// A connection. Dropping it closes the socket.
 pub(super) struct Connection {
     welcome: Welcome,
@@ -190,6 +193,12 @@ impl Connection {
         command: Command,
         descriptor: Option<OwnedFd>,
     ) -> Result<Reply, GuestError> {
+        let asked = self.ask(command, descriptor)?;
+        self.answer(asked).await
+    }
+
+    /// Asks something. What is asked next is carried out after it.
+    pub fn ask(&self, command: Command, descriptor: Option<OwnedFd>) -> Result<Asked, GuestError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
         lock(&self.waiting).insert(id, reply);
@@ -200,7 +209,12 @@ impl Connection {
         self.out
             .send((frame, descriptor))
             .map_err(|_| self.gone())?;
-        match answer.await {
+        Ok(Asked(answer))
+    }
+
+    /// Waits for the answer.
+    pub async fn answer(&self, asked: Asked) -> Result<Reply, GuestError> {
+        match asked.0.await {
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(Failure::State(state))) => Err(GuestError::State(state.into())),
             Ok(Err(Failure::Failed(why))) => Err(GuestError::Failed(why)),

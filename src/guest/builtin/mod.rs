@@ -170,7 +170,12 @@ impl BuiltinGuest {
 
     /// A cut, by one of the two commands for it.
     async fn made(&mut self, command: Command) -> Result<Cut, GuestError> {
-        match self.connection.call(command, None).await? {
+        let reply = self.connection.call(command, None).await?;
+        self.cut_of(reply)
+    }
+
+    fn cut_of(&mut self, reply: Reply) -> Result<Cut, GuestError> {
+        match reply {
             Reply::Cut {
                 id,
                 dirty,
@@ -367,6 +372,19 @@ impl Guest for BuiltinGuest {
 
     async fn cut(&mut self, strategy: CutStrategy) -> Result<Cut, GuestError> {
         self.made(Command::Cut { strategy }).await
+    }
+
+    /// Both are asked for at once: the guest stands still already while the first is answered.
+    async fn last_cut(&mut self, strategy: CutStrategy) -> Result<(Cut, Duration), GuestError> {
+        let since = Instant::now();
+        let pause = self.connection.ask(Command::Pause, None)?;
+        let cut = self.connection.ask(Command::Cut { strategy }, None)?;
+        match self.connection.answer(pause).await? {
+            Reply::Done => {}
+            other => return Err(connection::odd(&other)),
+        }
+        let reply = self.connection.answer(cut).await?;
+        Ok((self.cut_of(reply)?, since.elapsed()))
     }
 
     async fn cut_held(
