@@ -61,7 +61,8 @@ impl<S: Store> Replica<S> {
     }
 
     /// As [`claim`](Self::claim), but a point that the image does not show is lent if `lends` says so of
-    /// it: nothing of its RAM is read now. What the reader finds damaged later ends the guest.
+    /// it: nothing of its RAM is read now. What the reader finds damaged later ends the guest. A point that
+    /// is known to be damaged is not lent.
     pub fn claim_or_lend(
         &mut self,
         point: Epoch,
@@ -69,7 +70,8 @@ impl<S: Store> Replica<S> {
     ) -> Result<Claimed, ReplicaError> {
         let chosen = self.chosen(Some(point))?;
         self.retire();
-        if self.shows != Some(point) || self.image.is_none() {
+        let shown = self.shows == Some(point) && self.image.is_some();
+        if !shown && self.damaged != Some(point) {
             match self.lend(&chosen, lends) {
                 Ok(Some(lent)) => {
                     self.promoted = true;

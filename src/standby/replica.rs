@@ -178,6 +178,8 @@ pub struct Replica<S: Store> {
     pub(super) image: Option<Image>,
     /// The checkpoint that the image shows; `None` while it shows none.
     pub(super) shows: Option<Epoch>,
+    /// A point of which no image could be made.
+    pub(super) damaged: Option<Epoch>,
     /// The guest is being resumed from here, or was: no session may be opened.
     pub(super) promoted: bool,
     /// Its owner gives the guest away to here, and no record says yet what became of that.
@@ -220,6 +222,7 @@ impl<S: Store> Replica<S> {
             journal,
             image: None,
             shows: None,
+            damaged: None,
             promoted: false,
             taking: false,
             incoming: None,
@@ -282,6 +285,7 @@ impl<S: Store> Replica<S> {
         };
         let mut image = Image::new(&layout)?;
         if let Some(newest) = self.journal.newest().cloned() {
+            self.damaged = Some(newest.epoch);
             self.journal.replay(newest.epoch, &mut image)?;
             let found = image.root();
             if found != newest.root {
@@ -292,7 +296,7 @@ impl<S: Store> Replica<S> {
                     found,
                 });
             }
-            self.shows = Some(newest.epoch);
+            (self.shows, self.damaged) = (Some(newest.epoch), None);
         } else if let Some((epoch, root)) = self.journal.ground() {
             self.journal.ground_image()?.replay(&mut image)?;
             // Ground that is damaged is of no use, and no loss.

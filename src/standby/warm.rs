@@ -81,7 +81,10 @@ impl<S: Store> Replica<S> {
         }
         match built.image {
             Ok(image) => (self.image, self.shows) = (Some(image), newest),
-            Err(error) => self.problem(&error),
+            Err(error) => {
+                self.damaged = newest.filter(|_| error.is_damage());
+                self.problem(&error);
+            }
         }
     }
 }

@@ -198,12 +198,12 @@ fn a_damaged_point_is_reported_healed_and_never_resumed() {
     };
     let before = damage_third_newest(&mut pair, &mut dice);
 
-    let shown = pair.at_b();
-    let why = shown.blocked_on.clone().unwrap_or_default();
-    assert!(
-        shown.state != GuestState::Protected && why.contains("damaged"),
-        "{shown:?}"
-    );
+    let shows_damage = |pair: &Pair| {
+        let shown = pair.at_b();
+        let why = shown.blocked_on.clone().unwrap_or_default();
+        (shown.state != GuestState::Protected && why.contains("damaged")).then_some(())
+    };
+    wait("the damage is shown", || shows_damage(&pair));
     let verified = pair.b.cli(&["verify", GUEST]);
     assert!(
         verified.code == 7 && verified.out.contains("damaged"),
@@ -227,6 +227,8 @@ fn a_damaged_point_is_reported_healed_and_never_resumed() {
     // The newest that is listed may need the damaged one.
     let newest = epochs(&pair.b.points())[0];
     if newest > points[3] {
+        // Nobody resumes what is known to be damaged; what is not known yet ends the guest.
+        wait("the damage is shown", || shows_damage(&pair));
         let refused = pair.failover(&[]);
         assert!(
             refused.code != 0 && refused.out.contains("damaged"),
