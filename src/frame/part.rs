@@ -47,27 +47,6 @@ pub struct Row {
     len: u16,
 }
 
-/// The rows of a part with this header, read without the rest of it: `bytes` are those of
-/// [`PartHeader::rows_range`]. Nothing says that they are those of the part until all of it was
-/// verified; only impossible ones are an error.
-pub fn unverified_rows(header: &PartHeader, bytes: &[u8]) -> Result<Vec<Row>, FrameError> {
-    let (rows, rest) = bytes.as_chunks::<ROW_BYTES>();
-    assert!(
-        rows.len() == header.rows as usize && rest.is_empty(),
-        "{} bytes of {} rows",
-        bytes.len(),
-        header.rows
-    );
-    let parsed = rows.iter().enumerate().map(|(row, bytes)| {
-        let wrong = FrameError::Row {
-            row,
-            why: "its fields are impossible",
-        };
-        Row::parse(bytes).ok_or(wrong)
-    });
-    parsed.collect()
-}
-
 /// Content of one row, decoded.
 #[derive(Debug, Clone, Copy)]
 pub enum Content<'a> {

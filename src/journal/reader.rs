@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   the journal's process                      the reader's
-//!   Journal::directions ──▶ Directions ──────▶ PointReader::open    headers and rows of all parts:
+//!   Journal::directions ──▶ Directions ──────▶ PointReader::open    all parts, verified:
 //!                           + Lease            │                    where is the content of a page?
 //!                                              ├─ page     one page: its rows, oldest first, on top of
 //!                                              │           a base page or of zeros
@@ -15,6 +15,9 @@
 //! * Nothing is handed out that was not verified: of a base page its leaf, of a part its blake3, which
 //!   takes all of the part; its rows must be the ones that were read before. Whole parts are kept for a
 //!   while, because the next page is often in the same one.
+//! * Where a page is has to be verified before the first one is handed out: with a row that was lost an
+//!   older content of its page would be sound. So every part is verified when the point is opened, and
+//!   the root of the base's leaves is compared.
 //! * That all of it together is what the primary had, its root, is known only at the end of
 //!   [`all`](PointReader::all). Each part was compared with it when it became durable.
 //! * The journal's files must stay as they are meanwhile. The [`Lease`] says so to their owner, even if
@@ -29,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use super::ahead;
 use super::base::{self, Base, CHUNK_PAGES, Stored};
 use super::catalogue::FrameInfo;
-use super::dir::{AlignedBuf, DirStore};
+use super::dir::DirStore;
 use super::error::JournalError;
 use super::open::Journal;
 use super::page_index::Index;
@@ -38,10 +41,7 @@ use super::replay::Loaded;
 use super::runs::{Runs, Takes};
 use super::segment::{Loc, file_name};
 use super::store::{Access, Lease, Store, StoreFile};
-use crate::frame::{
-    BLOCK, Content, Decompressor, FrameError, HEADER_BYTES, PartHeader, PartView, Row, RowKind,
-    VerifiedPart, apply_delta, unverified_rows,
-};
+use crate::frame::{Content, Decompressor, FrameError, PartView, Row, VerifiedPart, apply_delta};
 use crate::ids::{Epoch, ImageRoot};
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
@@ -51,8 +51,6 @@ const KEPT_BYTES: usize = 64 << 20;
 const KEPT_BATCHES: usize = 64;
 /// Most pages that count as recent.
 const RECENT_PAGES: usize = 16 << 10;
-/// Reads that the disk has to do at a time.
-const READS: usize = 8;
 
 /// What a process needs to read a point.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -60,10 +58,10 @@ pub struct Directions {
     dir: PathBuf,
     layout: Layout,
     root: ImageRoot,
-    /// The frames go on top of the base image.
-    base: bool,
+    /// The frames go on top of the base image, whose RAM has this root.
+    base: Option<ImageRoot>,
     /// Up to the point.
-    frames: Vec<FrameInfo>,
+    pub(super) frames: Vec<FrameInfo>,
 }
 
 impl Directions {
@@ -103,7 +101,7 @@ impl<S: Store> Journal<S> {
             dir,
             layout: self.layout.clone().expect("a point has a layout"),
             root: frames.last().expect("the point's is there").root,
-            base,
+            base: base.then_some(self.super_.base_root),
             frames,
         })
     }
@@ -141,18 +139,17 @@ pub struct PageCache {
     batches: VecDeque<(u32, Vec<u8>)>,
 }
 
-/// The rows of a part that were read ahead.
+/// The rows of a part that was verified ahead.
 #[derive(Default)]
 struct Rows {
-    block: Option<AlignedBuf>,
-    header: Option<PartHeader>,
     bytes: Bytes,
-    skip: usize,
+    rows: Vec<Row>,
+    batches: u32,
+    hash: [u8; 32],
 }
 
 impl PointReader {
-    /// Opens the files and reads where everything is: a header and the rows of every part, and no
-    /// content.
+    /// Opens the files, and reads and verifies every part, to know where everything is.
     pub fn open(directions: Directions) -> Result<Self, JournalError> {
         let lease = Lease::take(&directions.dir);
         let lease = lease.map_err(|e| JournalError::io("lend", "the journal", e))?;
@@ -170,8 +167,8 @@ impl<S: Store> PointReader<S> {
         lease: Option<Lease>,
     ) -> Result<Self, JournalError> {
         let base = match directions.base {
-            true => Some(Base::open(store, &directions.layout, false)?),
-            false => None,
+            Some(root) => Some(base_of(store, &directions.layout, root)?),
+            None => None,
         };
         let mut files = BTreeMap::new();
         for loc in directions.frames.iter().flat_map(|frame| &frame.parts) {
@@ -203,51 +200,35 @@ impl<S: Store> PointReader<S> {
             .collect();
         let (files, layout) = (&self.files, &self.directions.layout);
         let (index, parts) = (&mut self.index, &mut self.parts);
+        let frames = &self.directions.frames;
         ahead::in_order(
             places.len(),
-            READS,
+            ahead::threads(places.len() > 1),
             |at, rows: &mut Rows| {
-                let (_, _, loc) = places[at];
-                let block = rows.block.get_or_insert_with(|| AlignedBuf::new(BLOCK));
-                read(files, loc, 0, block)?;
-                let header = PartHeader::parse(&block[..HEADER_BYTES]);
-                let header = header.map_err(|e| JournalError::corrupt(loc.to_string(), e))?;
-                let range = header.rows_range();
-                let start = range.start - range.start % BLOCK as u64;
-                let end = range.end.next_multiple_of(BLOCK as u64);
-                if end > u64::from(loc.len) {
+                let (frame, number, loc) = places[at];
+                let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
+                let bytes = rows.bytes.room(loc.len as usize);
+                read(files, loc, 0, bytes)?;
+                let view = PartView::verify(bytes).map_err(damaged)?;
+                view.check_layout(layout).map_err(damaged)?;
+                if !frames[frame].owns(view.header(), number) {
                     return Err(another(loc));
                 }
-                let into = rows.bytes.room((end - start) as usize);
-                read(files, loc, start, into)?;
-                rows.skip = (range.start - start) as usize;
-                rows.header = Some(header);
+                rows.rows.clear();
+                rows.rows.extend(view.rows());
+                rows.batches = view.header().batches;
+                rows.hash = rows_hash(&view);
                 Ok(())
             },
             |at, rows| {
                 let (frame, number, loc) = places[at];
-                let header = rows.header.take().expect("it was read");
-                let range = header.rows_range();
-                let len = (range.end - range.start) as usize;
-                let bytes = &rows.bytes.as_ref()[rows.skip..rows.skip + len];
-                let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
-                let rows = unverified_rows(&header, bytes).map_err(damaged)?;
-                let fits = |row: &Row| {
-                    let end = u64::from(row.addr.page) + u64::from(row.count);
-                    let region = layout.get(row.addr.region);
-                    region.is_some_and(|region| end <= u64::from(region.pages))
-                        && (row.kind == RowKind::Zero || u32::from(row.place().0) < header.batches)
-                };
-                if !rows.iter().all(fits) {
-                    return Err(another(loc));
-                }
-                let batch = index.add(rows.into_iter(), header.batches)?;
+                let batch = index.add(rows.rows.drain(..), rows.batches)?;
                 parts.push(PartPlace {
                     loc,
                     frame,
                     number,
                     batch,
-                    rows: *blake3::hash(bytes).as_bytes(),
+                    rows: rows.hash,
                 });
                 Ok(())
             },
@@ -369,10 +350,9 @@ impl<S: Store> PointReader<S> {
     /// An error if a part that was verified is not the one whose rows were read before.
     fn check(&self, number: usize, view: &PartView<'_>) -> Result<(), JournalError> {
         let place = &self.parts[number];
-        let range = view.header().rows_range();
-        let rows = &view.bytes()[range.start as usize..range.end as usize];
-        let same = *blake3::hash(rows).as_bytes() == place.rows;
-        match same && self.directions.frames[place.frame].owns(view.header(), place.number) {
+        match rows_hash(view) == place.rows
+            && self.directions.frames[place.frame].owns(view.header(), place.number)
+        {
             true => Ok(()),
             false => Err(another(place.loc)),
         }
@@ -547,6 +527,25 @@ impl<S: Store> PointReader<S> {
             }
         }
     }
+}
+
+/// The base, whose leaves are those of an image with this root: one that was lost would be a page of zeros.
+fn base_of<S: Store>(store: &S, layout: &Layout, root: ImageRoot) -> Result<Base<S>, JournalError> {
+    let base = Base::open(store, layout, false)?;
+    match base.ram_root()?.is_none_or(|found| found == root) {
+        true => Ok(base),
+        false => Err(JournalError::corrupt(
+            "the base image",
+            "its RAM has another root than the superblock says",
+        )),
+    }
+}
+
+/// blake3 of a part's rows.
+fn rows_hash(view: &PartView<'_>) -> [u8; 32] {
+    let range = view.header().rows_range();
+    let rows = &view.bytes()[range.start as usize..range.end as usize];
+    *blake3::hash(rows).as_bytes()
 }
 
 fn place(addr: PageAddr) -> String {

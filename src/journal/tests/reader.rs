@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::world::{Image, PAGES, RAM_PAGES, World, addr};
-use crate::frame::Codec;
+use crate::frame::{Codec, PartHeader};
 use crate::ids::Epoch;
-use crate::journal::{JournalError, MemStore, PageCache, PointReader, Work};
+use crate::journal::{
+    Access, JournalError, MemStore, PageCache, PointReader, Store, StoreFile, Work,
+};
 use crate::page::{PAGE_SIZE, PageAddr};
 
 fn reader(world: &mut World, epoch: Epoch) -> Result<PointReader<MemStore>, JournalError> {
@@ -162,4 +164,39 @@ fn what_a_flipped_bit_damages_is_not_handed_out() {
         world.store.flip(name, offset, bit);
     }
     assert!(found > 10 && harmless > 10, "{found} {harmless}");
+}
+
+#[test]
+fn a_row_that_is_damaged_uncovers_no_older_content() {
+    let mut world = World::new(8);
+    for step in 0..12 {
+        world.commit(10, step == 0).unwrap();
+    }
+    let epoch = world.acked;
+    let image = world.images[&epoch].clone();
+    let directions = world
+        .journal()
+        .directions_in(PathBuf::new(), epoch)
+        .unwrap();
+    for loc in directions
+        .frames
+        .iter()
+        .flat_map(|frame| frame.parts.clone())
+    {
+        let name = crate::journal::segment::file_name(loc.segment);
+        let file = world.store.open(&name, Access::Blocks, false).unwrap();
+        let mut part = vec![0; loc.len as usize];
+        file.read_at(u64::from(loc.offset), &mut part).unwrap();
+        let rows = PartHeader::parse(&part).unwrap().rows_range();
+        // Kind, page and place of some rows.
+        for at in rows
+            .step_by(16 * 5)
+            .flat_map(|row| [row + 2, row + 4, row + 8])
+        {
+            world.store.flip(&name, u64::from(loc.offset) + at, 0);
+            assert!(!read_or_refused(&mut world, epoch, &image), "{loc} {at}");
+            world.store.flip(&name, u64::from(loc.offset) + at, 0);
+        }
+    }
+    assert!(read_or_refused(&mut world, epoch, &image));
 }
