@@ -89,7 +89,7 @@ pub use format::{FORMAT_VERSION, Footer, HEADER_BYTES, PartHeader};
 pub use helpers::encoding_threads;
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
 pub use merge::{Merger, merge};
-pub use part::{Content, PageImage, PageSink, PartView, Row, RowKind};
+pub use part::{Content, PageImage, PageSink, PartView, Row, RowKind, rows_hash, rows_in};
 pub use shadow::Shadow;
 pub use tree::ImageTree;
 pub use verified::{Decoded, VerifiedPart};

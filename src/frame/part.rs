@@ -266,6 +266,11 @@ impl<'a> PartView<'a> {
         self.hash
     }
 
+    /// What [`rows_hash`] says of this part.
+    pub fn rows_hash(&self) -> [u8; 32] {
+        rows_hash(&self.header, self.row_bytes().as_flattened())
+    }
+
     /// The batches, in order.
     pub fn batches(&self) -> &[Batch] {
         &self.batches
@@ -278,26 +283,12 @@ impl<'a> PartView<'a> {
 
     /// The rows, in the order in which they apply.
     pub fn rows(&self) -> impl Iterator<Item = Row> + 'a {
-        self.row_bytes()
-            .iter()
-            .map(|bytes| Row::parse(bytes).expect("rows are checked by verify"))
+        rows_in(self.row_bytes().as_flattened()).map(|row| row.expect("rows are checked by verify"))
     }
 
     /// An error if a row names a page outside `layout`.
     pub fn check_layout(&self, layout: &Layout) -> Result<(), FrameError> {
-        for row in self.rows() {
-            let end = u64::from(row.addr.page) + u64::from(row.count);
-            if layout
-                .get(row.addr.region)
-                .is_none_or(|region| end > u64::from(region.pages))
-            {
-                return Err(FrameError::OutsideLayout {
-                    addr: row.addr,
-                    count: row.count,
-                });
-            }
-        }
-        Ok(())
+        self.rows().try_for_each(|row| row.check_layout(layout))
     }
 
     /// Decodes the part: calls `each` with every row's content, in order. Every batch is decoded
@@ -375,6 +366,21 @@ impl<'a> PartView<'a> {
     }
 }
 
+/// blake3 over the number of batches (u32) and the rows of a part: where the content of its pages lies.
+/// Whoever kept it of a part that was verified knows rows again that were read alone.
+pub fn rows_hash(header: &PartHeader, rows: &[u8]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&header.batches.to_le_bytes());
+    hasher.update(rows);
+    *hasher.finalize().as_bytes()
+}
+
+/// The rows that these bytes are, in order; `None` for impossible ones. A part that was verified has none
+/// of these.
+pub fn rows_in(bytes: &[u8]) -> impl Iterator<Item = Option<Row>> {
+    bytes.as_chunks().0.iter().map(Row::parse)
+}
+
 fn apply_content(
     image: &mut dyn PageImage,
     addr: PageAddr,
@@ -413,6 +419,18 @@ impl Row {
     /// no meaning for zeros.
     pub fn place(&self) -> (u16, u16, u16) {
         (self.batch, self.off, self.len)
+    }
+
+    /// An error if it names a page outside `layout`.
+    pub fn check_layout(&self, layout: &Layout) -> Result<(), FrameError> {
+        let end = u64::from(self.addr.page) + u64::from(self.count);
+        match layout.get(self.addr.region) {
+            Some(region) if end <= u64::from(region.pages) => Ok(()),
+            _ => Err(FrameError::OutsideLayout {
+                addr: self.addr,
+                count: self.count,
+            }),
+        }
     }
 
     /// Reads a row; `None` if its fields are impossible whatever the part holds.
