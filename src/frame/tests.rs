@@ -110,6 +110,7 @@ fn options(codec: Codec, shadow: bool) -> EncodeOptions {
         part_bytes: PART_BYTES_MIN,
         shadow,
         parallel: false,
+        references: false,
     }
 }
 

@@ -171,6 +171,7 @@ fn forge(batches: &[(Codec, BatchKind, u32, &[u8])], rows: &[[u8; ROW_BYTES]]) -
         let batch = Batch {
             codec: *codec,
             kind: *kind,
+            nth: 0,
             raw_len: *raw_len,
             len: payload.len() as u32,
             at: 0,
