@@ -364,6 +364,8 @@ impl<'a> PartView<'a> {
         decoder: &mut Decompressor,
         out: &mut Vec<u8>,
     ) -> Result<(), FrameError> {
+        #[cfg(test)]
+        DECODED.set(DECODED.get() + 1);
         let batch = &self.batches[usize::from(number)];
         let stored = &self.bytes[batch.range()];
         batch
@@ -386,6 +388,17 @@ impl<'a> PartView<'a> {
             |addr, content| apply_content(image, addr, content),
         )
     }
+}
+
+#[cfg(test)]
+thread_local! {
+    static DECODED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+/// Batches that this thread has decoded for rows so far.
+#[cfg(test)]
+pub(super) fn decoded_batches() -> u64 {
+    DECODED.get()
 }
 
 fn apply_content(

@@ -3,6 +3,7 @@
 mod hostile;
 mod model;
 mod parallel;
+mod references;
 
 use std::io;
 
