@@ -267,7 +267,10 @@ fn a_part_with_references_of_old_is_still_read() {
     let part = std::fs::read(file).unwrap();
     let view = PartView::verify(&part).unwrap();
     assert!(view.header().references);
-    assert_eq!(read(&[part.clone()], &layout), [image.clone(), image]);
+    assert_eq!(
+        read(std::slice::from_ref(&part), &layout),
+        [image.clone(), image]
+    );
     let today = PartView::verify(&today[0]).unwrap();
     assert!(view.rows().eq(today.rows()));
 }
