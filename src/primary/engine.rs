@@ -96,6 +96,7 @@ impl<G: Guest> Engine<G> {
                 Compression::Auto => Codec::Lz4,
             },
             shadow: options.shadow,
+            part_bytes: options.part_bytes,
             parallel: env.has_threads(),
             ..EncodeOptions::default()
         };

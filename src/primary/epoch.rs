@@ -74,6 +74,7 @@ impl<G: Guest> Builder<'_, G> {
     pub async fn build(&mut self, last: bool) -> Result<bool, SessionEnd> {
         let known = self.compare().await?;
         let plan = self.first.clone();
+        let compared = known.is_some();
         let full = plan.as_ref().is_some_and(|p| p.path == SyncPath::Full);
         let audit = plan.as_ref().is_some_and(|p| p.audit);
         let epoch = self.begin(full, known.is_some()).await;
@@ -164,6 +165,14 @@ impl<G: Guest> Builder<'_, G> {
         self.engine.repair = None;
         self.first = None;
         count(&self.engine.meters.guest, &finished.stats);
+        if compared {
+            let stats = &finished.stats;
+            tracing::info!(
+                guest = %self.engine.options.guest, %epoch, alike = stats.refreshed,
+                bytes = stats.encoded_bytes,
+                "compared with what the standby has: pages that are alike need not be sent"
+            );
+        }
         finished
             .parts
             .into_iter()

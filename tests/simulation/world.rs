@@ -447,6 +447,8 @@ impl World {
     /// Faults, then the end that the script or the dice want.
     pub async fn run(&mut self, script: Script) {
         self.start_b();
+        // Some guests have worked long before they are protected: more than one part is to be sent.
+        sleep(self.dice.micros(0..4_000_000)).await;
         self.start_a();
         let gap = self.dice.pick(100_000..2_000_000);
         for _ in 0..script.steps {
