@@ -181,6 +181,7 @@ fn faults_lose_nothing_and_replication_converges() {
         "compare",
         "full",
         "cut-off",
+        "ground",
         "promoted",
         "converged",
     ];

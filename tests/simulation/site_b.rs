@@ -127,10 +127,13 @@ async fn supervise(
     }
 }
 
-/// Says so if a first copy was cut off and something of it is there.
+/// Says so if a first copy was cut off and something of it is there, or has become ground.
 fn note_rest(trace: &Trace, replica: &Replica<MemStore>) {
     if let Some(rest) = replica.journal().rest() {
         trace.note("cut-off", format_args!("{rest:?}"));
+    }
+    if let Some((epoch, _)) = replica.journal().ground() {
+        trace.note("ground", format_args!("#{epoch}"));
     }
 }
 
