@@ -15,7 +15,7 @@ use crate::config::resolved::{
 };
 use crate::control::codes::Reason;
 use crate::control::types::ApiError;
-use crate::frame::Codec;
+use crate::frame::{Codec, EncodeOptions};
 use crate::ids::{Generation, GuestId, SiteId};
 use crate::journal::Retention;
 use crate::metrics::Metrics;
@@ -143,6 +143,7 @@ pub(super) fn primary_options(
             Compression::Auto => primary::Compression::Auto,
         },
         shadow: replication.shadow,
+        part_bytes: EncodeOptions::default().part_bytes,
         max_backlog: usize::try_from(replication.max_backlog_bytes).unwrap_or(usize::MAX),
         max_inflight: INFLIGHT_MAX,
         round_pages: ROUND_PAGES,

@@ -141,7 +141,7 @@ impl<S: Store> Journal<S> {
     ) -> Result<CheckReport, JournalError> {
         self.usable()?;
         let mut report = CheckReport::default();
-        let has_base = self.super_.base_epoch > Epoch(0);
+        let has_base = self.super_.base_epoch > Epoch(0) && !self.super_.base_is_unfinished();
         let pages = self
             .layout
             .as_ref()
@@ -283,6 +283,7 @@ impl<S: Store> Journal<S> {
     pub fn rebuild_index(&mut self) -> Result<RecoveryReport, JournalError> {
         self.writable("rebuilding the catalogue")?;
         self.abort();
+        self.release_rest();
         // Times at which points became durable are known to the catalogue alone.
         let hints = Hints {
             frames: self.frames.iter().map(|f| (f.epoch, f.clone())).collect(),

@@ -3,7 +3,8 @@
 //! ```text
 //!   idle ──write_part 0──> pending ──write_part k──> pending ──commit(last)──> durable point
 //!     ^                       │ abort, raise_generation, part 0 of another epoch
-//!     └───────────────────────┘
+//!     └───────────────────────┤
+//!                             └ cut_off, of a first copy: its parts stay as a rest (rest.rs)
 //! ```
 
 use std::collections::BTreeMap;
@@ -40,6 +41,11 @@ impl Pending {
             rows: Vec::new(),
             extent: BTreeMap::new(),
         }
+    }
+
+    /// A header of the frame, and where its parts are.
+    pub fn into_parts(self) -> (PartHeader, Vec<Loc>) {
+        (self.first, self.parts)
     }
 
     fn take(&mut self, view: &PartView<'_>) -> Result<(), JournalError> {
@@ -218,6 +224,8 @@ impl<S: Store> Journal<S> {
         self.check_header(header)?;
         if header.part == 0 {
             self.abort();
+            // Whoever sends another frame did not want to compare.
+            self.release_rest();
             self.highest = self.highest.max(header.epoch);
             self.pending = Some(Pending::new(header.clone()));
         }

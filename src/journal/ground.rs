@@ -13,11 +13,13 @@
 //! lost): the primary compares it page by page and sends what differs, and the first frame's root is
 //! that of the whole image. From that frame on it is a base image like any other.
 //!
+//! More can be laid over ground once: the rest of a first copy that was cut off (`rest.rs`).
+//!
 //! A crash before the superblock leaves files that a later step removes, or that a fold writes anew. A
 //! base image that is left when all points were lost is ground too.
 
 use super::base::{Base, Writer};
-use super::error::JournalError;
+use super::error::{JournalError, is_full};
 use super::fold::apply;
 use super::open::Journal;
 use super::replay::{load_base, none_left};
@@ -33,6 +35,19 @@ pub struct Laying {
 }
 
 impl Laying {
+    pub(super) fn of(layout: &Layout) -> Self {
+        Self {
+            layout: layout.clone(),
+            next: PageAddr::new(0, 0),
+        }
+    }
+
+    /// See [`end`](Self::end).
+    pub(super) fn ended(mut self) -> Self {
+        self.end();
+        self
+    }
+
     /// What it is made for.
     pub fn layout(&self) -> &Layout {
         &self.layout
@@ -53,7 +68,7 @@ impl Laying {
     }
 }
 
-/// The content of ground. Stays as it is while the journal has no point.
+/// The content of ground. Stays as it is while the journal has no point and nothing is laid over it.
 pub struct Ground<S: Store>(Base<S>);
 
 impl<S: Store> Ground<S> {
@@ -67,7 +82,9 @@ impl<S: Store> Journal<S> {
     /// Epoch and image root of the ground; `None` if there are points, or nothing.
     pub fn ground(&self) -> Option<(Epoch, ImageRoot)> {
         let super_ = &self.super_;
-        let whole = super_.base_epoch != Epoch(0) && super_.floor == super_.base_epoch;
+        let whole = super_.base_epoch != Epoch(0)
+            && super_.floor == super_.base_epoch
+            && !super_.base_is_unfinished();
         (whole && self.frames.is_empty()).then_some((super_.base_epoch, super_.base_root))
     }
 
@@ -91,15 +108,13 @@ impl<S: Store> Journal<S> {
         }
         let begun = self.remove_base();
         self.guard(begun)?;
-        Ok(Laying {
-            layout: layout.clone(),
-            next: PageAddr::new(0, 0),
-        })
+        Ok(Laying::of(layout))
     }
 
     fn layable(&self) -> Result<(), JournalError> {
         self.writable("laying ground")?;
-        match self.frames.is_empty() && self.super_.base_epoch == Epoch(0) {
+        let none = self.super_.base_epoch == Epoch(0) || self.super_.base_is_unfinished();
+        match self.frames.is_empty() && none {
             true => Ok(()),
             false => Err(JournalError::NotEmpty),
         }
@@ -164,10 +179,16 @@ impl<S: Store> Journal<S> {
             return Err(JournalError::NoSpace { free, reserve });
         }
         let base: Base<S> = Base::open(&self.store, &laying.layout, true)?;
-        let mut writer = Writer::new(&base, false);
+        let mut writer = Writer::new(&base, self.super_.base_is_unfinished());
         // The image that is laid is the same as that of a fold: the frame's content over the base.
         let applied = apply(&mut writer, part).and_then(|()| writer.flush());
         let written = writer.written;
+        let applied = applied.map_err(|error| match error {
+            JournalError::Io { error, .. } if is_full(&error) => {
+                JournalError::NoSpace { free: 0, reserve }
+            }
+            other => other,
+        });
         self.guard(applied)?;
         self.counters.base_bytes += written;
         Ok(())
@@ -193,7 +214,7 @@ impl<S: Store> Journal<S> {
     }
 
     /// All pages are laid: makes them the ground, numbered `epoch`, which is above all epochs that were
-    /// ever seen here. Returns the root of its RAM. Durable then.
+    /// ever seen here. Returns the root of its RAM. Durable then; a rest is given up.
     pub fn finish_ground(
         &mut self,
         laying: Laying,
@@ -213,6 +234,7 @@ impl<S: Store> Journal<S> {
         self.write_super(|s| {
             (s.base_epoch, s.floor, s.base_root) = (epoch, epoch, root);
         })?;
+        self.release_rest();
         Ok(root)
     }
 }

@@ -9,7 +9,8 @@
 //! * A run of surplus points that ends at a point wanted by a tier is merged into that point.
 //! * A run that ends at a recent point is still growing: of it, frames that stand for similarly many
 //!   epochs are merged a batch at a time, so that a page is rewritten a logarithmic number of times.
-//! * When the disk is full only the newest points are wanted, and merging, which needs space, waits.
+//! * When the disk is full only the newest points are wanted, and merging, which needs space, waits; the
+//!   rest of a first copy is given up.
 //!
 //! * What a view holds stays: then nothing is folded, unless the disk is full (`view.rs`).
 //! * While a guest that runs gets its memory from here (`reader.rs`), nothing is done at all.
@@ -91,6 +92,9 @@ impl<S: Store> Journal<S> {
         self.writable("maintenance")?;
         self.tick(now)?;
         self.watch_space()?;
+        if self.pressed {
+            self.release_rest();
+        }
         self.tend_holds();
         let lent = self.store.is_lent();
         let lent = lent.map_err(|e| JournalError::io("ask who reads", "the journal", e))?;

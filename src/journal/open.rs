@@ -9,6 +9,7 @@ use super::fold::Fold;
 use super::marks::Marks;
 use super::reading::read_part;
 use super::recover::{Recovered, Recovery, RecoveryReport};
+use super::rest::Rest;
 use super::rows::Rows;
 use super::segment::{self, Lane, Loc, Segments};
 use super::store::{LockError, Store};
@@ -17,7 +18,7 @@ use super::view::Holds;
 use super::{JournalOptions, RecoveryPoint};
 use crate::clock::Timestamp;
 use crate::frame::{FrameError, Manifest, PartView};
-use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId};
+use crate::ids::{Epoch, Generation, GuestId, JournalId};
 use crate::page::Layout;
 
 /// The durable history of one guest. See the module's documentation.
@@ -39,6 +40,8 @@ pub struct Journal<S: Store> {
     pub(super) spared: BTreeSet<Epoch>,
     pub(super) preferred: BTreeSet<Epoch>,
     pub(super) pending: Option<Pending>,
+    /// While there is no frame, and none is pending.
+    pub(super) rest: Option<Rest>,
     pub(super) fold: Option<Fold>,
     /// Dropped before the lock: nobody can change what a view reads before it has ended.
     pub(super) holds: Holds,
@@ -131,6 +134,7 @@ impl<S: Store> Journal<S> {
             spared: BTreeSet::new(),
             preferred: BTreeSet::new(),
             pending: None,
+            rest: None,
             fold: None,
             holds: Holds::default(),
             pressed: false,
@@ -167,6 +171,7 @@ impl<S: Store> Journal<S> {
         for loc in self.frames.iter().flat_map(|f| &f.parts) {
             self.segments.retain(*loc);
         }
+        self.take_rest(recovered.rest);
         self.take_marks(recovered.marks, hints, &mut report);
         if let Some(newest) = self.frames.last()
             && self.layout.is_none()
@@ -324,6 +329,7 @@ impl<S: Store> Journal<S> {
         }
         // A frame of the old owner that is under way must not become a point of the new one.
         self.abort();
+        self.release_rest();
         self.write_super(|s| s.generation = generation)
     }
 
@@ -502,7 +508,7 @@ fn open_super<S: Store>(
                 journal: random_id()?,
                 generation: Generation(0),
                 base_epoch: Epoch(0),
-                base_root: ImageRoot([0; 32]),
+                base_root: superblock::NO_ROOT,
                 floor: Epoch(0),
                 segment_bytes: options.segment_bytes,
                 marks: 0,

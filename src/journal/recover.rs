@@ -34,6 +34,7 @@ use super::catalogue::{FrameInfo, Hints};
 use super::error::JournalError;
 use super::marks::Marks;
 use super::reading::{read_headers, verify_frame};
+use super::rest::{Kept, Rest};
 use super::scan::{self, Found};
 use super::segment::{Loc, Segments};
 use super::store::Store;
@@ -58,6 +59,8 @@ pub struct RecoveryReport {
     pub full_scan: bool,
     /// Epochs whose commit was cut off. They were never acknowledged.
     pub torn: Vec<Epoch>,
+    /// One of them was the first copy, and what came of it is of use.
+    pub rest: Option<Kept>,
     /// Epochs that were durable and are lost because they, or something before them, are damaged.
     /// History ends before them, or goes on after them with a full frame.
     pub lost: Vec<Epoch>,
@@ -84,6 +87,8 @@ pub(super) struct Recovered {
     pub chain: Vec<FrameInfo>,
     pub highest: Epoch,
     pub marks: Option<(Marks, Loc)>,
+    /// Where there is no history: what there is of a first copy.
+    pub rest: Option<Rest>,
     pub report: RecoveryReport,
     /// Segments with frames that no row promised to be durable.
     pub unsynced: Vec<u32>,
@@ -239,6 +244,8 @@ impl<'a, S: Store> Recovery<'a, S> {
         let (chain, unsynced) = self.chain(&mut pool, thorough, &mut report);
         let end = chain.last().map_or(self.super_.base_epoch, |f| f.epoch);
         self.sort_leftovers(&pool, &chain, end, &mut report);
+        let rest = self.rest(&pool).filter(|_| chain.is_empty());
+        report.rest = rest.as_ref().map(Rest::kept);
         let mut points = chain.iter().filter(|f| f.epoch > self.super_.floor);
         report.points = points.clone().count();
         report.newest = points.next_back().map_or(Epoch(0), |f| f.epoch);
@@ -250,6 +257,7 @@ impl<'a, S: Store> Recovery<'a, S> {
                 .into_iter()
                 .filter(|(m, _)| m.rank(self.super_.marks).is_some())
                 .max_by_key(|(m, loc)| (m.number, *loc)),
+            rest,
             report,
             unsynced,
         }
@@ -446,6 +454,15 @@ impl<'a, S: Store> Recovery<'a, S> {
             }
         }
         Err(error)
+    }
+
+    /// The newest frame that may have been a first copy, and was never durable.
+    fn rest(&self, pool: &BTreeMap<Epoch, Vec<Candidate>>) -> Option<Rest> {
+        let candidates = pool.values().flatten().filter(|c| c.row.is_none());
+        let found = |c: &Candidate| Rest::found(self.super_, &c.header, &c.parts);
+        candidates
+            .filter_map(found)
+            .max_by_key(|rest| rest.frame.epoch)
     }
 
     fn sort_leftovers(

@@ -24,6 +24,9 @@ pub(super) const NAMES: [&str; 2] = ["super.0", "super.1"];
 /// Bytes of one superblock: room for the largest layout (64 regions, about 4.5 KiB).
 pub(super) const BYTES: usize = 8192;
 
+/// The root of a base whose content is in between: ground that another layer is laid over.
+pub(super) const NO_ROOT: ImageRoot = ImageRoot([0; 32]);
+
 const MAGIC: [u8; 8] = *b"LBSUPER1";
 const VERSION: u32 = 1;
 const BODY_AT: usize = 16;
@@ -42,7 +45,7 @@ pub(super) struct Super {
     pub generation: Generation,
     /// The base image holds all of this epoch and before; 0 = it is empty.
     pub base_epoch: Epoch,
-    /// Image root at `base_epoch`.
+    /// Image root at `base_epoch`; [`NO_ROOT`] if the base is empty, or neither of two grounds (`rest.rs`).
     pub base_root: ImageRoot,
     /// Points up to here are gone. Above `base_epoch` while a fold is under way.
     pub floor: Epoch,
@@ -66,6 +69,11 @@ pub(super) enum Slot {
 }
 
 impl Super {
+    /// True if laying a rest over ground has begun and not ended.
+    pub fn base_is_unfinished(&self) -> bool {
+        self.base_epoch != Epoch(0) && self.base_root == NO_ROOT
+    }
+
     pub fn pack(&self) -> Vec<u8> {
         let body = postcard::to_stdvec(self).expect("a superblock has no failing encoder");
         assert!(BODY_AT + body.len() <= CRC_AT, "a layout is bounded");

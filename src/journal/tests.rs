@@ -5,6 +5,7 @@ mod dir;
 mod features;
 mod ground;
 mod reader;
+mod rest;
 mod rot;
 mod segments;
 mod views;

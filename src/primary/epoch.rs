@@ -29,7 +29,9 @@ use crate::frame::{Codec, EncodeStats, FINGERPRINT_PAGES_MAX, Fingerprints, Fram
 use crate::guest::{Contents, Guest, GuestError, RunState};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
-use crate::metrics::labels::{CheckpointResult, PageEncoding, Phase as MetricPhase, VerifyResult};
+use crate::metrics::labels::{
+    CheckpointResult, PageEncoding, Phase as MetricPhase, ResyncReason, VerifyResult,
+};
 use crate::page::PAGE_SIZE;
 use crate::wire::message::ToStandby;
 
@@ -55,6 +57,9 @@ pub(super) struct Builder<'a, G> {
     pub head: Head,
     /// What the first frame of the session has to do; `None` afterwards.
     pub first: Option<Plan>,
+    /// The standby had no point when the session began: until the first frame is made, what it hangs on
+    /// is ground, or nothing.
+    pub pointless: bool,
     /// With automatic compression: whether the denser codec is in use; `None` at first.
     pub dense: Option<bool>,
 }
@@ -74,6 +79,7 @@ impl<G: Guest> Builder<'_, G> {
     pub async fn build(&mut self, last: bool) -> Result<bool, SessionEnd> {
         let known = self.compare().await?;
         let plan = self.first.clone();
+        let compared = known.is_some();
         let full = plan.as_ref().is_some_and(|p| p.path == SyncPath::Full);
         let audit = plan.as_ref().is_some_and(|p| p.audit);
         let epoch = self.begin(full, known.is_some()).await;
@@ -164,6 +170,14 @@ impl<G: Guest> Builder<'_, G> {
         self.engine.repair = None;
         self.first = None;
         count(&self.engine.meters.guest, &finished.stats);
+        if compared {
+            let stats = &finished.stats;
+            tracing::info!(
+                guest = %self.engine.options.guest, %epoch, alike = stats.refreshed,
+                bytes = stats.encoded_bytes,
+                "compared with what the standby has: pages that are alike need not be sent"
+            );
+        }
         finished
             .parts
             .into_iter()
@@ -432,7 +446,23 @@ impl<G: Guest> Builder<'_, G> {
             .guest
             .checkpoint(CheckpointResult::Aborted);
         self.engine.publish(|s| s.blocked_on = Some(why));
+        self.compare_with_rest();
         Ok(())
+    }
+
+    /// A first copy was given up: what had arrived of it need not be sent again. It becomes ground, under
+    /// a new number.
+    fn compare_with_rest(&mut self) {
+        let Some(plan) = self.first.as_mut().filter(|_| self.pointless) else {
+            return;
+        };
+        (self.head.epoch, self.head.root) = (Epoch(0), ImageRoot([0; 32]));
+        // Not if everything is sent because it has to be.
+        if plan.resync == Some(ResyncReason::Initial) && plan.path == SyncPath::Full {
+            plan.path = SyncPath::Compare;
+            let shown = (plan.path, plan.reason.clone());
+            self.engine.publish(|s| s.path = Some(shown));
+        }
     }
 
     /// Applies one message of the standby.

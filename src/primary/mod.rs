@@ -86,6 +86,8 @@ pub struct PrimaryOptions {
     pub compression: Compression,
     /// Keep a copy of the guest's RAM to encode differences against.
     pub shadow: bool,
+    /// Size of a frame's parts, as in [`EncodeOptions`](crate::frame::EncodeOptions::part_bytes).
+    pub part_bytes: usize,
     /// Most encoded bytes that wait for the link, and most bytes of a cut (1 MiB or more).
     pub max_backlog: usize,
     /// Most checkpoints on their way at once.

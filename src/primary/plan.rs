@@ -14,9 +14,10 @@
 //!
 //! An *audit* reads all RAM and disks, ships only what is dirty, and so proves by the image root that
 //! the standby has everything else. To *compare* is to ask the standby for the fingerprints of all pages
-//! of its newest point, to read everything, and to ship what differs. *Ground* is what a site still has
-//! of a guest that ran there: no recovery point, but something to compare with. The standby may say that
-//! it cannot tell; everything is sent then.
+//! of its newest point, to read everything, and to ship what differs. *Ground* is what a site has of a
+//! guest without a recovery point, to compare with: what ran there last, a seed that came in a file, or
+//! what had arrived of a first copy that was cut off. The standby may say that it cannot tell;
+//! everything is sent then.
 
 use serde::{Deserialize, Serialize};
 
@@ -93,7 +94,10 @@ pub(super) fn plan(opened: &Opened, memory: Memory<'_>) -> Plan {
     let Some(newest) = &opened.newest else {
         let none = "the standby has no recovery point of this guest";
         return match opened.ground {
-            true => compare(Why::Initial, format!("{none}, but what ran there last")),
+            true => compare(
+                Why::Initial,
+                format!("{none}, but content of it to compare with"),
+            ),
             false => full(Why::Initial, none.into()),
         };
     };

@@ -333,6 +333,7 @@ async fn build_inner<G: Guest>(
         events,
         head,
         first: Some(plan),
+        pointless: newest.is_none(),
         dense: None,
     };
     let mut next_cut = Instant::now();

@@ -2,11 +2,15 @@
 //! back to it sends only what differs. See `journal::ground` for what ground is.
 //!
 //! ```text
-//!   Compare{N} ──▶ is there ground? ──▶ yes: that one
-//!                        └─▶ no: read 16 MiB of the leftover ──▶ lay, under the lock ─┐
-//!                                  ▲──────────────────────────────────────────────────┘
-//!                                  └─▶ all: make it the ground N, show it in the image
+//!   Compare{N} ─┬▶ a first copy that was cut off ──▶ lay a part of it over the ground ─┐ under the lock,
+//!               │                                      ▲───────────────────────────────┤ a piece at a
+//!               ├▶ nothing, but a leftover ──▶ read 16 MiB of it, and lay them ────────┤ time
+//!               │                                      ▲───────────────────────────────┤
+//!               │                  make it the ground N, show it in the image ◀────────┘ all is laid
+//!               └▶ ground ──▶ that one
 //! ```
+//!
+//! What was cut off is newer than any ground that is here, so it always comes first.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -15,7 +19,7 @@ use super::replica::{Replica, ReplicaError, SessionId};
 use super::session::lock;
 use crate::clock::Env;
 use crate::ids::{Epoch, ImageRoot};
-use crate::journal::{Ground, Laying, Store};
+use crate::journal::{Ground, Laid, Laying, Store};
 use crate::page::{PAGE_SIZE, PageAddr};
 
 /// Pages that are read and laid at once: 16 MiB.
@@ -31,9 +35,12 @@ pub trait Leftover: Send + Sync + 'static {
 }
 
 /// Ground that is being laid, and of what.
-type Begun = (Laying, Box<dyn Leftover>);
+enum Begun {
+    Leftover(Laying, Box<dyn Leftover>),
+    Rest(Laying),
+}
 
-/// The ground of the copy, made of `leftover` if there is none yet. Blocking work is done elsewhere.
+/// The ground of the copy, made of `leftover` if there is nothing yet. Blocking work is done elsewhere.
 ///
 /// The inner error is for the primary: there is nothing to compare with.
 pub(super) async fn ground<S: Store>(
@@ -45,26 +52,69 @@ pub(super) async fn ground<S: Store>(
 ) -> Result<(Epoch, ImageRoot, Ground<S>), ReplicaError> {
     let owner = replica.clone();
     let begun = env.offload(move || lock(&owner).begin_ground(session, epoch, leftover));
-    if let Some((mut laying, mut leftover)) = begun.await? {
-        while let Some((at, left)) = laying.next() {
-            let owner = replica.clone();
-            let laid = env.offload(move || {
-                let mut pages = vec![0; left.min(PAGES) as usize * PAGE_SIZE];
-                leftover
-                    .read(at, &mut pages)
-                    .map_err(ReplicaError::Leftover)?;
-                lock(&owner).lay(session, &mut laying, &pages)?;
-                Ok::<_, ReplicaError>((laying, leftover))
-            });
-            (laying, leftover) = laid.await?;
+    match begun.await? {
+        Some(Begun::Leftover(laying, leftover)) => {
+            lay_leftover(env, replica, (session, epoch), laying, leftover).await?;
         }
-        let owner = replica.clone();
-        let finished = env.offload(move || lock(&owner).finish_ground(session, laying, epoch));
-        finished.await?;
-        env.offload(move || leftover.used()).await;
+        Some(Begun::Rest(laying)) => lay_rest(env, replica, (session, epoch), laying).await?,
+        None => {}
     }
     let owner = replica.clone();
     env.offload(move || lock(&owner).hold_ground(session)).await
+}
+
+async fn lay_leftover<S: Store>(
+    env: &Env,
+    replica: &Arc<Mutex<Replica<S>>>,
+    (session, epoch): (SessionId, Epoch),
+    mut laying: Laying,
+    mut leftover: Box<dyn Leftover>,
+) -> Result<(), ReplicaError> {
+    while let Some((at, left)) = laying.next() {
+        let owner = replica.clone();
+        let laid = env.offload(move || {
+            let mut pages = vec![0; left.min(PAGES) as usize * PAGE_SIZE];
+            leftover
+                .read(at, &mut pages)
+                .map_err(ReplicaError::Leftover)?;
+            lock(&owner).lay(session, &mut laying, &pages)?;
+            Ok::<_, ReplicaError>((laying, leftover))
+        });
+        (laying, leftover) = laid.await?;
+    }
+    let owner = replica.clone();
+    let finished = env.offload(move || lock(&owner).finish_ground(session, laying, epoch));
+    finished.await?;
+    env.offload(move || leftover.used()).await;
+    Ok(())
+}
+
+async fn lay_rest<S: Store>(
+    env: &Env,
+    replica: &Arc<Mutex<Replica<S>>>,
+    (session, epoch): (SessionId, Epoch),
+    mut laying: Laying,
+) -> Result<(), ReplicaError> {
+    let (mut laid, mut more) = (Laid::default(), true);
+    while more {
+        let owner = replica.clone();
+        let done = env.offload(move || {
+            let more = lock(&owner).lay_rest(session, &mut laying, &mut laid)?;
+            Ok::<_, ReplicaError>((more, laying, laid))
+        });
+        (more, laying, laid) = done.await?;
+    }
+    let owner = replica.clone();
+    let finished = env.offload(move || {
+        let mut replica = lock(&owner);
+        replica.finish_ground(session, laying, epoch)?;
+        tracing::info!(
+            guest = %replica.guest, parts = laid.parts, bytes = laid.bytes, pages = laid.pages,
+            "a first copy that was cut off goes on: what had arrived is compared with, and need not come again"
+        );
+        Ok(())
+    });
+    finished.await
 }
 
 impl<S: Store> Replica<S> {
@@ -75,7 +125,7 @@ impl<S: Store> Replica<S> {
             .filter(|(epoch, _)| self.shows == Some(*epoch))
     }
 
-    /// `None` if there is ground.
+    /// `None` if there is ground, and nothing to lay over it.
     fn begin_ground(
         &mut self,
         session: SessionId,
@@ -83,11 +133,14 @@ impl<S: Store> Replica<S> {
         leftover: Option<Box<dyn Leftover>>,
     ) -> Result<Option<Begun>, ReplicaError> {
         self.own(session)?;
-        if self.ground().is_some() {
+        let rest = self.journal.rest().is_some();
+        if self.ground().is_some() && !rest {
             return Ok(None);
         }
-        let nothing = || ReplicaError::NoPoint(self.guest.clone(), " and nothing else".into());
-        let leftover = leftover.ok_or_else(nothing)?;
+        if leftover.is_none() && !rest {
+            let nothing = " and nothing else".into();
+            return Err(ReplicaError::NoPoint(self.guest.clone(), nothing));
+        }
         if epoch <= self.journal.highest_epoch() {
             return Err(ReplicaError::NoPoint(
                 self.guest.clone(),
@@ -95,7 +148,10 @@ impl<S: Store> Replica<S> {
             ));
         }
         let layout = self.session_layout().clone();
-        Ok(Some((self.journal.begin_ground(&layout)?, leftover)))
+        Ok(Some(match leftover.filter(|_| !rest) {
+            Some(leftover) => Begun::Leftover(self.journal.begin_ground(&layout)?, leftover),
+            None => Begun::Rest(self.journal.begin_rest(&layout)?),
+        }))
     }
 
     fn lay(
@@ -108,6 +164,17 @@ impl<S: Store> Replica<S> {
         Ok(self.journal.lay(laying, pages)?)
     }
 
+    /// `false` when there is no more.
+    fn lay_rest(
+        &mut self,
+        session: SessionId,
+        laying: &mut Laying,
+        laid: &mut Laid,
+    ) -> Result<bool, ReplicaError> {
+        self.own(session)?;
+        Ok(self.journal.lay_rest(laying, laid)?)
+    }
+
     fn finish_ground(
         &mut self,
         session: SessionId,
@@ -115,8 +182,11 @@ impl<S: Store> Replica<S> {
         epoch: Epoch,
     ) -> Result<(), ReplicaError> {
         self.own(session)?;
+        let layout = laying.layout().clone();
         self.journal.finish_ground(laying, epoch)?;
-        self.rebuild_image()
+        // The session goes on, with a full copy if the ground turns out to be damaged.
+        (self.image, self.shows) = (None, None);
+        self.ready_image(&layout)
     }
 
     fn hold_ground(

@@ -370,14 +370,14 @@ impl<S: Store> Replica<S> {
             generation: self.journal.generation(),
             newest,
             highest_epoch: self.journal.highest_epoch(),
-            ground: self.ground().is_some(),
+            ground: self.ground().is_some() || self.journal.rest().is_some(),
         };
         Ok((SessionId(self.session), opened))
     }
 
     /// An image of the newest point; if it is damaged or there is none, one that shows no point, for
     /// a full copy.
-    fn ready_image(&mut self, layout: &Layout) -> Result<(), ReplicaError> {
+    pub(super) fn ready_image(&mut self, layout: &Layout) -> Result<(), ReplicaError> {
         if self.image.is_none() {
             match self.rebuild_image() {
                 Err(error) if error.is_damage() => self.problem(&error),
@@ -398,9 +398,10 @@ impl<S: Store> Replica<S> {
         }
     }
 
+    /// The frame that is under way will not come to its end. What arrived of a first copy stays.
     pub(super) fn drop_incoming(&mut self) {
         self.incoming = None;
-        self.journal.abort();
+        self.journal.cut_off();
     }
 
     /// Ends the session for good: this copy is about to be deleted, or to be opened anew. What its

@@ -180,6 +180,8 @@ fn faults_lose_nothing_and_replication_converges() {
         "delta",
         "compare",
         "full",
+        "cut-off",
+        "ground",
         "promoted",
         "converged",
     ];

@@ -47,6 +47,8 @@ pub fn options(
             Compression::Auto,
         ][dice.pick(0..3) as usize],
         shadow: !dice.one_in(3),
+        // The smallest: only few frames of so small a guest have several.
+        part_bytes: 0,
         max_backlog: BACKLOG_BYTES,
         max_inflight: dice.pick(1..5) as usize,
         round_pages: dice.pick(1..60),

@@ -110,6 +110,7 @@ async fn supervise(
                 site.trace
                     .note("standby", format_args!("open at #{newest}: {report:?}"));
                 site.checker.recovered(replica.journal(), false);
+                note_rest(&site.trace, &replica);
                 Arc::new(Mutex::new(replica))
             }
             Err(error) => {
@@ -123,6 +124,16 @@ async fn supervise(
         let why = listen(&site, dice.fork(), replica).await;
         site.net.unlisten();
         site.trace.note("reopen", why);
+    }
+}
+
+/// Says so if a first copy was cut off and something of it is there, or has become ground.
+fn note_rest(trace: &Trace, replica: &Replica<MemStore>) {
+    if let Some(rest) = replica.journal().rest() {
+        trace.note("cut-off", format_args!("{rest:?}"));
+    }
+    if let Some((epoch, _)) = replica.journal().ground() {
+        trace.note("ground", format_args!("#{epoch}"));
     }
 }
 
@@ -158,7 +169,10 @@ async fn listen(site: &SiteB, mut dice: Dice, replica: Shared) -> String {
             }
             Some(ended) = sessions.join_next() => match ended {
                 Ok((SessionEnd::Broken(error), _)) => break error.to_string(),
-                Ok((end, _)) => site.trace.note("session", format_args!("ended: {end:?}")),
+                Ok((end, _)) => {
+                    site.trace.note("session", format_args!("ended: {end:?}"));
+                    note_rest(&site.trace, &lookup.replica.lock().unwrap());
+                }
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             },
             Some((rx, tx)) = incoming.recv() => {

@@ -5,6 +5,7 @@
 //!   failover      kill -9 in mid-epoch, refusals, an old owner that returns
 //!   restart       daemons that end or are killed under a running guest
 //!   link          a link that is cut, or stalls
+//!   cut_off       a first copy that is cut off goes on where it stopped
 //!   quiesce       checkpoints of applications at rest
 //!   bandwidth     a limit of what is sent over it
 //!   bench         measurements in quick runs, beside QEMU
@@ -42,6 +43,7 @@ mod bandwidth;
 mod bench;
 mod bundle;
 mod cli;
+mod cut_off;
 mod doctor;
 mod drills;
 mod events;

@@ -23,6 +23,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::super::workspace::{GUEST, LOOPBACK};
 use crate::clock::Env;
+use crate::frame::EncodeOptions;
 use crate::guest::CutStrategy;
 use crate::guest::fake::FakeMachine;
 use crate::ids::{Generation, GuestId, SiteId};
@@ -213,6 +214,7 @@ fn options(site: &SiteId, peer: &SiteId, generation: Generation) -> PrimaryOptio
         strategy: CutStrategy::Auto,
         compression: Compression::Auto,
         shadow: true,
+        part_bytes: EncodeOptions::default().part_bytes,
         max_backlog: 64 << 20,
         max_inflight: 4,
         round_pages: 16 << 10,
