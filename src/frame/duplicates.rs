@@ -11,16 +11,19 @@
 //! is enough to find them, and equal means equal.
 //!
 //! * How far back a row may refer ([`WINDOW`]) is part of the format: it bounds what a reader keeps, and
-//!   each batch is decoded once all the same. Of the duplicates of Linux' memory that a part has
-//!   99 % are that near.
+//!   each batch is decoded once all the same. Of the duplicates that a part of Linux'
+//!   memory has 95 % and more are that near.
 //! * The table is as large as it ever gets from the beginning, and a slot has room for one page: what is
 //!   newer takes the place of what is older. So it depends on the pages alone what is found, and on
 //!   nobody's help.
 //!
-//! Dropped alternatives: a strong hash instead of the bytes (blake3 of a lone page takes three times as
-//! long, for a table that is not needed). References into other parts: a part could not be read alone,
-//! and every reader of the journal would have to. They would find most where a disk is full of what is in
-//! the page cache.
+//! A page costs 0.2 to 0.5 us more that way, where lz4 takes 1.5 to 6 of what is then sent.
+//!
+//! Dropped alternatives: a strong hash instead of the bytes (blake3 of a lone page takes seven times as
+//! long as the checksum, for a table that is not needed). Larger parts for first copies: parts of 16 MiB
+//! with a window of as much have 0.3 % more of the pages. References into other parts: no part could be
+//! read alone any more. They would find a disk's content that is in the page cache too, a third of all
+//! pages where the whole disk was read lately.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
