@@ -39,6 +39,7 @@ mod seeds;
 mod source;
 mod standbys;
 mod status;
+mod stays;
 mod supervisor;
 mod takeover;
 mod verbs;

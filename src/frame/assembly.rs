@@ -33,6 +33,9 @@ const SEALING_MAX: usize = 2;
 /// Most parts whose memory is kept.
 const SPARE_PARTS: usize = 4;
 
+/// Most batches whose memory is kept from one frame to the next.
+const SPARE_BATCHES: usize = 16;
+
 /// A batch that got smaller: the beginning of a buffer.
 struct Packed {
     codec: Codec,
@@ -130,12 +133,14 @@ impl Assembly {
         self.part.resize(HEADER_BYTES, 0);
     }
 
-    /// Takes the content of a batch, and leaves an empty buffer for the next.
-    pub fn pack(&mut self, codec: Codec, batch: &mut Vec<u8>) {
+    /// Takes the content of a batch, and leaves an empty buffer for the next. What is returned may be kept
+    /// to look at; then it comes back by [`give_back`](Self::give_back).
+    pub fn pack(&mut self, codec: Codec, batch: &mut Vec<u8>) -> Arc<Vec<u8>> {
         let spare = self.spare_batches.pop();
         let next = spare.unwrap_or_else(|| Vec::with_capacity(BATCH_RAW_MAX));
         let raw = Arc::new(std::mem::replace(batch, next));
         self.raw.push_back(raw.clone());
+        let kept = raw.clone();
         let worth = codec != Codec::None && raw.len() >= SHARED_BATCH_BYTES;
         let (compressors, outs) = (self.compressors.clone(), self.outs.clone());
         self.packing.submit(worth, move || {
@@ -154,6 +159,16 @@ impl Assembly {
                 }
             }
         });
+        kept
+    }
+
+    /// Takes the content of a batch that nobody looks at any more.
+    pub fn give_back(&mut self, raw: Arc<Vec<u8>>) {
+        // A helper whose work was done by another one may still read it.
+        if let Ok(mut raw) = Arc::try_unwrap(raw) {
+            raw.clear();
+            self.spare_batches.push(raw);
+        }
     }
 
     /// Sets the oldest batch behind those that the part has; returns its size before and after.
@@ -168,6 +183,8 @@ impl Assembly {
         let batch = Batch {
             codec,
             kind,
+            // Nothing that is stored.
+            nth: 0,
             raw_len: raw.len() as u32,
             len: bytes.len() as u32,
             at: (self.part.len() + BATCH_HEADER_BYTES) as u32,
@@ -177,11 +194,7 @@ impl Assembly {
         if let Some(packed) = packed {
             self.outs.put(packed.out);
         }
-        // A helper whose work was done by another one may still read it.
-        if let Ok(mut raw) = Arc::try_unwrap(raw) {
-            raw.clear();
-            self.spare_batches.push(raw);
-        }
+        self.give_back(raw);
         sizes
     }
 
@@ -242,6 +255,7 @@ impl Assembly {
         let enough = self.largest.max(PART_BYTES_MIN).saturating_mul(4);
         self.spare_parts.retain(|part| part.capacity() <= enough);
         self.spare_parts.truncate(self.sealed.1 as usize);
+        self.spare_batches.truncate(SPARE_BATCHES);
         self.sealed.0
     }
 

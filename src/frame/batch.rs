@@ -78,6 +78,8 @@ impl BatchKind {
 pub struct Batch {
     pub(super) codec: Codec,
     pub(super) kind: BatchKind,
+    /// Number among the part's batches of this kind.
+    pub(super) nth: u16,
     /// Decoded bytes, 1 to [`BATCH_RAW_MAX`].
     pub(super) raw_len: u32,
     /// Stored bytes, 1 to `raw_len`.
@@ -96,7 +98,8 @@ impl Batch {
         bytes
     }
 
-    /// Reads the header at `at` of a part's bytes, for a batch that must end at or before `end`.
+    /// Reads the header at `at` of a part's bytes, for a batch that must end at or before `end`. The
+    /// caller knows which of its kind it is.
     pub(super) fn parse(
         bytes: &[u8],
         at: usize,
@@ -111,6 +114,7 @@ impl Batch {
         let batch = Self {
             codec: Codec::from_tag(head[0]).ok_or(wrong("its codec is unknown"))?,
             kind: BatchKind::from_tag(head[1]).ok_or(wrong("its kind is unknown"))?,
+            nth: 0,
             raw_len: u32::from_le_bytes(array_at(&head, 4)),
             len: u32::from_le_bytes(array_at(&head, 8)),
             at: (at + BATCH_HEADER_BYTES) as u32,

@@ -9,6 +9,9 @@
 //!                 else ───────────────────────▶ raw
 //! ```
 //!
+//! In a full frame, if the reader knows them, a raw page that is equal to one shortly before it is a
+//! reference to that (see `duplicates`). Among changes there are too few of them.
+//!
 //! Who does what (see `helpers`; a small checkpoint is done before anybody would have woken up):
 //!
 //! ```text
@@ -72,6 +75,9 @@ pub struct EncodeOptions {
     pub shadow: bool,
     /// Let the process' helpers take part, if there are processors for them. What is made is the same.
     pub parallel: bool,
+    /// Full frames refer to equal pages; whoever reads them knows references. See
+    /// [`set_references`](Encoder::set_references).
+    pub references: bool,
 }
 
 impl Default for EncodeOptions {
@@ -81,6 +87,7 @@ impl Default for EncodeOptions {
             part_bytes: 4 << 20,
             shadow: true,
             parallel: false,
+            references: false,
         }
     }
 }
@@ -96,6 +103,8 @@ pub struct EncodeStats {
     pub delta: u64,
     /// Pages shipped whole.
     pub raw: u64,
+    /// Pages shipped as references to equal ones.
+    pub reference: u64,
     /// Pages outside `ship`.
     pub refreshed: u64,
     /// Bytes of the pages that were to be shipped (all but `refreshed`).
@@ -130,6 +139,7 @@ pub struct Encoder {
     /// Leaves that are being computed.
     hashing: Ordered<Vec<(usize, [u8; 32])>>,
     scratch: Vec<u8>,
+    references: bool,
     stats: EncodeStats,
 }
 
@@ -164,6 +174,7 @@ impl Encoder {
             unshipped: Bits::new(ram_pages),
             hashing: Ordered::new(options.parallel),
             scratch: Vec::with_capacity(DELTA_BYTES_LIMIT),
+            references: options.references,
             stats: EncodeStats::default(),
         })
     }
@@ -171,6 +182,11 @@ impl Encoder {
     /// Changes how batches are compressed, from the next batch on.
     pub fn set_codec(&mut self, codec: Codec) {
         self.writer.set_codec(codec);
+    }
+
+    /// Whether full frames refer to equal pages, from the next frame on.
+    pub fn set_references(&mut self, references: bool) {
+        self.references = references;
     }
 
     /// The layout that the encoder was made for.
@@ -184,7 +200,8 @@ impl Encoder {
         if start.full {
             self.forget();
         }
-        self.writer.begin(start, false);
+        let references = self.references && start.full;
+        self.writer.begin(start, false, references);
         self.stats = EncodeStats::default();
     }
 
@@ -356,8 +373,10 @@ impl Encoder {
     }
 
     fn ship_raw(&mut self, addr: PageAddr, page: &[u8; PAGE_SIZE]) {
-        self.stats.raw += 1;
-        self.writer.raw(addr, page);
+        match self.writer.raw(addr, page) {
+            true => self.stats.raw += 1,
+            false => self.stats.reference += 1,
+        }
     }
 
     /// Ends the frame. `pause` is how long the guest stood still. On an error the frame is still open:

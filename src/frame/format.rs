@@ -47,6 +47,7 @@ const FLAG_FIRST: u16 = 1;
 const FLAG_LAST: u16 = 2;
 const FLAG_FULL: u16 = 4;
 const FLAG_MERGED: u16 = 8;
+const FLAG_REFERENCES: u16 = 16;
 
 /// The header of a part.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +72,8 @@ pub struct PartHeader {
     pub full: bool,
     /// True if the frame was made of several.
     pub merged: bool,
+    /// True if raw rows may refer to earlier batches than the row before. Programs of old refuse it.
+    pub references: bool,
     /// Number of rows.
     pub rows: u32,
     /// Number of batches.
@@ -155,6 +158,7 @@ impl PartHeader {
             last: flags & FLAG_LAST != 0,
             full: flags & FLAG_FULL != 0,
             merged: flags & FLAG_MERGED != 0,
+            references: flags & FLAG_REFERENCES != 0,
             rows: u32_at(bytes, 88),
             batches: u32_at(bytes, 92),
             batch_bytes: u32_at(bytes, 96),
@@ -216,6 +220,7 @@ impl PartHeader {
             | flag(self.last, FLAG_LAST)
             | flag(self.full, FLAG_FULL)
             | flag(self.merged, FLAG_MERGED)
+            | flag(self.references, FLAG_REFERENCES)
     }
 
     pub(super) fn rows_at(&self) -> u64 {

@@ -40,6 +40,8 @@ pub struct Merger {
     content: BTreeMap<PageAddr, Merged>,
     first: Option<PartHeader>,
     full: bool,
+    /// A part had references; so may the merged one.
+    references: bool,
     /// The frame that is being fed.
     check: FrameCheck,
     /// The newest frame that was fed completely.
@@ -63,6 +65,7 @@ impl Merger {
             content: BTreeMap::new(),
             first: None,
             full: false,
+            references: false,
             check: FrameCheck::new(),
             last: None,
         }
@@ -77,6 +80,7 @@ impl Merger {
             self.begin_frame(header)?;
         }
         self.check.add(&part)?;
+        self.references |= header.references;
         part.for_each(|addr, content| self.take(addr, content))?;
         if let Some(footer) = part.footer() {
             let manifest = part.manifest()?;
@@ -178,7 +182,7 @@ impl Merger {
             parent_root: first.parent_root,
             full: self.full,
         };
-        writer.begin(start, true);
+        writer.begin(start, true, self.references);
         let mut scratch = Vec::new();
         for addr in self.zero.iter() {
             writer.zero(addr);

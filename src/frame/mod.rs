@@ -37,7 +37,9 @@
 //! * Applying a frame again, or to a page that already holds the new or a mixed content, gives the
 //!   new content: rows copy, they never XOR.
 //! * Of each kind, batches are referenced in ascending order, so that applying a part decodes each
-//!   batch once with two buffers of 64 KiB.
+//!   batch once with two buffers of 64 KiB. Where the header says so, a raw row may refer to any of the
+//!   64 batches of raw pages before the newest so far: its page is equal to one that is there (see
+//!   `duplicates`). Then it takes so many buffers, and each batch is decoded once all the same.
 //! * The header is judged by its own checksum before the body is read; the body is judged by the
 //!   blake3 in the trailer before any of it is decoded; decoding is bounded by the format's
 //!   constants, not by what the bytes say.
@@ -54,13 +56,15 @@
 //! a sorted row index (the fuzzy round and the cut would need two indexes or a sort in the path of
 //! the checkpoint); compressing single pages (half the speed and 6 % larger than batches).
 //!
-//! Version history: 1, the first.
+//! Version history: 1, the first. Later a flag of the header for rows that refer back, which programs
+//! that do not know it refuse; the wire negotiates it.
 
 mod assembly;
 mod batch;
 mod bits;
 mod check;
 mod delta;
+mod duplicates;
 mod encode;
 mod error;
 mod fingerprint;
@@ -89,7 +93,7 @@ pub use format::{FORMAT_VERSION, Footer, HEADER_BYTES, PartHeader};
 pub use helpers::encoding_threads;
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
 pub use merge::{Merger, merge};
-pub use part::{Content, PageImage, PageSink, PartView, Row, RowKind};
+pub use part::{Content, PageImage, PageSink, PartView, Row, RowKind, rows_hash, rows_in};
 pub use shadow::Shadow;
 pub use tree::ImageTree;
 pub use verified::{Decoded, VerifiedPart};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::PART_BYTES_MAX;
 use super::batch::{Batch, BatchKind, Decompressor};
 use super::delta::{self, DELTA_BYTES_MAX, DELTA_BYTES_MIN};
+use super::duplicates::WINDOW;
 use super::error::FrameError;
 use super::format::{
     FOOTER_BYTES, Footer, HEADER_BYTES, PartHeader, ROW_BYTES, TRAILER_BYTES, array_at,
@@ -197,7 +198,7 @@ impl<'a> PartView<'a> {
     }
 
     fn check_rows(&self) -> Result<(), FrameError> {
-        let mut newest = [0; 2];
+        let mut newest = [0u16; 2];
         let mut zero_pages = 0;
         for (number, bytes) in self.row_bytes().iter().enumerate() {
             let wrong = |why| FrameError::Row { row: number, why };
@@ -223,9 +224,16 @@ impl<'a> PartView<'a> {
                 .filter(|batch| batch.kind == kind)
                 .ok_or(wrong("it has no batch"))?;
             if row.batch < newest[kind.index()] {
-                return Err(wrong("its batch is out of order"));
+                if !self.header.references || kind != BatchKind::Raw {
+                    return Err(wrong("its batch is out of order"));
+                }
+                let newest = &self.batches[usize::from(newest[kind.index()])];
+                if usize::from(newest.nth - batch.nth) > WINDOW {
+                    return Err(wrong("it refers too far back"));
+                }
+            } else {
+                newest[kind.index()] = row.batch;
             }
-            newest[kind.index()] = row.batch;
             if u32::from(row.off) + u32::from(row.len) > batch.raw_len {
                 return Err(wrong("its content is outside its batch"));
             }
@@ -266,6 +274,11 @@ impl<'a> PartView<'a> {
         self.hash
     }
 
+    /// What [`rows_hash`] says of this part.
+    pub fn rows_hash(&self) -> [u8; 32] {
+        rows_hash(&self.header, self.row_bytes().as_flattened())
+    }
+
     /// The batches, in order.
     pub fn batches(&self) -> &[Batch] {
         &self.batches
@@ -278,30 +291,16 @@ impl<'a> PartView<'a> {
 
     /// The rows, in the order in which they apply.
     pub fn rows(&self) -> impl Iterator<Item = Row> + 'a {
-        self.row_bytes()
-            .iter()
-            .map(|bytes| Row::parse(bytes).expect("rows are checked by verify"))
+        rows_in(self.row_bytes().as_flattened()).map(|row| row.expect("rows are checked by verify"))
     }
 
     /// An error if a row names a page outside `layout`.
     pub fn check_layout(&self, layout: &Layout) -> Result<(), FrameError> {
-        for row in self.rows() {
-            let end = u64::from(row.addr.page) + u64::from(row.count);
-            if layout
-                .get(row.addr.region)
-                .is_none_or(|region| end > u64::from(region.pages))
-            {
-                return Err(FrameError::OutsideLayout {
-                    addr: row.addr,
-                    count: row.count,
-                });
-            }
-        }
-        Ok(())
+        self.rows().try_for_each(|row| row.check_layout(layout))
     }
 
     /// Decodes the part: calls `each` with every row's content, in order. Every batch is decoded
-    /// once, into one of two buffers of 64 KiB.
+    /// once, into one of two buffers of 64 KiB, or of so many more as rows may refer back.
     pub fn for_each<E: From<FrameError>>(
         &self,
         each: impl FnMut(PageAddr, Content<'_>) -> Result<(), E>,
@@ -316,7 +315,10 @@ impl<'a> PartView<'a> {
         mut each: impl FnMut(PageAddr, Content<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut decoder = Decompressor::default();
-        let mut open = [(None, Vec::new()), (None, Vec::new())];
+        // Of each kind the newest batches, each in a place of its own: a row that is due refers to none
+        // that another one has replaced.
+        let back = if self.header.references { WINDOW } else { 0 };
+        let mut open = [vec![(None, Vec::new()); back + 1], vec![(None, Vec::new())]];
         for row in self.rows().filter(|row| wants(row.addr.region)) {
             let kind = match row.kind {
                 RowKind::Zero => {
@@ -327,7 +329,9 @@ impl<'a> PartView<'a> {
                 RowKind::Delta => BatchKind::Delta,
             };
             let ahead = self.decoded.and_then(|decoded| decoded.batch(row.batch));
-            let (number, decoded) = &mut open[kind.index()];
+            let open = &mut open[kind.index()];
+            let place = usize::from(self.batches[usize::from(row.batch)].nth) % open.len();
+            let (number, decoded) = &mut open[place];
             if ahead.is_none() && *number != Some(row.batch) {
                 self.decode(row.batch, &mut decoder, decoded)?;
                 *number = Some(row.batch);
@@ -351,6 +355,8 @@ impl<'a> PartView<'a> {
         decoder: &mut Decompressor,
         out: &mut Vec<u8>,
     ) -> Result<(), FrameError> {
+        #[cfg(test)]
+        DECODED.set(DECODED.get() + 1);
         let batch = &self.batches[usize::from(number)];
         let stored = &self.bytes[batch.range()];
         batch
@@ -375,6 +381,32 @@ impl<'a> PartView<'a> {
     }
 }
 
+/// blake3 over the number of batches (u32) and the rows of a part: where the content of its pages lies.
+/// Whoever kept it of a part that was verified knows rows again that were read alone.
+pub fn rows_hash(header: &PartHeader, rows: &[u8]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&header.batches.to_le_bytes());
+    hasher.update(rows);
+    *hasher.finalize().as_bytes()
+}
+
+/// The rows that these bytes are, in order; `None` for impossible ones. A part that was verified has none
+/// of these.
+pub fn rows_in(bytes: &[u8]) -> impl Iterator<Item = Option<Row>> {
+    bytes.as_chunks().0.iter().map(Row::parse)
+}
+
+#[cfg(test)]
+thread_local! {
+    static DECODED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+/// Batches that this thread has decoded for rows so far.
+#[cfg(test)]
+pub(super) fn decoded_batches() -> u64 {
+    DECODED.get()
+}
+
 fn apply_content(
     image: &mut dyn PageImage,
     addr: PageAddr,
@@ -393,10 +425,13 @@ fn apply_content(
 fn parse_batches(bytes: &[u8], header: &PartHeader) -> Result<Vec<Batch>, FrameError> {
     let end = header.rows_at() as usize;
     let mut at = HEADER_BYTES;
+    let mut counts = [0; 2];
     // The header's check has bounded the number.
     let mut batches = Vec::with_capacity(header.batches as usize);
     for number in 0..header.batches as usize {
-        let batch = Batch::parse(bytes, at, end, number)?;
+        let mut batch = Batch::parse(bytes, at, end, number)?;
+        batch.nth = counts[batch.kind.index()];
+        counts[batch.kind.index()] += 1;
         at = batch.at as usize + batch.len as usize;
         batches.push(batch);
     }
@@ -413,6 +448,18 @@ impl Row {
     /// no meaning for zeros.
     pub fn place(&self) -> (u16, u16, u16) {
         (self.batch, self.off, self.len)
+    }
+
+    /// An error if it names a page outside `layout`.
+    pub fn check_layout(&self, layout: &Layout) -> Result<(), FrameError> {
+        let end = u64::from(self.addr.page) + u64::from(self.count);
+        match layout.get(self.addr.region) {
+            Some(region) if end <= u64::from(region.pages) => Ok(()),
+            _ => Err(FrameError::OutsideLayout {
+                addr: self.addr,
+                count: self.count,
+            }),
+        }
     }
 
     /// Reads a row; `None` if its fields are impossible whatever the part holds.

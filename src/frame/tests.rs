@@ -3,6 +3,7 @@
 mod hostile;
 mod model;
 mod parallel;
+mod references;
 
 use std::io;
 
@@ -110,6 +111,7 @@ fn options(codec: Codec, shadow: bool) -> EncodeOptions {
         part_bytes: PART_BYTES_MIN,
         shadow,
         parallel: false,
+        references: false,
     }
 }
 

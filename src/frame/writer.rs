@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A row is written before the number of its batch is known (the open batches of both kinds fill at
-//! different rates); the rows of a batch get its number when it is flushed.
+//! different rates); the rows of a batch get its number when it is flushed. In a frame with references a
+//! page that is equal to one of the last batches is a row alone, with the number of that batch.
 //!
 //! A writer that works [`ahead`](FrameWriter::ahead) does not wait for the compressed size of a batch: the
 //! next few are filled meanwhile, and it counts as if it had not shrunk. So a part can be sealed a
@@ -18,6 +19,7 @@ use std::collections::VecDeque;
 
 use super::assembly::Assembly;
 use super::batch::{BATCH_HEADER_BYTES, BATCH_RAW_MAX, BATCHES_MAX, BatchKind, Codec};
+use super::duplicates::{Place, Window};
 use super::error::EncodeError;
 use super::format::{FOOTER_BYTES, HEADER_BYTES, PartHeader, ROW_BYTES, TRAILER_BYTES, array_at};
 use super::manifest::Manifest;
@@ -57,6 +59,9 @@ const PROBE_EVERY: u32 = 8;
 /// while the next batch is filled.
 const LAG_MAX: usize = 8;
 
+/// Stands in rows for the number of the open batch. No batch has it.
+const OPEN: [u8; 2] = u16::MAX.to_le_bytes();
+
 #[derive(Default)]
 struct OpenBatch {
     bytes: Vec<u8>,
@@ -89,6 +94,10 @@ pub(super) struct FrameWriter {
     spare_rows: Vec<Vec<u8>>,
     zero_pages: u64,
     open: [OpenBatch; 2],
+    /// Raw pages that later ones may refer to.
+    window: Window,
+    /// A row of the part refers to an earlier batch.
+    references: bool,
     /// Number of the part that is being filled.
     part: u32,
     flushed: VecDeque<Flushed>,
@@ -114,6 +123,8 @@ impl FrameWriter {
             spare_rows: Vec::new(),
             zero_pages: 0,
             open: Default::default(),
+            window: Window::default(),
+            references: false,
             part: 0,
             flushed: VecDeque::new(),
             unsettled: 0,
@@ -147,7 +158,8 @@ impl FrameWriter {
         self.start.is_some()
     }
 
-    pub fn begin(&mut self, start: FrameStart, merged: bool) {
+    /// With `references`, equal pages are found.
+    pub fn begin(&mut self, start: FrameStart, merged: bool, references: bool) {
         assert!(self.start.is_none(), "the frame before was not ended");
         assert!(
             start.prev_epoch < start.epoch && (start.full || start.prev_epoch > Epoch(0)),
@@ -160,6 +172,7 @@ impl FrameWriter {
         self.part = 0;
         self.pages = 0;
         self.assembly.begin();
+        self.window.switch(references);
         self.reset_part();
     }
 
@@ -168,6 +181,7 @@ impl FrameWriter {
         self.start = None;
         self.flushed.clear();
         self.unsettled = 0;
+        self.window.switch(false);
         self.assembly.abandon();
     }
 
@@ -186,6 +200,10 @@ impl FrameWriter {
         self.batch_bytes = 0;
         self.rows.clear();
         self.zero_pages = 0;
+        self.references = false;
+        for bytes in self.window.clear() {
+            self.assembly.give_back(bytes);
+        }
         for open in &mut self.open {
             open.bytes.clear();
             open.first_row = 0;
@@ -218,9 +236,27 @@ impl FrameWriter {
             && page.checked_add(count) == Some(addr.page)
     }
 
-    /// A page as it is.
-    pub fn raw(&mut self, addr: PageAddr, page: &[u8; PAGE_SIZE]) {
+    /// A page as it is. False if it only refers to an equal one.
+    pub fn raw(&mut self, addr: PageAddr, page: &[u8; PAGE_SIZE]) -> bool {
+        if !self.window.is_on() {
+            self.content(addr, BatchKind::Raw, page);
+            return true;
+        }
+        // First, because a part that ends here takes with it what could be referred to.
+        self.make_room();
+        let check = Window::check(page);
+        let open = &self.open[BatchKind::Raw.index()].bytes;
+        if let Some(Place { batch, off }) = self.window.find(check, page, open) {
+            self.pages += 1;
+            self.references |= batch.is_some();
+            let number = batch.map_or(OPEN, u16::to_le_bytes);
+            self.push_row(addr, KIND_RAW, tail(number, off, PAGE_SIZE));
+            return false;
+        }
         self.content(addr, BatchKind::Raw, page);
+        let open = &self.open[BatchKind::Raw.index()].bytes;
+        self.window.note(check, open.len());
+        true
     }
 
     /// A delta against the page before.
@@ -240,14 +276,11 @@ impl FrameWriter {
         }
         let off = u16::try_from(open.bytes.len()).expect("a batch of 64 KiB");
         open.bytes.extend_from_slice(bytes);
-        let mut tail = [0; 8];
-        tail[2..4].copy_from_slice(&off.to_le_bytes());
-        tail[4..6].copy_from_slice(&(bytes.len() as u16).to_le_bytes());
         let tag = match kind {
             BatchKind::Raw => KIND_RAW,
             BatchKind::Delta => KIND_DELTA,
         };
-        self.push_row(addr, tag, tail);
+        self.push_row(addr, tag, tail(OPEN, off, bytes.len()));
     }
 
     fn push_row(&mut self, addr: PageAddr, kind: u8, tail: [u8; 8]) {
@@ -306,12 +339,20 @@ impl FrameWriter {
         };
         let number = u16::try_from(self.batches).expect("BATCHES_MAX batches");
         let (rows, _) = self.rows.as_chunks_mut::<ROW_BYTES>();
-        for row in rows[open.first_row..].iter_mut().filter(|r| r[2] == tag) {
+        // Rows that refer to an earlier batch have its number.
+        let of_it = |row: &&mut [u8; ROW_BYTES]| row[2] == tag && row[8..10] == OPEN;
+        for row in rows[open.first_row..].iter_mut().filter(of_it) {
             row[8..10].copy_from_slice(&number.to_le_bytes());
         }
         self.batches += 1;
         self.batch_bytes += BATCH_HEADER_BYTES + open.bytes.len();
-        self.assembly.pack(codec, &mut open.bytes);
+        let filled = self.assembly.pack(codec, &mut open.bytes);
+        if kind == BatchKind::Raw
+            && self.window.is_on()
+            && let Some(old) = self.window.flushed(number, filled)
+        {
+            self.assembly.give_back(old);
+        }
         let part = self.part;
         self.flushed.push_back(Flushed::Batch { part, kind });
         self.unsettled += 1;
@@ -344,6 +385,15 @@ impl FrameWriter {
     }
 }
 
+/// What a row says of its place.
+fn tail(batch: [u8; 2], off: u16, len: usize) -> [u8; 8] {
+    let mut tail = [0; 8];
+    tail[..2].copy_from_slice(&batch);
+    tail[2..4].copy_from_slice(&off.to_le_bytes());
+    tail[4..6].copy_from_slice(&(len as u16).to_le_bytes());
+    tail
+}
+
 /// What the last part carries beside pages.
 pub(super) struct Ending<'a> {
     pub manifest: &'a Manifest,
@@ -370,6 +420,7 @@ impl FrameWriter {
             .assembly
             .seal_last(header, &self.rows, &stored, ending, self.pages);
         self.start = None;
+        self.window.switch(false);
         Ok((bytes, self.pages))
     }
 
@@ -398,6 +449,7 @@ impl FrameWriter {
             last,
             full: start.full,
             merged: self.merged,
+            references: self.references,
             rows: (self.rows.len() / ROW_BYTES) as u32,
             batches: self.batches,
             batch_bytes: 0,

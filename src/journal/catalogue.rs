@@ -74,9 +74,15 @@ pub(super) struct FrameInfo {
     pub bytes: u64,
     pub pages: u64,
     pub parts: Vec<Loc>,
+    /// Of each part, when it was verified: [`rows_hash`](crate::frame::rows_hash).
+    pub rows: Vec<[u8; 32]>,
 }
 
 impl FrameInfo {
+    fn is_whole(&self) -> bool {
+        !self.parts.is_empty() && self.rows.len() == self.parts.len()
+    }
+
     /// True if a part header belongs to this frame as part number `part`.
     pub fn owns(&self, header: &PartHeader, part: usize) -> bool {
         header.epoch == self.epoch
@@ -132,7 +138,7 @@ impl Hints {
         for (key, value) in rows {
             let understood = match key.first() {
                 Some(&FRAME_PREFIX) => match decode::<FrameInfo>(&key, &value) {
-                    Some(info) if key == frame_key(info.epoch) && !info.parts.is_empty() => {
+                    Some(info) if key == frame_key(info.epoch) && info.is_whole() => {
                         hints.frames.insert(info.epoch, info);
                         true
                     }

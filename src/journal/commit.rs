@@ -26,6 +26,8 @@ pub(super) struct Pending {
     first: PartHeader,
     check: FrameCheck,
     parts: Vec<Loc>,
+    /// Of each part that was taken: [`rows_hash`](crate::frame::rows_hash).
+    rows: Vec<[u8; 32]>,
     /// One past the highest page of each region, to compare with the layout when that is known.
     extent: BTreeMap<RegionId, u64>,
 }
@@ -36,6 +38,7 @@ impl Pending {
             first,
             check: FrameCheck::new(),
             parts: Vec::new(),
+            rows: Vec::new(),
             extent: BTreeMap::new(),
         }
     }
@@ -47,6 +50,7 @@ impl Pending {
 
     fn take(&mut self, view: &PartView<'_>) -> Result<(), JournalError> {
         self.check.add(view)?;
+        self.rows.push(view.rows_hash());
         for row in view.rows() {
             let end = u64::from(row.addr.page) + u64::from(row.count);
             let known = self.extent.entry(row.addr.region).or_default();
@@ -145,7 +149,13 @@ impl<S: Store> Journal<S> {
             self.fold = None;
         }
         let durable_at = self.frames.last().map_or(now, |f| now.max(f.durable_at));
-        let info = recover::info(&pending.first, &footer, durable_at, pending.parts);
+        let info = recover::info(
+            &pending.first,
+            &footer,
+            durable_at,
+            pending.parts,
+            pending.rows,
+        );
         self.layout = Some(layout);
         self.counters.commits += 1;
         self.counters.frame_bytes += info.bytes;

@@ -327,9 +327,9 @@ impl<S: Store> Journal<S> {
             locs.push(self.segments.append(&self.store, Lane::Maintenance, part)?);
         }
         self.segments.sync(Lane::Maintenance)?;
-        let (header, footer) = verify_frame(&self.segments, locs)?;
+        let (header, footer, rows) = verify_frame(&self.segments, locs)?;
         let (first, last) = (&self.frames[*range.start()], &self.frames[*range.end()]);
-        let info = recover::info(&header, &footer, last.durable_at, locs.clone());
+        let info = recover::info(&header, &footer, last.durable_at, locs.clone(), rows);
         assert_eq!(
             (info.epoch, info.root, info.generation, info.captured_at),
             (last.epoch, last.root, last.generation, last.captured_at),

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   the journal's process                      the reader's
-//!   Journal::directions ──▶ Directions ──────▶ PointReader::open    all parts, verified:
+//!   Journal::directions ──▶ Directions ──────▶ PointReader::open    the rows of all parts:
 //!                           + Lease            │                    where is the content of a page?
 //!                                              ├─ page     one page: its rows, oldest first, on top of
 //!                                              │           a base page or of zeros
@@ -13,11 +13,12 @@
 //! ```
 //!
 //! * Nothing is handed out that was not verified: of a base page its leaf, of a part its blake3, which
-//!   takes all of the part; its rows must be the ones that were read before. Whole parts are kept for a
-//!   while, because the next page is often in the same one.
+//!   takes all of the part. Whole parts are kept for a while, because the next page is often in the same
+//!   one.
 //! * Where a page is has to be verified before the first one is handed out: with a row that was lost an
-//!   older content of its page would be sound. So every part is verified when the point is opened, and
-//!   the root of the base's leaves is compared.
+//!   older content of its page would be sound. So the rows of every part, which are read alone, must have
+//!   the hash that the journal noted when it verified the part, and the root of the base's leaves is
+//!   compared.
 //! * That all of it together is what the primary had, its root, is known only at the end of
 //!   [`all`](PointReader::all). Each part was compared with it when it became durable.
 //! * The journal's files must stay as they are meanwhile. The [`Lease`] says so to their owner, even if
@@ -25,87 +26,36 @@
 //! * [`all`](PointReader::all) keeps pages that have deltas until their last one; no other content.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::path::PathBuf;
-
-use serde::{Deserialize, Serialize};
 
 use super::ahead;
 use super::base::{self, Base, CHUNK_PAGES, Stored};
 use super::catalogue::FrameInfo;
 use super::dir::DirStore;
+use super::directions::Directions;
 use super::error::JournalError;
-use super::open::Journal;
 use super::page_index::Index;
 use super::reading::{Bytes, verify_parts};
 use super::replay::Loaded;
 use super::runs::{Runs, Takes};
 use super::segment::{Loc, file_name};
 use super::store::{Access, Lease, Store, StoreFile};
-use crate::frame::{Content, Decompressor, FrameError, PartView, Row, VerifiedPart, apply_delta};
-use crate::ids::{Epoch, ImageRoot};
+use crate::frame::{
+    BLOCK, Content, Decompressor, FrameError, PartHeader, PartView, Row, VerifiedPart, apply_delta,
+    rows_hash, rows_in,
+};
+use crate::ids::ImageRoot;
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
 /// Bytes of parts that are kept: 64 MiB.
 const KEPT_BYTES: usize = 64 << 20;
 /// Decoded batches that are kept: 4 MiB.
 const KEPT_BATCHES: usize = 64;
+/// Parts up to this size are read at once when their rows are wanted.
+pub(super) const SMALL_PART_BYTES: u32 = 32 << 10;
+/// Reads of rows that the disk has to do at a time: most of their time is its answer.
+const READS: usize = 8;
 /// Most pages that count as recent.
 const RECENT_PAGES: usize = 16 << 10;
-
-/// What a process needs to read a point.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Directions {
-    dir: PathBuf,
-    layout: Layout,
-    root: ImageRoot,
-    /// The frames go on top of the base image, whose RAM has this root.
-    base: Option<ImageRoot>,
-    /// Up to the point.
-    pub(super) frames: Vec<FrameInfo>,
-}
-
-impl Directions {
-    /// As bytes for the process that reads; the same program.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        postcard::to_stdvec(self).expect("directions have no failing encoder")
-    }
-
-    /// What [`to_bytes`](Self::to_bytes) made; `None` if it is something else.
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let (directions, rest) = postcard::take_from_bytes(bytes).ok()?;
-        rest.is_empty().then_some(directions)
-    }
-}
-
-impl<S: Store> Journal<S> {
-    /// Directions to a point, and the lease that keeps what they name until the reader has its own.
-    /// `None` if no other process can open the journal's files. A fold that is under way is finished
-    /// first, which can fail as maintenance can.
-    pub fn directions(&mut self, upto: Epoch) -> Result<Option<(Directions, Lease)>, JournalError> {
-        self.usable()?;
-        let lease = self.store.lend();
-        let Some(lease) = lease.map_err(|e| JournalError::io("lend", "the journal", e))? else {
-            return Ok(None);
-        };
-        let directions = self.directions_in(lease.dir().to_owned(), upto)?;
-        Ok(Some((directions, lease)))
-    }
-
-    pub(super) fn directions_in(
-        &mut self,
-        dir: PathBuf,
-        upto: Epoch,
-    ) -> Result<Directions, JournalError> {
-        let (base, frames) = self.settled(upto)?;
-        Ok(Directions {
-            dir,
-            layout: self.layout.clone().expect("a point has a layout"),
-            root: frames.last().expect("the point's is there").root,
-            base: base.then_some(self.super_.base_root),
-            frames,
-        })
-    }
-}
 
 /// A part and where it is.
 struct PartPlace {
@@ -115,8 +65,6 @@ struct PartPlace {
     number: usize,
     /// Number of its first batch.
     batch: u32,
-    /// blake3 of its rows as they were read.
-    rows: [u8; 32],
 }
 
 /// See the module.
@@ -139,17 +87,65 @@ pub struct PageCache {
     batches: VecDeque<(u32, Vec<u8>)>,
 }
 
-/// The rows of a part that was verified ahead.
+/// The rows of a part that were read ahead.
 #[derive(Default)]
 struct Rows {
+    head: Bytes,
     bytes: Bytes,
     rows: Vec<Row>,
     batches: u32,
-    hash: [u8; 32],
+}
+
+impl Rows {
+    /// The rows of part `number` of a frame, which are what they were when the part was verified.
+    fn read<F: StoreFile>(
+        &mut self,
+        files: &BTreeMap<u32, F>,
+        layout: &Layout,
+        info: &FrameInfo,
+        number: usize,
+    ) -> Result<(), JournalError> {
+        let loc = info.parts[number];
+        let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
+        let first = match loc.len {
+            ..=SMALL_PART_BYTES => loc.len as usize,
+            _ => BLOCK,
+        };
+        let head = self.head.room(first);
+        read(files, loc, 0, head)?;
+        let header = PartHeader::parse(head).map_err(damaged)?;
+        if !info.owns(&header, number) {
+            return Err(another(loc));
+        }
+        let range = header.rows_range();
+        let range = range.start as usize..range.end as usize;
+        let bytes = match head.get(range.clone()) {
+            Some(bytes) => bytes,
+            None => {
+                let start = range.start / BLOCK * BLOCK;
+                let room = range.end.next_multiple_of(BLOCK) - start;
+                let bytes = self.bytes.room(room);
+                read(files, loc, start as u64, bytes)?;
+                &bytes[range.start - start..range.end - start]
+            }
+        };
+        if rows_hash(&header, bytes) != info.rows[number] {
+            let why = "its rows are not those that were verified";
+            return Err(JournalError::corrupt(loc.to_string(), why));
+        }
+        self.batches = header.batches;
+        self.rows.clear();
+        for row in rows_in(bytes) {
+            let row = row.ok_or_else(|| another(loc))?;
+            row.check_layout(layout).map_err(damaged)?;
+            self.rows.push(row);
+        }
+        Ok(())
+    }
 }
 
 impl PointReader {
-    /// Opens the files, and reads and verifies every part, to know where everything is.
+    /// Opens the files, and reads and verifies the rows of every part, to know where everything is.
     pub fn open(directions: Directions) -> Result<Self, JournalError> {
         let lease = Lease::take(&directions.dir);
         let lease = lease.map_err(|e| JournalError::io("lend", "the journal", e))?;
@@ -203,22 +199,10 @@ impl<S: Store> PointReader<S> {
         let frames = &self.directions.frames;
         ahead::in_order(
             places.len(),
-            ahead::threads(places.len() > 1),
+            READS,
             |at, rows: &mut Rows| {
-                let (frame, number, loc) = places[at];
-                let damaged = |error: FrameError| JournalError::corrupt(loc.to_string(), error);
-                let bytes = rows.bytes.room(loc.len as usize);
-                read(files, loc, 0, bytes)?;
-                let view = PartView::verify(bytes).map_err(damaged)?;
-                view.check_layout(layout).map_err(damaged)?;
-                if !frames[frame].owns(view.header(), number) {
-                    return Err(another(loc));
-                }
-                rows.rows.clear();
-                rows.rows.extend(view.rows());
-                rows.batches = view.header().batches;
-                rows.hash = rows_hash(&view);
-                Ok(())
+                let (frame, number, _) = places[at];
+                rows.read(files, layout, &frames[frame], number)
             },
             |at, rows| {
                 let (frame, number, loc) = places[at];
@@ -228,7 +212,6 @@ impl<S: Store> PointReader<S> {
                     frame,
                     number,
                     batch,
-                    rows: rows.hash,
                 });
                 Ok(())
             },
@@ -350,8 +333,8 @@ impl<S: Store> PointReader<S> {
     /// An error if a part that was verified is not the one whose rows were read before.
     fn check(&self, number: usize, view: &PartView<'_>) -> Result<(), JournalError> {
         let place = &self.parts[number];
-        match rows_hash(view) == place.rows
-            && self.directions.frames[place.frame].owns(view.header(), place.number)
+        let info = &self.directions.frames[place.frame];
+        match info.owns(view.header(), place.number) && info.rows[place.number] == view.rows_hash()
         {
             true => Ok(()),
             false => Err(another(place.loc)),
@@ -539,13 +522,6 @@ fn base_of<S: Store>(store: &S, layout: &Layout, root: ImageRoot) -> Result<Base
             "its RAM has another root than the superblock says",
         )),
     }
-}
-
-/// blake3 of a part's rows.
-fn rows_hash(view: &PartView<'_>) -> [u8; 32] {
-    let range = view.header().rows_range();
-    let rows = &view.bytes()[range.start as usize..range.end as usize];
-    *blake3::hash(rows).as_bytes()
 }
 
 fn place(addr: PageAddr) -> String {

@@ -125,15 +125,20 @@ pub(super) fn read_headers<S: Store>(
     }
 }
 
-/// Reads and verifies all parts of a frame.
+/// Reads and verifies all parts of a frame; also returns the hash of each one's rows.
 pub(super) fn verify_frame<S: Store>(
     segments: &Segments<S>,
     parts: &[Loc],
-) -> Result<(PartHeader, Footer), JournalError> {
-    for_each_part(segments, parts, None, &mut |_| Ok(()))
+) -> Result<(PartHeader, Footer, Vec<[u8; 32]>), JournalError> {
+    let mut rows = Vec::new();
+    let (header, footer) = for_each_part(segments, parts, None, &mut |view| {
+        rows.push(view.rows_hash());
+        Ok(())
+    })?;
+    Ok((header, footer, rows))
 }
 
-/// The same; `each` sees the parts in order.
+/// Reads and verifies all parts of a frame; `each` sees them in order.
 pub(super) fn for_each_part<S: Store>(
     segments: &Segments<S>,
     parts: &[Loc],

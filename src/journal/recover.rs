@@ -443,12 +443,12 @@ impl<'a, S: Store> Recovery<'a, S> {
         let mut error = JournalError::from(FrameError::Incomplete("a part is missing"));
         for parts in candidate.arrangements() {
             match verify_frame(self.segments, &parts) {
-                Ok((header, footer)) => {
+                Ok((header, footer, rows)) => {
                     let row = candidate.row.as_ref().filter(|row| row.root == footer.root);
                     let guess = Timestamp(footer.captured_at.0.min(self.now.0));
                     let durable_at = row.map_or(guess.max(end.durable_at), |row| row.durable_at);
                     let durable = row.is_some_and(|row| row.parts == parts);
-                    return Ok((info(&header, &footer, durable_at, parts), durable));
+                    return Ok((info(&header, &footer, durable_at, parts, rows), durable));
                 }
                 Err(e) => error = e,
             }
@@ -507,7 +507,9 @@ pub(super) fn info(
     footer: &Footer,
     durable_at: Timestamp,
     parts: Vec<Loc>,
+    rows: Vec<[u8; 32]>,
 ) -> FrameInfo {
+    assert_eq!(parts.len(), rows.len(), "each part has rows");
     FrameInfo {
         epoch: header.epoch,
         prev_epoch: header.prev_epoch,
@@ -521,6 +523,7 @@ pub(super) fn info(
         bytes: footer.frame_bytes,
         pages: footer.pages,
         parts,
+        rows,
     }
 }
 

@@ -100,6 +100,8 @@ label!(
         Delta = "delta",
         /// All of it.
         Raw = "raw",
+        /// As the place of an equal page shortly before it.
+        Reference = "reference",
     }
 );
 

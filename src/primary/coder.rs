@@ -34,6 +34,8 @@ pub(super) struct Coder {
     ticket: u64,
     /// The pages of the frame that was begun and neither finished nor reset.
     open: Option<PageSet>,
+    /// The standby knows references to equal pages.
+    pub references: bool,
 }
 
 /// Which of the pages that are handed out the standby needs.
@@ -62,6 +64,7 @@ impl Coder {
             slot: Arc::new(Mutex::new(slot)),
             ticket: 0,
             open: None,
+            references: false,
         }
     }
 
@@ -91,7 +94,9 @@ impl Coder {
     /// Opens a frame. `afresh`: what the standby had until now is not known any more.
     pub(super) async fn begin(&mut self, start: FrameStart, afresh: bool) {
         self.open = Some(PageSet::new(&self.layout));
+        let references = self.references;
         self.work(move |encoder| {
+            encoder.set_references(references);
             encoder.begin(start);
             if afresh {
                 encoder.forget();

@@ -98,6 +98,7 @@ impl<G: Guest> Engine<G> {
             shadow: options.shadow,
             part_bytes: options.part_bytes,
             parallel: env.has_threads(),
+            ..EncodeOptions::default()
         };
         let layout = &guest.info().layout;
         let encoder = Encoder::new(layout.clone(), encode).unwrap_or_else(|error| {

@@ -541,6 +541,7 @@ fn count(metrics: &GuestMetrics, stats: &EncodeStats) {
     metrics.pages(PageEncoding::Same, stats.same);
     metrics.pages(PageEncoding::Delta, stats.delta);
     metrics.pages(PageEncoding::Raw, stats.raw);
+    metrics.pages(PageEncoding::Reference, stats.reference);
     metrics.sent(stats.encoded_bytes, stats.raw_bytes);
 }
 

@@ -20,7 +20,7 @@ use crate::wire::facts::Facts;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
 use crate::wire::message::{Open, Opened, Readiness, RefuseReason, ToPrimary, ToStandby};
-use crate::wire::version::VERSION_GROUPS;
+use crate::wire::version::{VERSION_GROUPS, VERSION_REFERENCES};
 
 /// Checkpoints on their way at once while a limit of the bandwidth binds.
 const LIMITED_INFLIGHT: usize = 2;
@@ -135,6 +135,7 @@ pub(super) async fn run<G: Guest>(
     let opened = match timeout(options.handshake_max, opening).await {
         Ok(Ok((opened, version))) => {
             engine.knows_groups = version >= VERSION_GROUPS;
+            engine.coder.references = version >= VERSION_REFERENCES;
             opened
         }
         Ok(Err(end)) => return end,

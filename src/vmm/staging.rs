@@ -121,6 +121,18 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Has the host give it all of its memory now, where it can (Linux 5.14). Failure costs speed later.
+    pub fn touch(&self) {
+        // SAFETY: the range is this mapping; what is written there stays as it is.
+        unsafe {
+            libc::madvise(
+                self.start.as_ptr().cast(),
+                self.bytes,
+                libc::MADV_POPULATE_WRITE,
+            )
+        };
+    }
+
     /// The first `bytes` bytes of a file. The file must not shrink while it is mapped.
     pub fn of_file(file: &OwnedFd, bytes: usize, access: Access) -> io::Result<Self> {
         let (protection, flags) = match access {

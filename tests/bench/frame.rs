@@ -70,6 +70,7 @@ impl Source {
         let options = EncodeOptions {
             codec,
             parallel,
+            references: true,
             ..EncodeOptions::default()
         };
         Self {
@@ -140,6 +141,30 @@ fn encode(c: &mut Criterion) {
     }
 }
 
+/// A first copy, with and without a look for equal pages, of which there are none; and of one in four.
+fn first_copy(c: &mut Criterion) {
+    let mut group = c.benchmark_group("first copy, one thread");
+    group.throughput(Throughput::Elements((CHUNKS * PAGES) as u64));
+    let none = chunks(|_, _| ());
+    let some = chunks(|i, page| *page = self::page((i - i % 4 / 3) as u64 + 1));
+    for (what, content, references) in [
+        ("as it is", &none, false),
+        ("no page is equal", &none, true),
+        ("one in four is", &some, true),
+    ] {
+        let mut source = Source::new(Codec::Lz4, false);
+        source.encoder.set_references(references);
+        group.bench_function(what, |b| {
+            b.iter(|| {
+                source.last = (0, ImageRoot([0; 32]));
+                for part in source.frame(content) {
+                    source.encoder.recycle(black_box(part));
+                }
+            });
+        });
+    }
+}
+
 /// Memory that a frame is applied to.
 struct Memory(Vec<Page>);
 
@@ -197,5 +222,5 @@ fn pages(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, encode, decode, pages);
+criterion_group!(benches, encode, first_copy, decode, pages);
 criterion_main!(benches);

@@ -230,6 +230,42 @@ fn sabotaged(sabotage: Sabotage, audit: bool) -> (Vec<String>, u64) {
     (violations, mismatches)
 }
 
+/// A guest half of whose pages are equal to others is sent for less, to a site that knows references; and
+/// goes on there.
+#[test]
+fn equal_pages_cross_once() {
+    let first_copies = |old: bool| {
+        let (mut bytes, mut referring) = (0, 0);
+        for seed in 0..10 {
+            let script = Script {
+                steps: 0,
+                sabotage: Sabotage::None,
+                promote: Some(true),
+            };
+            let runtime = Builder::new_current_thread()
+                .enable_time()
+                .start_paused(true)
+                .build()
+                .expect("a runtime");
+            runtime.block_on(async {
+                let trace = Trace::new(Instant::now(), false);
+                let mut world = World::new(seed, script, trace);
+                world.net.set_old(old);
+                let checker = world.checker.clone();
+                world.run(script).await;
+                assert!(checker.violations().is_empty(), "seed {seed}");
+                let (first, parts) = checker.sent();
+                (bytes, referring) = (bytes + first, referring + parts);
+            });
+        }
+        (bytes, referring)
+    };
+    let ((old, none), (new, some)) = (first_copies(true), first_copies(false));
+    println!("first copies of guests with equal pages: {new} bytes, {old} without references");
+    assert!(none == 0 && some > 0, "{none} and {some} parts");
+    assert!(new * 5 < old * 4, "{new} bytes, {old} without references");
+}
+
 /// Violations whose text has this in it.
 fn with<'a>(violations: &'a [String], text: &str) -> Vec<&'a String> {
     violations.iter().filter(|v| v.contains(text)).collect()

@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use lifeboat::wire::link::{Dialer, LinkError, LinkRx, LinkTx};
 use lifeboat::wire::message::{ToPrimary, ToStandby};
+use lifeboat::wire::version::VERSION_REFERENCES;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -48,7 +49,7 @@ pub type Tap = dyn Fn(Seen<'_>) + Send + Sync;
 
 /// A message that was handed to the network.
 pub enum Seen<'a> {
-    ToStandby,
+    ToStandby(&'a ToStandby),
     ToPrimary(&'a ToPrimary),
 }
 
@@ -61,6 +62,8 @@ struct State {
     /// Site B's accept queue; `None` while it is down.
     listener: Option<mpsc::UnboundedSender<Accepted>>,
     refused: bool,
+    /// One of the sites knows nothing of references.
+    old: bool,
     /// To B, to A.
     blocked: [bool; 2],
     links: Vec<BothWays>,
@@ -76,6 +79,8 @@ pub struct Weather {
 pub trait SimMessage: Send + 'static {
     fn bytes(&self) -> usize;
     fn seen(&self) -> Seen<'_>;
+    /// As a site says it that is too old for references.
+    fn aged(self) -> Self;
 }
 
 impl SimMessage for ToStandby {
@@ -86,7 +91,13 @@ impl SimMessage for ToStandby {
         }
     }
     fn seen(&self) -> Seen<'_> {
-        Seen::ToStandby
+        Seen::ToStandby(self)
+    }
+    fn aged(mut self) -> Self {
+        if let ToStandby::Hello(hello) = &mut self {
+            hello.versions.max = VERSION_REFERENCES - 1;
+        }
+        self
     }
 }
 
@@ -96,6 +107,9 @@ impl SimMessage for ToPrimary {
     }
     fn seen(&self) -> Seen<'_> {
         Seen::ToPrimary(self)
+    }
+    fn aged(self) -> Self {
+        self
     }
 }
 
@@ -184,6 +198,10 @@ fn broken() -> LinkError {
 
 impl<M: SimMessage> LinkTx<M> for Tx<M> {
     async fn send(&mut self, message: M) -> Result<(), LinkError> {
+        let message = match self.0.net.lock().old {
+            true => message.aged(),
+            false => message,
+        };
         (self.0.net.tap)(message.seen());
         let bytes = message.bytes();
         loop {
@@ -272,6 +290,7 @@ impl Net {
             weather,
             listener: None,
             refused: false,
+            old: false,
             blocked: [false; 2],
             links: Vec::new(),
         };
@@ -308,6 +327,11 @@ impl Net {
     /// Changes latency and bandwidth.
     pub fn set_weather(&self, weather: Weather) {
         self.lock().weather = weather;
+    }
+
+    /// From the next links on one of the sites is too old for references, or not.
+    pub fn set_old(&self, old: bool) {
+        self.lock().old = old;
     }
 
     /// Dials are refused at once, or not.

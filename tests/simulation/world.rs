@@ -102,6 +102,7 @@ impl World {
             chunk_pages: dice.pick(1..17) as u32,
             staging_pages: 32,
             steps_in_copy: if led { 0 } else { dice.pick(0..4) },
+            contents: dice.pick(0..24) as u32,
         };
         let checker = Checker::new(spec.clone(), script.sabotage != Sabotage::None);
         let weather = Weather {
@@ -113,6 +114,7 @@ impl World {
             Arc::new(move |message: crate::net::Seen<'_>| checker.seen(message))
         };
         let net = Net::new(dice.fork(), weather, tap);
+        net.set_old(dice.one_in(3));
         let (guest, site_a, site_b) = (name::<GuestId>(guest), name::<SiteId>("a"), name("b"));
         let options = site_a::options(&mut dice, &guest, &site_a, &site_b, Generation(1));
         // The sites' clocks differ.

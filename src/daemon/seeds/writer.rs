@@ -68,6 +68,8 @@ impl SeedWriter {
             part_bytes: PART_BYTES,
             shadow: false,
             parallel: true,
+            // Whoever imports it is as new: the standby is upgraded first.
+            references: true,
         };
         let mut encoder = Encoder::new(layout, options).map_err(failed)?;
         encoder.begin(FrameStart {

@@ -8,6 +8,7 @@ use super::super::hardware::{self, Hardware};
 use super::super::leftover;
 use super::super::orders::Materialised;
 use super::super::record::{self, GuestRecord, Standing};
+use super::super::stays;
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
@@ -478,6 +479,10 @@ impl Supervisor {
                 self.problem(None);
                 self.view
                     .send_modify(|v| v.run_state = Some(RunState::Running));
+                let first = self.before.take().or(before);
+                if first.is_some_and(|r| matches!(r.standing, Standing::Moved { .. })) {
+                    self.discard_earlier(hardware);
+                }
                 Ok(true)
             }
             Err(error) => {
@@ -486,6 +491,16 @@ impl Supervisor {
                 Err(error)
             }
         }
+    }
+
+    /// The guest had been moved away from here, and runs here again on these disks.
+    fn discard_earlier(&self, runs: Hardware) {
+        let (site, guest) = (self.site.clone(), self.guest.clone());
+        tokio::spawn(async move {
+            let (env, state_dir) = (site.env.clone(), site.state_dir.clone());
+            env.offload(move || stays::discard(&state_dir, &guest, &runs))
+                .await;
+        });
     }
 
     /// The record with which a guest is let run. One of our monitor waits for it, whatever becomes of this

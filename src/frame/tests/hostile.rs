@@ -162,8 +162,20 @@ proptest! {
     }
 }
 
+/// Codec, kind, decoded bytes, and what is stored.
+type Stored<'a> = (Codec, BatchKind, u32, &'a [u8]);
+
 /// A part of these batches and rows with right checksums and sizes.
-fn forge(batches: &[(Codec, BatchKind, u32, &[u8])], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
+pub(super) fn forge(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
+    forged(batches, rows, false)
+}
+
+/// The same, of which the header says that rows may refer back.
+pub(super) fn refer(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
+    forged(batches, rows, true)
+}
+
+fn forged(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]], references: bool) -> Vec<u8> {
     let (part, ..) = small_frame();
     let mut header = PartHeader::parse(&part).unwrap();
     let mut body = vec![];
@@ -171,6 +183,7 @@ fn forge(batches: &[(Codec, BatchKind, u32, &[u8])], rows: &[[u8; ROW_BYTES]]) -
         let batch = Batch {
             codec: *codec,
             kind: *kind,
+            nth: 0,
             raw_len: *raw_len,
             len: payload.len() as u32,
             at: 0,
@@ -179,6 +192,7 @@ fn forge(batches: &[(Codec, BatchKind, u32, &[u8])], rows: &[[u8; ROW_BYTES]]) -
         body.extend_from_slice(payload);
     }
     header.last = false;
+    header.references = references;
     (header.manifest_len, header.manifest_raw_len) = (0, 0);
     header.manifest_codec = Codec::None;
     header.batches = batches.len() as u32;
@@ -192,7 +206,7 @@ fn forge(batches: &[(Codec, BatchKind, u32, &[u8])], rows: &[[u8; ROW_BYTES]]) -
     reseal(bytes).unwrap()
 }
 
-fn row(kind: u8, region: u16, page: u32, tail: [u16; 4]) -> [u8; ROW_BYTES] {
+pub(super) fn row(kind: u8, region: u16, page: u32, tail: [u16; 4]) -> [u8; ROW_BYTES] {
     let mut bytes = [0; ROW_BYTES];
     bytes[..2].copy_from_slice(&region.to_le_bytes());
     bytes[2] = kind;
@@ -204,8 +218,8 @@ fn row(kind: u8, region: u16, page: u32, tail: [u16; 4]) -> [u8; ROW_BYTES] {
 }
 
 const ZERO: u8 = 0;
-const RAW: u8 = 1;
-const DELTA: u8 = 2;
+pub(super) const RAW: u8 = 1;
+pub(super) const DELTA: u8 = 2;
 
 #[test]
 fn impossible_batches_and_rows_are_refused() {
@@ -400,6 +414,8 @@ fn impossible_headers_are_refused() {
         (0, 0, "magic"),
         (8, 2, "format 2 is unknown"),
         (8, 0x0010_0001, "flags do not fit"),
+        // What programs that do not know references say of a part that has them.
+        (8, 0x0022_0001, "flags do not fit"),
         (12, 1, "flags do not fit"),
         (40, 0, "does not come after"),
         (44, 1 << 31, "no guest reaches"),

@@ -41,6 +41,8 @@ fn write() -> impl Strategy<Value = Write> {
     prop_oneof![
         1 => Just(Write::Zero),
         2 => any::<u64>().prop_map(Write::Noise),
+        // Equal ones.
+        2 => (0u64..3).prop_map(Write::Noise),
         5 => words.prop_map(Write::Words),
     ]
 }
@@ -187,10 +189,12 @@ proptest! {
         sizes in (1u32..90, 1u32..30, 1u32..60),
         shadow in prop::bool::weighted(0.8),
         filled in any::<bool>(),
+        references in any::<bool>(),
         tries in prop::collection::vec(attempt(), 1..8),
         from in 0usize..8,
     ) {
         let mut world = World::new(layout(sizes.0, sizes.1, sizes.2), shadow);
+        world.encoder.set_references(references);
         if filled {
             // Frames of several parts.
             world.write(&(0..1000).map(|i| (i, Write::Noise(i.into()))).collect());

@@ -79,6 +79,7 @@ impl Source {
         let options = EncodeOptions {
             part_bytes,
             parallel,
+            references: true,
             ..EncodeOptions::default()
         };
         Self {

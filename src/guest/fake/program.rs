@@ -41,6 +41,9 @@ pub struct FakeSpec {
     pub staging_pages: u32,
     /// Steps that the guest runs in the middle of the copy of each chunk of a round.
     pub steps_in_copy: u64,
+    /// Until they are written, all pages have the contents of so many; 0 if each has its own.
+    #[serde(default)]
+    pub contents: u32,
 }
 
 impl FakeSpec {
@@ -281,7 +284,10 @@ impl Program {
 
     /// Content that step `step` leaves in a page it writes.
     pub(super) fn written(&self, addr: PageAddr, step: u64) -> Vec<u8> {
-        let place = (u64::from(addr.region.0) << 32) | u64::from(addr.page);
+        let place = match self.spec.contents {
+            contents if step == 0 && contents > 0 => u64::from(addr.page % contents),
+            _ => (u64::from(addr.region.0) << 32) | u64::from(addr.page),
+        };
         let steady = scramble(self.spec.seed ^ scramble(place));
         let kind = steady % 4;
         let mix = if step == 0 { 0 } else { self.mix(step) };

@@ -14,6 +14,7 @@ fn spec(steps_in_copy: u64) -> FakeSpec {
         chunk_pages: 8,
         staging_pages: 16,
         steps_in_copy,
+        contents: 0,
     }
 }
 

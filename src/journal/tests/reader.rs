@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use super::world::{Image, PAGES, RAM_PAGES, World, addr};
 use crate::frame::{Codec, PartHeader};
 use crate::ids::Epoch;
+use crate::journal::reader::SMALL_PART_BYTES;
+use crate::journal::segment::Loc;
 use crate::journal::{
     Access, JournalError, MemStore, PageCache, PointReader, Store, StoreFile, Work,
 };
@@ -178,11 +180,11 @@ fn a_row_that_is_damaged_uncovers_no_older_content() {
         .journal()
         .directions_in(PathBuf::new(), epoch)
         .unwrap();
-    for loc in directions
-        .frames
-        .iter()
-        .flat_map(|frame| frame.parts.clone())
-    {
+    let parts: Vec<_> = directions.frames.iter().flat_map(|f| &f.parts).collect();
+    let small = |part: &&&Loc| part.len <= SMALL_PART_BYTES;
+    let smalls = parts.iter().filter(small).count();
+    assert!(smalls > 0 && smalls < parts.len(), "{smalls} {parts:?}");
+    for loc in parts {
         let name = crate::journal::segment::file_name(loc.segment);
         let file = world.store.open(&name, Access::Blocks, false).unwrap();
         let mut part = vec![0; loc.len as usize];

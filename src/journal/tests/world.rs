@@ -106,9 +106,11 @@ pub fn mutate(image: &mut Image, random: &mut Random, pages: usize) -> Vec<usize
             _ => random.below(PAGES as u64) as usize,
         };
         let bytes = &mut image.0[page * PAGE_SIZE..][..PAGE_SIZE];
-        match random.below(8) {
+        match random.below(12) {
             0 => bytes.fill(0),
-            1..3 => bytes
+            // Like some others.
+            8 => bytes.fill(random.below(3) as u8 + 1),
+            1..4 => bytes
                 .chunks_exact_mut(8)
                 .for_each(|word| word.copy_from_slice(&random.next().to_le_bytes())),
             _ => {
@@ -164,6 +166,7 @@ impl Primary {
         let options = EncodeOptions {
             codec: self.codec,
             part_bytes: 0,
+            references: true,
             ..EncodeOptions::default()
         };
         let encoder = self

@@ -32,6 +32,7 @@ impl Talker {
             chunk_pages: 8,
             staging_pages: 64,
             steps_in_copy: 0,
+            contents: 0,
         };
         let machine = FakeMachine::boot(spec, [run; 16], clock);
         let heard = Arc::default();

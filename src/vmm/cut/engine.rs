@@ -12,10 +12,7 @@ use super::hold::{Holds, State as Hold};
 use super::job::{CancelReason, Job};
 use super::states::PageStates;
 use super::strategy::{Capture, CopyOnWrite, GuestPages, Live, StopAndCopy, Strategy};
-use super::{
-    CutError, CutStart, CutTarget, RoundStart, STOP_AND_COPY_PAGES_MAX, Session, TargetError,
-    copier, faults,
-};
+use super::{CutError, CutStart, CutTarget, RoundStart, Session, TargetError, copier, faults};
 use crate::bitmap::PageSet;
 use crate::clock::{Clock, SystemClock, Timestamp};
 use crate::device_state::DeviceState;
@@ -425,7 +422,9 @@ impl CutEngine {
         }
         let mut known = pages.clone();
         known.union(self.shared.lock().debts.carried());
-        if strategy == CutStrategy::Auto && self.ram_count(&known) < STOP_AND_COPY_PAGES_MAX {
+        let count = self.ram_count(&known);
+        if strategy == CutStrategy::Auto && self.stop_and_copy.is_for(count) {
+            self.stop_and_copy.make_room(count);
             return Ok(None);
         }
         match protection.prepare(&known) {
@@ -495,7 +494,7 @@ impl CutEngine {
             CutStrategy::StopAndCopy => None,
             CutStrategy::CopyOnWrite => self.copy_on_write.as_ref(),
             CutStrategy::Auto => self.copy_on_write.as_ref().filter(|_| {
-                protected.is_some() || self.ram_count(pages) >= STOP_AND_COPY_PAGES_MAX
+                protected.is_some() || !self.stop_and_copy.is_for(self.ram_count(pages))
             }),
         };
         let reference: &dyn Strategy = &self.stop_and_copy;

@@ -31,6 +31,7 @@
 //! The engine knows its guest as a [`CutTarget`], so that tests can run it on plain memory.
 
 mod copier;
+mod cost;
 mod debts;
 mod engine;
 mod faults;
@@ -57,9 +58,6 @@ use crate::vmm::{RamRange, WriteHook};
 
 pub use debts::UnknownCut;
 pub use engine::CutEngine;
-
-/// Below this many dirty RAM pages `Auto` copies inside the pause (under 0.4 ms measured).
-pub const STOP_AND_COPY_PAGES_MAX: u64 = 500;
 
 /// Protected ranges with at most this many clean pages between them are protected as one: a call
 /// costs about as much as 56 pages.

@@ -16,7 +16,9 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
+use super::cost::{CopyCost, STOP_AND_COPY_PAGES_MAX};
 use super::states::PageStates;
 use super::{CutTarget, PROTECT_GAP_PAGES};
 use crate::bitmap::{PageBitmap, PageSet};
@@ -27,7 +29,9 @@ use crate::vmm::staging::Mapping;
 use crate::vmm::uffd::{Faults, Uffd};
 
 /// A buffer up to this size is kept for the next stop-and-copy cut.
-const KEPT_BUFFER_BYTES_MAX: usize = 16 << 20;
+const KEPT_BUFFER_BYTES_MAX: usize = STOP_AND_COPY_PAGES_MAX as usize * PAGE_SIZE * 3 / 2;
+/// The smallest one.
+const BUFFER_BYTES_MIN: usize = 1 << 20;
 
 /// A way to capture RAM.
 pub trait Strategy: Send + Sync {
@@ -134,6 +138,7 @@ impl Capture for Live {
 pub struct StopAndCopy {
     pages: Arc<GuestPages>,
     spare: Arc<Mutex<Option<Mapping>>>,
+    cost: CopyCost,
 }
 
 /// What stop-and-copy keeps: the pages one after the other.
@@ -148,6 +153,24 @@ impl StopAndCopy {
         Self {
             pages,
             spare: Arc::default(),
+            cost: CopyCost::default(),
+        }
+    }
+
+    /// True if it is the better strategy for so many pages.
+    pub fn is_for(&self, pages: u64) -> bool {
+        pages < self.cost.small()
+    }
+
+    /// Has memory for so many pages, and those that may join them, before the guest is paused: fresh
+    /// memory is slower than the copy. Without it the capture makes its own.
+    pub fn make_room(&self, pages: u64) {
+        let bytes = pages as usize * PAGE_SIZE;
+        let mut spare = lock(&self.spare);
+        if spare.as_ref().is_none_or(|spare| spare.bytes() < bytes) {
+            let bytes = (bytes + bytes / 2).max(BUFFER_BYTES_MIN);
+            *spare = Mapping::anonymous(bytes).ok();
+            spare.iter().for_each(Mapping::touch);
         }
     }
 }
@@ -167,10 +190,12 @@ impl Strategy for StopAndCopy {
             .sum();
         let bytes = count as usize * PAGE_SIZE;
         let spare = lock(&self.spare).take().filter(|m| m.bytes() >= bytes);
+        let is_spare = spare.is_some();
         let mapping = match spare {
             Some(mapping) => mapping,
-            None => Mapping::anonymous(bytes.max(1 << 20))?,
+            None => Mapping::anonymous(bytes.max(BUFFER_BYTES_MIN))?,
         };
+        let started = Instant::now();
         let mut next = mapping.address();
         for (range, map) in ram_maps(self.pages.ranges(), pages) {
             for run in map.runs(0) {
@@ -183,6 +208,10 @@ impl Strategy for StopAndCopy {
                 }
                 next += bytes;
             }
+        }
+        // Fresh memory would be measured too.
+        if is_spare {
+            self.cost.note(count, started.elapsed());
         }
         Ok(Box::new(Buffer {
             mapping: Some(mapping),

@@ -54,6 +54,7 @@ fn spec() -> FakeSpec {
         chunk_pages: 64,
         staging_pages: 256,
         steps_in_copy: 3,
+        contents: 0,
     }
 }
 
