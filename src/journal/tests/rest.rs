@@ -244,6 +244,52 @@ fn no_room_for_ground_gives_it_up() {
     shows(&mut world, &Image::new());
 }
 
+/// What a session had laid when it ended, or when the rest was given up, is as good as it is.
+#[test]
+fn laying_ends_in_the_middle() {
+    for over_ground in [false, true] {
+        for begin_again in [false, true] {
+            let mut world = World::new(10);
+            let mut before = Image::new();
+            if over_ground {
+                mutate(&mut before, &mut world.random, 100);
+                world.lay(&before).unwrap();
+            }
+            let mut parts = first_copy(&mut world);
+            parts.pop();
+            send(&mut world, &parts).unwrap();
+            world.journal().cut_off();
+            let mut laying = world.journal().begin_rest(&layout()).unwrap();
+            let mut laid = Laid::default();
+            assert!(world.journal().lay_rest(&mut laying, &mut laid).unwrap());
+            assert_eq!(world.journal().ground(), None);
+            assert!(world.journal().ground_image().is_err());
+            is_no_point(&mut world);
+            let expected = match begin_again {
+                true => over(&before, &parts),
+                false => {
+                    world.journal().release_rest();
+                    assert!(!world.journal().lay_rest(&mut laying, &mut laid).unwrap());
+                    over(&before, &parts[..1])
+                }
+            };
+            if begin_again {
+                drop(laying);
+                lay(&mut world, &expected).unwrap();
+            } else {
+                let epoch = world.journal().highest_epoch().next();
+                world.images.insert(epoch, Rc::new(expected.clone()));
+                world.journal().finish_ground(laying, epoch).unwrap();
+                world.resync();
+            }
+            shows(&mut world, &expected);
+            is_no_point(&mut world);
+            world.commit(20, false).unwrap();
+            world.verify();
+        }
+    }
+}
+
 #[test]
 fn a_damaged_part_ends_it() {
     for (damaged, restart) in [(0, false), (0, true), (1, false), (1, true)] {
