@@ -163,19 +163,15 @@ proptest! {
 }
 
 /// Codec, kind, decoded bytes, and what is stored.
-type Stored<'a> = (Codec, BatchKind, u32, &'a [u8]);
+pub(super) type Stored<'a> = (Codec, BatchKind, u32, &'a [u8]);
+pub(super) type RowBytes = [u8; ROW_BYTES];
 
 /// A part of these batches and rows with right checksums and sizes.
-pub(super) fn forge(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
+pub(super) fn forge(batches: &[Stored<'_>], rows: &[RowBytes]) -> Vec<u8> {
     forged(batches, rows, false)
 }
 
-/// The same, of which the header says that rows may refer back.
-pub(super) fn refer(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
-    forged(batches, rows, true)
-}
-
-fn forged(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]], references: bool) -> Vec<u8> {
+pub(super) fn forged(batches: &[Stored<'_>], rows: &[RowBytes], references: bool) -> Vec<u8> {
     let (part, ..) = small_frame();
     let mut header = PartHeader::parse(&part).unwrap();
     let mut body = vec![];
@@ -206,7 +202,7 @@ fn forged(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]], references: bool) ->
     reseal(bytes).unwrap()
 }
 
-pub(super) fn row(kind: u8, region: u16, page: u32, tail: [u16; 4]) -> [u8; ROW_BYTES] {
+pub(super) fn row(kind: u8, region: u16, page: u32, tail: [u16; 4]) -> RowBytes {
     let mut bytes = [0; ROW_BYTES];
     bytes[..2].copy_from_slice(&region.to_le_bytes());
     bytes[2] = kind;

@@ -8,8 +8,13 @@ use proptest::prelude::*;
 use super::super::batch::BatchKind;
 use super::super::duplicates::WINDOW;
 use super::super::part::decoded_batches;
-use super::hostile::{DELTA, RAW, forge, refer, row};
+use super::hostile::{DELTA, RAW, RowBytes, Stored, forge, forged, row};
 use super::*;
+
+/// As [`forge`], of which the header says that rows may refer back.
+fn refer(batches: &[Stored<'_>], rows: &[RowBytes]) -> Vec<u8> {
+    forged(batches, rows, true)
+}
 
 /// A full frame of these pages of the first region; `None` is a page of zeros.
 fn frame(
