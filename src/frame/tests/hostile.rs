@@ -163,19 +163,15 @@ proptest! {
 }
 
 /// Codec, kind, decoded bytes, and what is stored.
-type Stored<'a> = (Codec, BatchKind, u32, &'a [u8]);
+pub(super) type Stored<'a> = (Codec, BatchKind, u32, &'a [u8]);
 
 /// A part of these batches and rows with right checksums and sizes.
-pub(super) fn forge(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
+fn forge(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
     forged(batches, rows, false)
 }
 
-/// The same, of which the header says that rows may refer back.
-pub(super) fn refer(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
-    forged(batches, rows, true)
-}
-
-fn forged(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]], references: bool) -> Vec<u8> {
+/// With what its header says of references.
+pub(super) fn forged(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]], refer: bool) -> Vec<u8> {
     let (part, ..) = small_frame();
     let mut header = PartHeader::parse(&part).unwrap();
     let mut body = vec![];
@@ -192,7 +188,7 @@ fn forged(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]], references: bool) ->
         body.extend_from_slice(payload);
     }
     header.last = false;
-    header.references = references;
+    header.references = refer;
     (header.manifest_len, header.manifest_raw_len) = (0, 0);
     header.manifest_codec = Codec::None;
     header.batches = batches.len() as u32;
