@@ -164,14 +164,14 @@ proptest! {
 
 /// Codec, kind, decoded bytes, and what is stored.
 pub(super) type Stored<'a> = (Codec, BatchKind, u32, &'a [u8]);
-pub(super) type RowBytes = [u8; ROW_BYTES];
 
 /// A part of these batches and rows with right checksums and sizes.
-pub(super) fn forge(batches: &[Stored<'_>], rows: &[RowBytes]) -> Vec<u8> {
+fn forge(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
     forged(batches, rows, false)
 }
 
-pub(super) fn forged(batches: &[Stored<'_>], rows: &[RowBytes], references: bool) -> Vec<u8> {
+/// With what its header says of references.
+pub(super) fn forged(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]], refer: bool) -> Vec<u8> {
     let (part, ..) = small_frame();
     let mut header = PartHeader::parse(&part).unwrap();
     let mut body = vec![];
@@ -188,7 +188,7 @@ pub(super) fn forged(batches: &[Stored<'_>], rows: &[RowBytes], references: bool
         body.extend_from_slice(payload);
     }
     header.last = false;
-    header.references = references;
+    header.references = refer;
     (header.manifest_len, header.manifest_raw_len) = (0, 0);
     header.manifest_codec = Codec::None;
     header.batches = batches.len() as u32;
@@ -202,7 +202,7 @@ pub(super) fn forged(batches: &[Stored<'_>], rows: &[RowBytes], references: bool
     reseal(bytes).unwrap()
 }
 
-pub(super) fn row(kind: u8, region: u16, page: u32, tail: [u16; 4]) -> RowBytes {
+pub(super) fn row(kind: u8, region: u16, page: u32, tail: [u16; 4]) -> [u8; ROW_BYTES] {
     let mut bytes = [0; ROW_BYTES];
     bytes[..2].copy_from_slice(&region.to_le_bytes());
     bytes[2] = kind;

@@ -7,14 +7,10 @@ use proptest::prelude::*;
 
 use super::super::batch::BatchKind;
 use super::super::duplicates::WINDOW;
+use super::super::format::ROW_BYTES;
 use super::super::part::decoded_batches;
-use super::hostile::{DELTA, RAW, RowBytes, Stored, forge, forged, row};
+use super::hostile::{DELTA, RAW, Stored, forged, row};
 use super::*;
-
-/// As [`forge`], of which the header says that rows may refer back.
-fn refer(batches: &[Stored<'_>], rows: &[RowBytes]) -> Vec<u8> {
-    forged(batches, rows, true)
-}
 
 /// A full frame of these pages of the first region; `None` is a page of zeros.
 fn frame(
@@ -181,6 +177,11 @@ fn changes_have_no_references() {
     assert_eq!(merged(&[&second]).1, second.parts[0].len());
 }
 
+/// A part of which the header says that rows may refer back.
+fn refer(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
+    forged(batches, rows, true)
+}
+
 /// Rows jump as far as they may: each batch is decoded once all the same.
 #[test]
 fn a_batch_is_decoded_once_whatever_refers_to_it() {
@@ -238,7 +239,7 @@ fn impossible_references_are_refused() {
         (refer(&mixed, &[to(WINDOW + 2), delta_to(1), to(0)]), ""),
         (refer(&all, &[to(WINDOW + 1), to(0)]), "too far back"),
         (refer(&all, &[to(WINDOW + 1), to(1), to(0)]), "too far back"),
-        (forge(&all, &[to(1), to(0)]), "out of order"),
+        (forged(&all, &[to(1), to(0)], false), "out of order"),
         (
             refer(&[delta, delta], &[delta_to(1), delta_to(0)]),
             "out of order",
