@@ -35,7 +35,7 @@ use super::error::JournalError;
 use super::marks::Marks;
 use super::reading::{read_headers, verify_frame};
 use super::rest::{Kept, Rest};
-use super::scan::{self, Found};
+use super::scan::{Found, Scan};
 use super::segment::{Loc, Segments};
 use super::store::Store;
 use super::superblock::Super;
@@ -218,13 +218,18 @@ impl<'a, S: Store> Recovery<'a, S> {
     }
 
     fn attempt(&self, scan_from: u64, thorough: bool) -> Recovered {
-        let mut found = Found::default();
+        let (mut found, none) = (Found::default(), BTreeMap::new());
         for (number, sequence) in self.segments.iter() {
             if thorough || sequence.is_none_or(|s| s >= scan_from) {
-                let guest = &self.super_.guest;
-                let journal = self.super_.journal;
-                let segment = (number, sequence);
-                scan::scan(self.segments, segment, guest, journal, &mut found);
+                let scan = Scan {
+                    segments: self.segments,
+                    number,
+                    sequence,
+                    guest: &self.super_.guest,
+                    journal: self.super_.journal,
+                    known: if thorough { &none } else { &self.headers },
+                };
+                scan.run(&mut found);
             }
         }
         let mut report = RecoveryReport::default();

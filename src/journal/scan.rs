@@ -4,21 +4,28 @@
 //! else is passed block by block. What is found is only a claim: a recycled segment holds headers of
 //! earlier lives, a torn write may have left a header without its body. `recover.rs` judges.
 //!
+//! Where something was found, only the block behind it is read next. Where nothing is, as in the rest of a
+//! segment that is not full yet, the disk is read ahead in pieces by several threads.
+//!
 //! Guest content lies inside parts, which are jumped over; in a torn part a hostile guest could show
 //! the scan a header of its making. It would have to know the journal's random id, and to link it
 //! into the chain the root of an image that contains it.
 
+use std::collections::BTreeMap;
+
+use super::ahead;
+use super::dir::AlignedBuf;
 use super::marks::Marks;
+use super::reading::Bytes;
 use super::segment::{DATA_AT, Loc, Segments};
 use super::store::Store;
 use crate::frame::{BLOCK, HEADER_BYTES, PartHeader};
 use crate::ids::{GuestId, JournalId};
 
-/// Bytes read at once where no part was found; behind a part only the next block is read.
-const WINDOW: u64 = 1 << 20;
-/// The same where none was found for a whole window: the rest of a segment that is not full yet. Read by
-/// several threads, a window each, because the disk is faster with several requests.
-const WIDE: u64 = 8 << 20;
+/// Bytes that are read at once where nothing was found.
+const PIECE: u64 = 256 << 10;
+/// Pieces that the disk has to read at a time.
+const READS: usize = 8;
 
 /// What a segment seems to hold.
 #[derive(Default)]
@@ -29,124 +36,142 @@ pub(super) struct Found {
     pub unreadable: Vec<String>,
 }
 
-struct Window<'a, S: Store> {
-    segments: &'a Segments<S>,
-    number: u32,
-    start: u64,
-    bytes: super::dir::AlignedBuf,
-    valid: u64,
+/// One segment that is looked at.
+pub(super) struct Scan<'a, S: Store> {
+    pub segments: &'a Segments<S>,
+    pub number: u32,
+    pub sequence: Option<u64>,
+    pub guest: &'a GuestId,
+    pub journal: JournalId,
+    /// Headers that were just read.
+    pub known: &'a BTreeMap<Loc, PartHeader>,
 }
 
-impl<S: Store> Window<'_, S> {
-    fn read(&mut self, offset: u64, len: u64) -> std::io::Result<()> {
-        let (segments, number) = (self.segments, self.number);
-        let bytes = &mut self.bytes[..len as usize];
-        std::thread::scope(|scope| {
-            let mut pieces = (offset..)
-                .step_by(WINDOW as usize)
-                .zip(bytes.chunks_mut(WINDOW as usize));
-            let first = pieces.next();
-            let others: Vec<_> = pieces
-                .map(|(at, piece)| {
-                    let read = move || segments.read_raw(number, at, piece);
-                    std::thread::Builder::new().spawn_scoped(scope, read)
-                })
-                .collect();
-            let mut result =
-                first.map_or(Ok(()), |(at, piece)| segments.read_raw(number, at, piece));
-            for other in others {
-                // A host that has no room for a thread reads a block at a time.
-                match other.map(std::thread::ScopedJoinHandle::join) {
-                    Ok(Ok(read)) => result = result.and(read),
-                    Ok(Err(panic)) => std::panic::resume_unwind(panic),
-                    Err(error) => result = Err(error),
+/// Why reading ahead ended: there is something to look at, or the disk failed.
+struct At(u64);
+
+impl<S: Store> Scan<'_, S> {
+    /// Looks at all of it, to its end: a failed sync may have left a hole of zeros before what counts.
+    pub fn run(&self, found: &mut Found) {
+        let end = self.segments.segment_bytes();
+        let mut block = AlignedBuf::new(BLOCK);
+        let mut offset = DATA_AT;
+        while offset < end {
+            let part = match self.known(offset) {
+                Some((header, loc)) => {
+                    found.parts.push((header.clone(), loc));
+                    Some(u64::from(loc.len))
                 }
-            }
-            result
-        })
-    }
-
-    /// The block at `offset`; `None` if it cannot be read. `far` says that more will be wanted.
-    fn block(&mut self, offset: u64, far: bool) -> Option<&[u8]> {
-        if offset < self.start || offset + BLOCK as u64 > self.start + self.valid {
-            let goes_on = far && offset == self.start + self.valid && self.valid >= WINDOW;
-            self.start = offset;
-            let window = if goes_on { WIDE } else { WINDOW };
-            let whole = window.min(self.segments.segment_bytes() - offset);
-            if self.bytes.len() < whole as usize {
-                self.bytes = super::dir::AlignedBuf::new(whole as usize);
-            }
-            // A bad sector, or the end of a file that was cut, must not hide what is before it.
-            self.valid = [whole, BLOCK as u64]
-                .into_iter()
-                .filter(|len| far || *len == BLOCK as u64)
-                .find(|len| self.read(offset, *len).is_ok())
-                .unwrap_or(0);
-            if self.valid == 0 {
-                return None;
-            }
+                None => match self.segments.read_raw(self.number, offset, &mut block) {
+                    Ok(()) => self.look(offset, &block, found),
+                    Err(_) => {
+                        found
+                            .unreadable
+                            .push(self.loc(offset, BLOCK as u64).to_string());
+                        // The rest of a file that was cut would fail block by block; a bad sector is rare.
+                        if self.read_block(end - BLOCK as u64).is_err() {
+                            return;
+                        }
+                        offset += BLOCK as u64;
+                        continue;
+                    }
+                },
+            };
+            offset = match part {
+                Some(bytes) => offset + bytes,
+                None => self.next_after(offset + BLOCK as u64, end),
+            };
         }
-        let at = (offset - self.start) as usize;
-        Some(&self.bytes[at..at + BLOCK])
     }
-}
 
-/// Scans one segment to its end: a failed sync may have left a hole of zeros before what counts.
-pub(super) fn scan<S: Store>(
-    segments: &Segments<S>,
-    (number, sequence): (u32, Option<u64>),
-    guest: &GuestId,
-    journal: JournalId,
-    found: &mut Found,
-) {
-    let mut window = Window {
-        segments,
-        number,
-        start: 0,
-        bytes: super::dir::AlignedBuf::new(WINDOW as usize),
-        valid: 0,
-    };
-    let end = segments.segment_bytes();
-    let mut offset = DATA_AT;
-    let mut far = false;
-    let loc = |offset: u64, len: usize| Loc {
-        sequence: sequence.unwrap_or(0),
-        segment: number,
-        offset: u32::try_from(offset).expect("below the largest segment"),
-        len: u32::try_from(len).expect("below the largest segment"),
-    };
-    while offset < end {
-        let Some(block) = window.block(offset, far) else {
-            found.unreadable.push(loc(offset, BLOCK).to_string());
-            // The rest of a file that was cut would fail block by block; a bad sector is rare.
-            if segments
-                .read_raw(number, end - BLOCK as u64, &mut [0; BLOCK])
-                .is_err()
-            {
-                return;
-            }
-            offset += BLOCK as u64;
-            continue;
-        };
-        let mut step = BLOCK;
+    fn loc(&self, offset: u64, len: u64) -> Loc {
+        Loc {
+            sequence: self.sequence.unwrap_or(0),
+            segment: self.number,
+            offset: u32::try_from(offset).expect("below the largest segment"),
+            len: u32::try_from(len).expect("below the largest segment"),
+        }
+    }
+
+    fn read_block(&self, offset: u64) -> std::io::Result<()> {
+        self.segments.read_raw(self.number, offset, &mut [0; BLOCK])
+    }
+
+    fn known(&self, offset: u64) -> Option<(&PartHeader, Loc)> {
+        self.sequence?;
+        let (from, to) = (self.loc(offset, 0), self.loc(offset, u64::from(u32::MAX)));
+        let (loc, header) = self.known.range(from..=to).next()?;
+        let fits = header.part_bytes == loc.len && loc.end() <= self.segments.segment_bytes();
+        (fits && self.ours(header)).then_some((header, *loc))
+    }
+
+    fn ours(&self, header: &PartHeader) -> bool {
+        header.guest == *self.guest && header.journal == self.journal
+    }
+
+    /// Takes what begins with this block, and returns its size.
+    fn look(&self, offset: u64, block: &[u8], found: &mut Found) -> Option<u64> {
+        let end = self.segments.segment_bytes();
         if let Ok(header) = PartHeader::parse(&block[..HEADER_BYTES]) {
-            let bytes = header.part_bytes as usize;
-            let ours = header.guest == *guest && header.journal == journal;
-            if ours && offset + bytes as u64 <= end {
-                step = bytes;
-                found.parts.push((header, loc(offset, bytes)));
-            }
-        } else if let Some(bytes) = Marks::peek(block, journal) {
-            let mut record = vec![0; bytes];
-            if offset + bytes as u64 <= end
-                && segments.read_raw(number, offset, &mut record).is_ok()
-                && let Some(marks) = Marks::parse(&record, journal)
-            {
-                step = bytes;
-                found.marks.push((marks, loc(offset, bytes)));
-            }
+            let bytes = u64::from(header.part_bytes);
+            let takes = self.ours(&header) && offset + bytes <= end;
+            return takes.then(|| {
+                found.parts.push((header, self.loc(offset, bytes)));
+                bytes
+            });
         }
-        far = step == BLOCK;
-        offset += step as u64;
+        let bytes = Marks::peek(block, self.journal)?;
+        let mut record = vec![0; bytes];
+        let bytes = bytes as u64;
+        if offset + bytes > end {
+            return None;
+        }
+        let read = self.segments.read_raw(self.number, offset, &mut record);
+        let marks = read
+            .ok()
+            .and_then(|()| Marks::parse(&record, self.journal))?;
+        found.marks.push((marks, self.loc(offset, bytes)));
+        Some(bytes)
+    }
+
+    /// Where the next block is that may begin something, or that cannot be read with those around it.
+    fn next_after(&self, offset: u64, end: u64) -> u64 {
+        let near = (offset + PIECE).min(end);
+        let result = self.pieces(offset, near, 1);
+        match result.and_then(|()| self.pieces(near, end, READS)) {
+            Ok(()) => end,
+            Err(At(offset)) => offset,
+        }
+    }
+
+    fn pieces(&self, from: u64, end: u64, threads: usize) -> Result<(), At> {
+        let count = (end - from).div_ceil(PIECE) as usize;
+        let place = |piece: usize| {
+            let at = from + piece as u64 * PIECE;
+            (at, PIECE.min(end - at) as usize)
+        };
+        ahead::in_order(
+            count,
+            threads,
+            |piece, buffer: &mut Bytes| {
+                let (at, len) = place(piece);
+                let read = self.segments.read_raw(self.number, at, buffer.room(len));
+                read.map_err(|_| At(at))
+            },
+            |piece, buffer| {
+                let (at, len) = place(piece);
+                let blocks = (at..)
+                    .step_by(BLOCK)
+                    .zip(buffer.as_ref()[..len].chunks(BLOCK));
+                for (at, block) in blocks {
+                    if PartHeader::parse(&block[..HEADER_BYTES]).is_ok()
+                        || Marks::peek(block, self.journal).is_some()
+                    {
+                        return Err(At(at));
+                    }
+                }
+                Ok(())
+            },
+        )
     }
 }

@@ -4,6 +4,8 @@
 //! What SIGKILL leaves is what the files hold in that instant: they are copied while the journal is open
 //! and in the middle of a frame, and each copy is opened once.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -120,8 +122,20 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
             copy(&from, &to)?;
         } else {
             std::fs::copy(&from, &to)
+                .and_then(|_| settle(&to))
                 .with_context(|| format!("{} cannot be copied", from.display()))?;
         }
     }
     Ok(())
+}
+
+/// The copy went through the page cache, and the original did not: what is read would be written first.
+fn settle(path: &Path) -> std::io::Result<()> {
+    let file = File::open(path)?;
+    file.sync_all()?;
+    // SAFETY: advice about a descriptor that is open; no memory is passed.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        error => Err(std::io::Error::from_raw_os_error(error)),
+    }
 }
