@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::backend::Site;
 use super::context::writer_of;
@@ -167,7 +168,7 @@ impl Lookup<DirStore> for Site {
         guest: &GuestId,
         epoch: Epoch,
         generation: Generation,
-    ) -> Result<(), String> {
+    ) -> Result<Option<Instant>, String> {
         let copy = self.standbys.copy(guest).await?;
         let run = self
             .runs
@@ -184,17 +185,18 @@ impl Lookup<DirStore> for Site {
             networks: Vec::new(),
         };
         let taken = takeover.carry_out(&run, epoch, generation).await;
+        let runs = taken.as_ref().ok().copied().flatten();
         let result = taken.map(|runs| {
             RunResult::Take(TakeReport {
                 epoch,
                 generation,
-                offline: !runs,
+                offline: runs.is_none(),
             })
         });
         let text = result.as_ref().err().map(ToString::to_string);
         run.finish(result);
         match text {
-            None => Ok(()),
+            None => Ok(runs),
             Some(text) => Err(text),
         }
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use super::hardware::{Hardware, Memory};
 use super::record::{FailedOver, GuestRecord};
@@ -75,6 +76,9 @@ pub(super) enum Order {
     Shutdown { reply: oneshot::Sender<()> },
 }
 
+/// Since when a guest runs that was to be resumed; `None` if it was switched off.
+pub(super) type RunsSince = Option<Instant>;
+
 /// A guest is to be resumed.
 pub(super) struct Resume {
     pub from: Materialised,
@@ -84,8 +88,7 @@ pub(super) struct Resume {
     /// The record says that it is being promoted. Else it is given away by its owner, who asks if this
     /// daemon dies.
     pub recorded: bool,
-    /// True if it runs; false if it was switched off.
-    pub reply: Reply<bool>,
+    pub reply: Reply<RunsSince>,
 }
 
 /// What a guest is resumed from.

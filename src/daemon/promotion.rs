@@ -143,7 +143,7 @@ impl Failover {
         report.rto_seconds = Some(self.asked.elapsed().as_secs_f64());
 
         run.step("verify");
-        if !runs {
+        if runs.is_none() {
             run.detail(format!(
                 "the guest was switched off at this point; lifeboat guest start {} boots it",
                 self.guest

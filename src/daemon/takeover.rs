@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 use super::context::SiteContext;
 use super::feeding::{Fed, Vessel};
 use super::hardware::{Hardware, Memory};
-use super::orders::{Handle, Materialised, Order, Resume};
+use super::orders::{Handle, Materialised, Order, Resume, RunsSince};
 use super::placing::{machine, plugged, write_disks};
 use super::promotion::failed;
 use super::record::{FailedOver, guest_dir};
@@ -44,14 +44,14 @@ pub(super) struct Takeover {
 }
 
 impl Takeover {
-    /// For a guest that its owner gives away: either it is ours under this generation afterwards (true:
-    /// and runs; false: it was switched off), or nothing has changed and it never will.
+    /// For a guest that its owner gives away: either it is ours under this generation afterwards
+    /// (and runs, or was switched off), or nothing has changed and it never will.
     pub async fn carry_out(
         &self,
         run: &RunHandle,
         point: Epoch,
         generation: Generation,
-    ) -> Result<bool, ApiError> {
+    ) -> Result<RunsSince, ApiError> {
         let taken = self.try_carry_out(run, point, generation).await;
         let withdrawn = match &taken {
             Ok(_) => Ok(()),
@@ -69,7 +69,7 @@ impl Takeover {
         run: &RunHandle,
         point: Epoch,
         offered: Generation,
-    ) -> Result<bool, ApiError> {
+    ) -> Result<RunsSince, ApiError> {
         run.step("promote");
         let since = Instant::now();
         let copy = self.copy.clone();
@@ -138,14 +138,14 @@ impl Takeover {
         Ok(generation)
     }
 
-    /// Raises the generation of the copy, and runs the guest from the point. False if there is nothing
+    /// Raises the generation of the copy, and runs the guest from the point. None if there is nothing
     /// to run: it was switched off.
     pub async fn resume(
         &self,
         run: &RunHandle,
         point: Epoch,
         generation: Generation,
-    ) -> Result<bool, ApiError> {
+    ) -> Result<RunsSince, ApiError> {
         let since = Instant::now();
         let copy = self.copy.clone();
         let claiming = move || lock(&copy).claim_or_lend(point, reads_itself);
@@ -166,7 +166,7 @@ impl Takeover {
         claimed: Claimed,
         (generation, recorded): (Generation, bool),
         first: impl Future<Output = Result<(), ApiError>>,
-    ) -> Result<bool, ApiError> {
+    ) -> Result<RunsSince, ApiError> {
         let source = match &claimed {
             Claimed::Image(promotion) => Source::from(promotion),
             Claimed::Lent(lent) => Source::from(lent),
@@ -197,7 +197,7 @@ impl Takeover {
         source: &Source,
         generation: Generation,
         (allowed, recorded): (watch::Receiver<bool>, bool),
-    ) -> Result<bool, ApiError> {
+    ) -> Result<RunsSince, ApiError> {
         run.step("materialise");
         let fed = self.fed(run, source, generation).await?;
         if let Some(from) = fed {
@@ -221,12 +221,12 @@ impl Takeover {
         let from = self.materialise(source, generation).await?;
         run.step("resume");
         let resumed = self.run_from(from, allowed.clone(), recorded).await;
-        match (&source.ram, resumed) {
-            (Ram::Image(_), Ok(true)) => run.detail("its memory image had the recorded root"),
-            (Ram::Journal(_), Ok(true)) => {
+        match (&source.ram, &resumed) {
+            (Ram::Image(_), Ok(Some(_))) => run.detail("its memory image had the recorded root"),
+            (Ram::Journal(_), Ok(Some(_))) => {
                 run.detail("its memory is read from the journal while it runs");
             }
-            (_, Ok(false)) => return Ok(false),
+            (_, Ok(None)) => {}
             (Ram::Journal(_), Err(error)) if !is_void(&allowed) => {
                 tracing::warn!(guest = %self.guest, %error, "the guest was not resumed with memory from the journal");
                 run.detail(format!("not with memory from the journal: {error}"));
@@ -234,9 +234,9 @@ impl Takeover {
                     .resume_whole(run, source.point, generation, (allowed, recorded))
                     .await;
             }
-            (_, Err(error)) => return Err(error),
+            (_, Err(_)) => {}
         }
-        Ok(true)
+        resumed
     }
 
     /// As a last resort: all of the point's memory is read first.
@@ -246,7 +246,7 @@ impl Takeover {
         point: Epoch,
         generation: Generation,
         (allowed, recorded): (watch::Receiver<bool>, bool),
-    ) -> Result<bool, ApiError> {
+    ) -> Result<RunsSince, ApiError> {
         run.step("materialise");
         let copy = self.copy.clone();
         let claiming = self.site.env.offload(move || lock(&copy).claim(point));
@@ -264,7 +264,7 @@ impl Takeover {
         from: Materialised,
         allowed: watch::Receiver<bool>,
         recorded: bool,
-    ) -> Result<bool, ApiError> {
+    ) -> Result<RunsSince, ApiError> {
         let resume = |reply| Resume {
             from,
             allowed,

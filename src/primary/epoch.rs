@@ -500,9 +500,10 @@ impl<G: Guest> Builder<'_, G> {
                 }
                 Ok(())
             }
-            Event::Taken { refused } => match (self.engine.handing, refused) {
+            Event::Taken { refused, runs } => match (self.engine.handing, refused) {
                 (Handing::Offered(since), None) => Err(SessionEnd::HandedOver {
-                    downtime: since.elapsed(),
+                    // Until its word came, but for the time in which it ran already.
+                    downtime: since.elapsed().saturating_sub(runs),
                 }),
                 (_, why) => Err(SessionEnd::Lost(format!(
                     "the standby did not take the guest: {}",

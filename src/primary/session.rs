@@ -103,13 +103,29 @@ impl From<HandshakeError> for SessionEnd {
 /// What the standby said, for the builder.
 #[derive(Debug)]
 pub(super) enum Event {
-    Ack { epoch: Epoch, root: ImageRoot },
-    Mismatch { epoch: Epoch },
-    Prepared { refused: Option<String> },
-    Taken { refused: Option<String> },
-    Fingerprints { first: u64, pages: Vec<u8> },
+    Ack {
+        epoch: Epoch,
+        root: ImageRoot,
+    },
+    Mismatch {
+        epoch: Epoch,
+    },
+    Prepared {
+        refused: Option<String>,
+    },
+    Taken {
+        refused: Option<String>,
+        runs: Duration,
+    },
+    Fingerprints {
+        first: u64,
+        pages: Vec<u8>,
+    },
     Incomparable(String),
-    Ground { epoch: Epoch, root: ImageRoot },
+    Ground {
+        epoch: Epoch,
+        root: ImageRoot,
+    },
     Readiness(Readiness),
     Facts(Box<Facts>),
     End(SessionEnd),
@@ -230,7 +246,10 @@ fn event(message: ToPrimary) -> Option<Event> {
         ToPrimary::Ack { epoch, root, .. } => Event::Ack { epoch, root },
         ToPrimary::Mismatch { epoch, .. } => Event::Mismatch { epoch },
         ToPrimary::Prepared { refused } => Event::Prepared { refused },
-        ToPrimary::Taken { refused } => Event::Taken { refused },
+        ToPrimary::Taken { refused, runs_us } => Event::Taken {
+            refused,
+            runs: Duration::from_micros(runs_us.unwrap_or(0)),
+        },
         ToPrimary::Fingerprints { first, pages } => Event::Fingerprints { first, pages },
         ToPrimary::Incomparable { text } => Event::Incomparable(text),
         ToPrimary::Ground { epoch, root } => Event::Ground { epoch, root },

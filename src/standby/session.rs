@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::compare;
 use super::ground::Leftover;
@@ -17,6 +17,7 @@ use crate::wire::facts::Facts;
 use crate::wire::handshake::{self, Introduction};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
 use crate::wire::message::{Open, Readiness, RefuseReason, ToPrimary, ToStandby};
+use crate::wire::version::VERSION_RUNS;
 
 /// An answer to a primary that may not go on.
 #[derive(Debug)]
@@ -91,14 +92,14 @@ pub trait Lookup<S: Store>: Send + Sync + 'static {
         async { Err("no guest can be moved to this site".into()) }
     }
 
-    /// The guest is handed over: runs it from this point under this generation, or says why it does
-    /// not, in which case it never will.
+    /// The guest is handed over: runs it from this point under this generation, and says since when (`None`:
+    /// it is switched off), or why it does not, in which case it never will.
     fn take(
         &self,
         _guest: &GuestId,
         _epoch: Epoch,
         _generation: Generation,
-    ) -> impl Future<Output = Result<(), String>> + Send {
+    ) -> impl Future<Output = Result<Option<Instant>, String>> + Send {
         async { Err("no guest can be moved to this site".into()) }
     }
 }
@@ -107,6 +108,8 @@ struct OpenSession<S: Store> {
     replica: Arc<Mutex<Replica<S>>>,
     session: SessionId,
     guest: GuestId,
+    /// Of the protocol.
+    version: u16,
     /// The primary's.
     generation: Generation,
     /// The newest checkpoint that came by this session and is durable.
@@ -191,7 +194,7 @@ async fn open<S: Store>(
     lookup: &impl Lookup<S>,
 ) -> Result<OpenSession<S>, SessionEnd> {
     let me = Introduction::new(site.clone());
-    handshake::as_standby(tx, rx, &me, peer, env.now())
+    let greeted = handshake::as_standby(tx, rx, &me, peer, env.now())
         .await
         .map_err(|error| SessionEnd::Link(error.to_string()))?;
     let open = match rx.recv().await? {
@@ -220,6 +223,7 @@ async fn open<S: Store>(
         replica,
         session,
         guest,
+        version: greeted.version,
         generation,
         durable: None,
         leftover,
@@ -278,14 +282,20 @@ async fn receive<S: Store>(
             }
             ToStandby::Take { epoch, generation } => {
                 // The offer may follow the checkpoint before that is durable, and it may have failed.
-                let refused = if opened.durable != Some(epoch) {
-                    Some(format!("checkpoint #{epoch} did not become durable"))
+                let taken = if opened.durable != Some(epoch) {
+                    Err(format!("checkpoint #{epoch} did not become durable"))
                 } else if generation <= opened.generation {
-                    Some(format!("generation {generation} is not a new one"))
+                    Err(format!("generation {generation} is not a new one"))
                 } else {
-                    lookup.take(&opened.guest, epoch, generation).await.err()
+                    lookup.take(&opened.guest, epoch, generation).await
                 };
-                tx.send(ToPrimary::Taken { refused }).await?;
+                let runs = taken.as_ref().ok().copied().flatten();
+                let runs = runs.filter(|_| opened.version >= VERSION_RUNS);
+                tx.send(ToPrimary::Taken {
+                    runs_us: runs.map(|since| since.elapsed().as_micros() as u64),
+                    refused: taken.err(),
+                })
+                .await?;
             }
             // The transport's own signs of life; those that reach us want nothing.
             ToStandby::Ping { .. } => {}

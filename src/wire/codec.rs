@@ -355,7 +355,12 @@ impl Message for ToPrimary {
             Self::Fingerprints { first, pages } => (kind::FINGERPRINTS, to_body(&(first, pages))),
             Self::Incomparable { text } => (kind::INCOMPARABLE, to_body(&cut(text))),
             Self::Prepared { refused } => (kind::PREPARED, to_body(&refused.map(cut))),
-            Self::Taken { refused } => (kind::TAKEN, to_body(&refused.map(cut))),
+            Self::Taken { refused, runs_us } => {
+                let mut body = to_body(&refused.map(cut));
+                // Came later, and only to primaries that know it.
+                body.extend(runs_us.iter().flat_map(|us| us.to_le_bytes()));
+                (kind::TAKEN, body)
+            }
             Self::Readiness(Readiness {
                 obstacle,
                 differences,
@@ -428,9 +433,22 @@ impl Message for ToPrimary {
             kind::PREPARED => Self::Prepared {
                 refused: exact(header, &body)?,
             },
-            kind::TAKEN => Self::Taken {
-                refused: exact(header, &body)?,
-            },
+            kind::TAKEN => {
+                let refused = extensible(header, &body)?;
+                let more = &body[to_body(&refused).len()..];
+                let runs_us = match more.len() {
+                    0 => None,
+                    _ => {
+                        let bytes = more.try_into();
+                        let bytes = bytes.map_err(|_| WireError::Body {
+                            kind: header.kind,
+                            why: format!("{} bytes are left over", more.len()),
+                        })?;
+                        Some(u64::from_le_bytes(bytes))
+                    }
+                };
+                Self::Taken { refused, runs_us }
+            }
             kind::READINESS => Self::Readiness(exact(header, &body)?),
             kind::FACTS => {
                 let facts: Box<facts::Facts> = exact(header, &body)?;

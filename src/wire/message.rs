@@ -294,6 +294,9 @@ pub enum ToPrimary {
     Taken {
         /// Why it does not, for people; `None` if it does.
         refused: Option<String>,
+        /// Since version 3: for how long it ran when this was said, in microseconds. `None` if it does not
+        /// run.
+        runs_us: Option<u64>,
     },
     /// What is known of a failover there; comes unasked, whenever it changes.
     Readiness(Readiness),

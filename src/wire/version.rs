@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 1 | 0.1.0 | first: Hello, Open, Part, Ack, Abandon, Mismatch, Fenced, Ping, Prepare, Take, Compare, Facts, Mark |
 //! | 2 | 0.1.0 | Group: marks of points that show one instant of several guests |
-//! | 3 | 0.1.0 | Part: rows of a full frame may refer to equal pages before them |
+//! | 3 | 0.1.0 | Part: rows of a full frame may refer to equal pages before them; Taken: for how long it runs |
 //!
 //! Both sites name the range that they speak; the highest common version is used. Sites are
 //! upgraded one at a time, standby first, so a release speaks at least the version before its own.
@@ -30,6 +30,9 @@ pub const VERSION_GROUPS: u16 = 2;
 
 /// The first version with references to equal pages in parts.
 pub const VERSION_REFERENCES: u16 = 3;
+
+/// The first version in which a site that took a guest says for how long it has run.
+pub const VERSION_RUNS: u16 = 3;
 
 /// Name of the protocol in the TLS handshake (ALPN). It changes only if the header or the first
 /// messages do.

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use super::super::context::machine_spec;
 use super::super::hardware::{self, Hardware};
 use super::super::leftover;
-use super::super::orders::Materialised;
+use super::super::orders::{Materialised, RunsSince};
 use super::super::record::{self, GuestRecord, Standing};
 use super::super::stays;
 use super::{Process, Supervisor, failed};
@@ -392,14 +392,13 @@ impl Supervisor {
         shape(&known.ok_or_else(|| ApiError::no_such_guest(&self.guest))?)
     }
 
-    /// Runs the guest once that is allowed. True if it runs; false if it was switched off. `recorded`: the
-    /// record says that it is being promoted.
+    /// Runs the guest once that is allowed. `recorded`: the record says that it is being promoted.
     pub(super) async fn resume(
         &mut self,
         from: Materialised,
         mut allowed: watch::Receiver<bool>,
         recorded: bool,
-    ) -> Result<bool, ApiError> {
+    ) -> Result<RunsSince, ApiError> {
         let since = Instant::now();
         let Materialised {
             generation,
@@ -429,7 +428,7 @@ impl Supervisor {
             is_allowed(&mut allowed).await?;
             self.save(record)?;
             self.problem(None);
-            return Ok(false);
+            return Ok(None);
         }
         let site = self.site.clone();
         let ready = hardware::ready(&site, &self.guest, &hardware, state, memory, process);
@@ -461,12 +460,13 @@ impl Supervisor {
                 Err(error)
             }
         };
+        let runs = Instant::now();
         let ms = |from: Instant, to: Instant| (to - from).as_micros() as f64 / 1e3;
         tracing::info!(
             guest = %self.guest,
             restored_ms = ms(since, restored),
             recorded_ms = ms(restored, noted),
-            run_ms = ms(noted, Instant::now()),
+            run_ms = ms(noted, runs),
             "the guest was restored and let run"
         );
         let resumed = match resumed {
@@ -483,7 +483,7 @@ impl Supervisor {
                 if first.is_some_and(|r| matches!(r.standing, Standing::Moved { .. })) {
                     self.discard_earlier(hardware);
                 }
-                Ok(true)
+                Ok(Some(runs))
             }
             Err(error) => {
                 // It never ran here: a promotion is unfinished and can be repeated, or its owner keeps it.

@@ -179,6 +179,14 @@ pub(super) fn to_primary() -> Vec<(&'static str, ToPrimary)> {
             "taken",
             ToPrimary::Taken {
                 refused: Some("no room".into()),
+                runs_us: None,
+            },
+        ),
+        (
+            "taken-runs",
+            ToPrimary::Taken {
+                refused: None,
+                runs_us: Some(1700),
             },
         ),
         (
