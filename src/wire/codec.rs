@@ -434,18 +434,12 @@ impl Message for ToPrimary {
                 refused: exact(header, &body)?,
             },
             kind::TAKEN => {
-                let refused = extensible(header, &body)?;
-                let more = &body[to_body(&refused).len()..];
-                let runs_us = match more.len() {
-                    0 => None,
-                    _ => {
-                        let bytes = more.try_into();
-                        let bytes = bytes.map_err(|_| WireError::Body {
-                            kind: header.kind,
-                            why: format!("{} bytes are left over", more.len()),
-                        })?;
-                        Some(u64::from_le_bytes(bytes))
-                    }
+                let (refused, more) = first(header, &body)?;
+                let runs_us = match more {
+                    [] => None,
+                    more => Some(u64::from_le_bytes(
+                        more.try_into().map_err(|_| left(header, more))?,
+                    )),
                 };
                 Self::Taken { refused, runs_us }
             }
@@ -495,24 +489,28 @@ pub(super) fn encoded<M: Message>(kind: u8, body: Vec<u8>) -> Result<Encoded, Wi
 /// Behind the body of `Opened`: there is ground.
 const GROUND_FOLLOWS: u8 = 1;
 
+/// What a body begins with, and the rest.
+fn first<T: DeserializeOwned>(header: Header, body: &[u8]) -> Result<(T, &[u8]), WireError> {
+    postcard::take_from_bytes(body).map_err(|e| WireError::Body {
+        kind: header.kind,
+        why: e.to_string(),
+    })
+}
+
+fn left(header: Header, rest: &[u8]) -> WireError {
+    WireError::Body {
+        kind: header.kind,
+        why: format!("{} bytes are left over", rest.len()),
+    }
+}
+
 fn extensible<T: DeserializeOwned>(header: Header, body: &[u8]) -> Result<T, WireError> {
-    let decoded = postcard::take_from_bytes(body);
-    decoded
-        .map(|(value, _)| value)
-        .map_err(|e| WireError::Body {
-            kind: header.kind,
-            why: e.to_string(),
-        })
+    first(header, body).map(|(value, _)| value)
 }
 
 fn exact<T: DeserializeOwned>(header: Header, body: &[u8]) -> Result<T, WireError> {
-    let malformed = |why: String| WireError::Body {
-        kind: header.kind,
-        why,
-    };
-    match postcard::take_from_bytes(body) {
-        Ok((value, [])) => Ok(value),
-        Ok((_, rest)) => Err(malformed(format!("{} bytes are left over", rest.len()))),
-        Err(e) => Err(malformed(e.to_string())),
+    match first(header, body)? {
+        (value, []) => Ok(value),
+        (_, rest) => Err(left(header, rest)),
     }
 }
