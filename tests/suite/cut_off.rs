@@ -1,8 +1,5 @@
 //! A first copy that is cut off, again and again, and goes on where it stopped.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-
 use lifeboat::control::types::SyncPath;
 
 use crate::harness::image::replay;
@@ -33,13 +30,7 @@ fn a_first_copy_that_is_cut_off_goes_on_where_it_stopped() {
         proxy: true,
         ..Options::default()
     });
-    let image = pair.a.dir().join("root.img");
-    let image = File::options().write(true).open(image).unwrap();
-    image.set_len(DISK).unwrap();
-    let mut noise = vec![0; (DISK - USED) as usize];
-    blake3::Hasher::new().finalize_xof().fill(&mut noise);
-    image.write_all_at(&noise, USED).unwrap();
-    drop(image);
+    let noise = pair.a.noisy_disk(DISK, USED);
     let keepalive = "keepalive = \"500ms\"";
     pair.a.edit(keepalive, &format!("{keepalive}\n{BANDWIDTH}"));
     pair.b.start();

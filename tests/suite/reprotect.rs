@@ -1,8 +1,5 @@
 //! The first way back: what the old site still has of the guest is compared, and not sent again.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-
 use lifeboat::control::types::SyncPath;
 use lifeboat::metrics::labels::{GuestState, Role};
 
@@ -28,13 +25,7 @@ fn the_first_way_back_sends_what_differs() {
             working_set_mib: 6,
             ..Options::default()
         });
-        let image = pair.a.dir().join("root.img");
-        let image = File::options().write(true).open(image).unwrap();
-        image.set_len(DISK).unwrap();
-        let mut noise = vec![0; (DISK - USED) as usize];
-        blake3::Hasher::new().finalize_xof().fill(&mut noise);
-        image.write_all_at(&noise, USED).unwrap();
-        drop(image);
+        let noise = pair.a.noisy_disk(DISK, USED);
         pair.protect();
         let first = pair.at_a().sent_bytes;
         assert!(first > noise.len() as u64, "{first} bytes");

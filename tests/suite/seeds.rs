@@ -1,7 +1,6 @@
 //! The first copy by another way than the link: a seed in a file, and only the differences over the link.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::fs;
 
 use lifeboat::control::types::{SyncPath, SyncStatus};
 use lifeboat::metrics::labels::GuestState;
@@ -19,13 +18,7 @@ fn a_seed_by_post_leaves_only_differences_to_the_link() {
         return;
     }
     let mut pair = Pair::new(Options::default());
-    let image = pair.a.dir().join("root.img");
-    let image = File::options().write(true).open(image).unwrap();
-    image.set_len(DISK).unwrap();
-    let mut noise = vec![0; (DISK - USED) as usize];
-    blake3::Hasher::new().finalize_xof().fill(&mut noise);
-    image.write_all_at(&noise, USED).unwrap();
-    drop(image);
+    let noise = pair.a.noisy_disk(DISK, USED);
     pair.b.start();
     pair.a.start();
     pair.a.ok(&["guest", "start", GUEST]);

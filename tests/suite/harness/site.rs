@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -93,6 +94,18 @@ impl Site {
 
     pub fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// Makes the guest's disk here so many bytes large, of which the guest may use the first `used`: the
+    /// rest, which is returned, does not compress.
+    pub fn noisy_disk(&self, bytes: u64, used: u64) -> Vec<u8> {
+        let image = self.dir().join("root.img");
+        let image = File::options().write(true).open(image).unwrap();
+        image.set_len(bytes).unwrap();
+        let mut noise = vec![0; (bytes - used) as usize];
+        blake3::Hasher::new().finalize_xof().fill(&mut noise);
+        image.write_all_at(&noise, used).unwrap();
+        noise
     }
 
     pub fn dir(&self) -> &Path {
