@@ -57,12 +57,7 @@ fn run(seed: u64, cast: Cast, script: Script, live: bool) -> Run {
     let kept: Arc<Mutex<Option<Trace>>> = Arc::default();
     let keep = kept.clone();
     let result = catch_unwind(AssertUnwindSafe(move || {
-        let runtime = Builder::new_current_thread()
-            .enable_time()
-            .start_paused(true)
-            .build()
-            .expect("a runtime");
-        runtime.block_on(async move {
+        simulated(async move {
             let trace = Trace::new(Instant::now(), live);
             *keep.lock().unwrap() = Some(trace.clone());
             match cast {
@@ -214,12 +209,7 @@ fn sabotaged(sabotage: Sabotage, audit: bool) -> (Vec<String>, u64) {
             sabotage,
             promote: None,
         };
-        let runtime = Builder::new_current_thread()
-            .enable_time()
-            .start_paused(true)
-            .build()
-            .expect("a runtime");
-        runtime.block_on(async {
+        simulated(async {
             let trace = Trace::new(Instant::now(), false);
             let mut world = World::new(seed, script, trace);
             world.run_sabotaged(15, audit).await;
@@ -228,6 +218,16 @@ fn sabotaged(sabotage: Sabotage, audit: bool) -> (Vec<String>, u64) {
         });
     }
     (violations, mismatches)
+}
+
+/// Lets something happen in a time that passes only when all wait for it.
+fn simulated<T>(what: impl Future<Output = T>) -> T {
+    let runtime = Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime");
+    runtime.block_on(what)
 }
 
 /// A guest half of whose pages are equal to others is sent for less, to a site that knows references; and
@@ -242,12 +242,7 @@ fn equal_pages_cross_once() {
                 sabotage: Sabotage::None,
                 promote: Some(true),
             };
-            let runtime = Builder::new_current_thread()
-                .enable_time()
-                .start_paused(true)
-                .build()
-                .expect("a runtime");
-            runtime.block_on(async {
+            simulated(async {
                 let trace = Trace::new(Instant::now(), false);
                 let mut world = World::new(seed, script, trace);
                 world.net.set_old(old);
@@ -263,8 +258,7 @@ fn equal_pages_cross_once() {
     let ((old, none), (new, some)) = (first_copies(true), first_copies(false));
     println!("first copies of guests with equal pages: {new} bytes, {old} without references");
     assert!(none == 0 && some > 0, "{none} and {some} parts");
-    // Copies that are cut off and sent again, where they had no equal pages, are in it too.
-    assert!(new * 10 < old * 9, "{new} bytes, {old} without references");
+    assert!(new * 5 < old * 4, "{new} bytes, {old} without references");
 }
 
 /// Violations whose text has this in it.
@@ -317,12 +311,7 @@ fn sabotaged_group(sabotage: Sabotage) -> (Vec<String>, usize) {
             sabotage,
             promote: None,
         };
-        let runtime = Builder::new_current_thread()
-            .enable_time()
-            .start_paused(true)
-            .build()
-            .expect("a runtime");
-        runtime.block_on(async {
+        simulated(async {
             let trace = Trace::new(Instant::now(), false);
             let mut group = Group::new(seed, script, trace);
             group.run_sabotaged(15).await;

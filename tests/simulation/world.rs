@@ -446,13 +446,11 @@ impl World {
         }
     }
 
-    /// Faults, then the end that the script or the dice want.
-    pub async fn run(&mut self, script: Script) {
-        self.start_b();
-        // Some guests have worked long before they are protected: more than one part is to be sent.
+    /// Makes first copies of several parts, and some of them slow, for what may happen meanwhile.
+    async fn first_copy_is_cut_off_at_times(&mut self) {
+        // The guest has worked before it is protected: more than one part is to be sent.
         sleep(self.dice.micros(0..4_000_000)).await;
         if self.dice.one_in(3) {
-            // Their first copy takes long enough to be cut off.
             let weather = Weather {
                 bytes_per_second: self.dice.pick(40_000..200_000),
                 ..self.weather
@@ -460,6 +458,14 @@ impl World {
             self.trace.note("weather", format_args!("{weather:?}"));
             self.net.set_weather(weather);
             self.later(Undo::Calm, 1_000_000..8_000_000);
+        }
+    }
+
+    /// Faults, then the end that the script or the dice want.
+    pub async fn run(&mut self, script: Script) {
+        self.start_b();
+        if script.steps > 0 {
+            self.first_copy_is_cut_off_at_times().await;
         }
         self.start_a();
         let gap = self.dice.pick(100_000..2_000_000);
