@@ -289,6 +289,15 @@ impl Vm {
         self.child.id()
     }
 
+    /// True while a thread of QEMU sends a migration. It has to name its threads (`debug-threads=on`).
+    pub fn migrates(&self) -> bool {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        // One that has just ended has no name any more.
+        let mut names =
+            threads.filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+        names.any(|name| ["live_migration", "mig/src/main"].contains(&name.trim()))
+    }
+
     /// Memory that QEMU has.
     pub fn rss_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
