@@ -74,7 +74,7 @@ pub struct DrillReport {
 /// One question to a clone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ProbeReport {
-    /// One word: `resumed`, `self_check`, `console`, `running`.
+    /// One word: `resumed`, `self_check`, `console`, `running`, `thawed`.
     pub name: String,
     /// Whether the answer was good.
     pub passed: bool,

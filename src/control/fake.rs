@@ -313,6 +313,7 @@ impl Backend for Fake {
                 epoch: Epoch(4711),
                 generation: Generation(8),
                 downtime_seconds: (!request.offline).then_some(0.043),
+                stood_still_at: None,
                 total_seconds: 1.6,
                 sent_bytes: 71 << 20,
                 offline: request.offline,

@@ -143,6 +143,9 @@ pub struct MoveReport {
     /// How long it stood still: from the pause at the old site until the new one said that it runs
     /// there. `null` if the answer was lost and had to be asked for.
     pub downtime_seconds: Option<f64>,
+    /// When it was asked to stand still, by the clock of the old site.
+    #[serde(default, with = "time::option")]
+    pub stood_still_at: Option<Timestamp>,
     /// From the command to that answer.
     pub total_seconds: f64,
     /// Bytes sent meanwhile.
@@ -159,7 +162,10 @@ pub struct TakeReport {
     pub epoch: Epoch,
     /// Number of the owner now.
     pub generation: Generation,
-    /// It is switched off, until it is started.
+    /// When it was let run here; `null` if it is switched off, until it is started.
+    #[serde(default, with = "time::option")]
+    pub runs_since: Option<Timestamp>,
+    /// It is switched off.
     #[serde(default)]
     pub offline: bool,
 }

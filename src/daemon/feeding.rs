@@ -23,8 +23,10 @@ use super::qemu::{self, Leashed};
 use super::standbys::{Shared, lock};
 use crate::clock::Env;
 use crate::control::reports::WarmStatus;
-use crate::failover::DiskFiles;
+use crate::device_state::DeviceState;
+use crate::failover::{DiskFiles, FedDisks};
 use crate::frame::PageImage;
+use crate::guest::builtin::stopped::is_stopped;
 use crate::guest::builtin::{BuiltinGuest, Unbooted};
 use crate::guest::qemu::command::{Rewrite, Sockets, started};
 use crate::guest::qemu::machine::Machine;
@@ -33,7 +35,7 @@ use crate::guest::qemu::warm::WarmQemu;
 use crate::ids::{Epoch, GuestId};
 use crate::journal::{DirStore, Held};
 use crate::page::{PAGE_SIZE, PageAddr, RegionId};
-use crate::standby::{Follower, Image, ReplicaError, Told};
+use crate::standby::{Follower, Image, ReplicaError, Shown, Told};
 
 /// Most bytes of epochs that wait to be fed; more than that, and it begins anew.
 const QUEUE_BYTES_MAX: usize = 256 << 20;
@@ -57,6 +59,8 @@ pub(super) struct Feeding {
     sync_at: Option<Instant>,
     /// When its process answered last.
     answered: Option<Instant>,
+    /// The guest was restored from this point, ahead of the word that it comes.
+    ahead: Option<Epoch>,
 }
 
 /// What there is to do.
@@ -71,7 +75,7 @@ pub(super) enum News {
 struct Content {
     /// Where there is one.
     qemu: Option<WarmQemu>,
-    disks: DiskFiles,
+    disks: FedDisks,
 }
 
 /// Where and how something waits for a guest.
@@ -237,6 +241,7 @@ impl Feeding {
             epoch,
             sync_at: None,
             answered: None,
+            ahead: None,
         };
         // What became durable while it was begun: whoever moves a guest here begins when it is fed.
         if let Err(why) = feeding.queued(env).await {
@@ -249,6 +254,36 @@ impl Feeding {
     /// Its guest is about to come: nothing that is fed is to wait until it is synced.
     pub fn hurry(&mut self) {
         self.sync_at = self.sync_at.map(|_| Instant::now());
+    }
+
+    /// The machine of our monitor that waits, if one does.
+    pub fn machine(&self) -> Option<Hardware> {
+        matches!(self.fed.vessel, Vessel::Monitor(_)).then(|| self.fed.hardware.clone())
+    }
+
+    /// Begins to restore the guest, which may be about to come from this checkpoint. Errors say why no more
+    /// can be fed.
+    pub fn restore_ahead(&mut self, shown: Shown) -> Result<(), String> {
+        let Shown {
+            epoch,
+            manifest,
+            ram,
+        } = shown;
+        let (Vessel::Monitor(process), Hardware::Builtin(spec)) =
+            (&mut self.fed.vessel, &self.fed.hardware)
+        else {
+            return Ok(());
+        };
+        let state = DeviceState::from_bytes(&manifest.device_state).map_err(|e| e.to_string())?;
+        // Whoever takes it finds out why it cannot be.
+        if is_stopped(&state) || manifest.machine != self.described {
+            return Ok(());
+        }
+        let ram = ram.try_clone().map_err(|e| e.to_string())?;
+        let begun = process.restore_ahead(spec, state, ram);
+        begun.map_err(|e| e.to_string())?;
+        self.ahead = Some(epoch);
+        Ok(())
     }
 
     /// Feeds what is there up to this point, and syncs. Errors say why no more can be fed.
@@ -268,6 +303,10 @@ impl Feeding {
 
     /// An error if its process does not answer. (`mut` because disks are not to be shared.)
     async fn answers(&mut self) -> Result<(), String> {
+        // It is busy, and will say so when it is done.
+        if self.ahead.is_some() {
+            return Ok(());
+        }
         let content = self.content.as_ref().expect("it was given back");
         let answers = match (&self.fed.vessel, &content.qemu) {
             (Vessel::Monitor(process), _) => process.answers(ANSWERS_WITHIN).await,
@@ -357,6 +396,9 @@ impl Feeding {
 
     async fn feed(&mut self, env: &Env, told: Told) -> Result<(), String> {
         assert!(told.epoch > self.epoch, "epochs are told in order");
+        if self.ahead.is_some_and(|ahead| ahead < told.epoch) {
+            return Err("the guest that was about to come did not come".into());
+        }
         if told.machine != self.described {
             return Err("the guest's machine is another one now".into());
         }
@@ -364,7 +406,7 @@ impl Feeding {
         let feeding = self.lend(env, move |content| {
             for (addr, page) in told.pages() {
                 if content.disks.wants(addr.region) {
-                    *content.disks.page_mut(addr).map_err(|e| e.to_string())? = *page;
+                    content.disks.put(addr, page).map_err(|e| e.to_string())?;
                 }
             }
             match &mut content.qemu {
@@ -403,9 +445,6 @@ impl Feeding {
         if let Vessel::Qemu(fed) = &mut self.fed.vessel {
             fed.qemu = content.qemu;
         }
-        // Large files take a while to be unmapped, which nobody waits for.
-        let env = env.clone();
-        tokio::spawn(async move { env.offload(move || drop(content.disks)).await });
         Ok(self.fed)
     }
 
@@ -419,6 +458,9 @@ impl Feeding {
         }
         if self.epoch > point {
             return Err(format!("it is at #{} already", self.epoch));
+        }
+        if let Some(ahead) = self.ahead.filter(|ahead| *ahead != point) {
+            return Err(format!("it has the guest of #{ahead}"));
         }
         // It was asked a moment ago, as a rule.
         if self.answered.is_none_or(|at| at.elapsed() > ANSWERS_WITHIN) {
@@ -503,7 +545,7 @@ fn replay(
     directory: &Path,
     with_memory: bool,
     given_up: Arc<AtomicBool>,
-) -> Result<(Option<Image>, DiskFiles), String> {
+) -> Result<(Option<Image>, FedDisks), String> {
     let point = held.point().clone();
     let layout = held.layout().clone();
     let ram = with_memory.then(|| Image::new(&layout)).transpose();
@@ -519,6 +561,6 @@ fn replay(
     if root.is_some_and(|root| root != point.root) {
         return Err(format!("recovery point #{} is damaged", point.epoch));
     }
-    whole.disks.sync().map_err(|e| e.to_string())?;
-    Ok((whole.ram, whole.disks))
+    let disks = whole.disks.feed().map_err(|e| e.to_string())?;
+    Ok((whole.ram, disks))
 }

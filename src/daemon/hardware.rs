@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::context::SiteContext;
 use super::feeding::FedQemu;
 use super::qemu::WaitingQemu;
+use crate::clock::Timestamp;
 use crate::config::resolved::QemuConfig;
 use crate::device_state::DeviceState;
 use crate::guest::any::AnyGuest;
@@ -285,11 +286,15 @@ pub(super) async fn ready(
 }
 
 impl Ready {
-    /// Runs it. After an error its process is gone.
-    pub async fn run(self, site: &SiteContext, guest: &GuestId) -> Result<AnyGuest, GuestError> {
+    /// Runs it; also since when it runs. After an error its process is gone.
+    pub async fn run(
+        self,
+        site: &SiteContext,
+        guest: &GuestId,
+    ) -> Result<(AnyGuest, Timestamp), GuestError> {
         match self {
-            Self::Builtin(mut guest) => match guest.resume().await {
-                Ok(()) => Ok(AnyGuest::Builtin(guest)),
+            Self::Builtin(mut guest) => match guest.run().await {
+                Ok(at) => Ok((AnyGuest::Builtin(guest), at)),
                 Err(error) => {
                     Self::Builtin(guest).end().await;
                     Err(error)
@@ -304,7 +309,7 @@ impl Ready {
                 let lost = match found {
                     Ok(Some(running)) => {
                         waiting.greet(&site.env, guest);
-                        return Ok(running);
+                        return Ok((running, site.env.now()));
                     }
                     Ok(None) => GuestError::Gone("QEMU ended after its guest was resumed".into()),
                     Err(error) => error,

@@ -2,8 +2,7 @@
 
 use std::path::Path;
 
-use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::sync::{oneshot, watch};
 
 use super::backend::Site;
 use super::context::writer_of;
@@ -14,6 +13,7 @@ use super::orders::Order;
 use super::record::{self, GuestRecord, Standing};
 use super::standbys::{Shared, lock};
 use super::takeover::Takeover;
+use crate::clock::Timestamp;
 use crate::control::types::{RunResult, TakeReport};
 use crate::guest::qemu::command::Rewrite;
 use crate::guest::qemu::machine::Machine;
@@ -21,7 +21,7 @@ use crate::ids::{Epoch, Generation, GuestId, SiteId};
 use crate::journal::DirStore;
 use crate::metrics::labels::Operation;
 use crate::page::{Layout, Region};
-use crate::standby::{Leftover, Lookup, Refusal};
+use crate::standby::{Leftover, Lookup, Refusal, Shown};
 use crate::vmm::MachineSpec;
 use crate::wire::facts::Facts;
 use crate::wire::message::{Open, Readiness, RefuseReason};
@@ -163,12 +163,27 @@ impl Lookup<DirStore> for Site {
         Ok(())
     }
 
+    fn coming(&self, guest: &GuestId, generation: Generation, shown: oneshot::Receiver<Shown>) {
+        let (site, guest) = (self.context.clone(), guest.clone());
+        let handle = self.supervisor(&guest);
+        tokio::spawn(async move {
+            if let Some(hardware) = site.warms.ahead(&guest, shown).await {
+                let order = Order::Expect {
+                    generation,
+                    hardware,
+                };
+                // A daemon that ends takes no guest.
+                let _ = handle.orders.send(order).await;
+            }
+        });
+    }
+
     async fn take(
         &self,
         guest: &GuestId,
         epoch: Epoch,
         generation: Generation,
-    ) -> Result<Option<Instant>, String> {
+    ) -> Result<Option<Timestamp>, String> {
         let copy = self.standbys.copy(guest).await?;
         let run = self
             .runs
@@ -190,6 +205,7 @@ impl Lookup<DirStore> for Site {
             RunResult::Take(TakeReport {
                 epoch,
                 generation,
+                runs_since: runs,
                 offline: runs.is_none(),
             })
         });

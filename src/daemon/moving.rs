@@ -84,15 +84,14 @@ impl Move {
         protect.carry_out(run).await?;
         run.step("hand over");
         let moved = self.handle.ask(|reply| Order::HandOver { reply }).await?;
+        let standstill = moved.standstill.filter(|_| !self.offline);
         Ok(MoveReport {
             from: self.site.site.clone(),
             to,
             epoch: moved.epoch,
             generation: moved.generation,
-            downtime_seconds: match self.offline {
-                true => None,
-                false => moved.downtime.map(|d| d.as_secs_f64()),
-            },
+            downtime_seconds: standstill.map(|s| s.downtime.as_secs_f64()),
+            stood_still_at: standstill.map(|s| s.since),
             total_seconds: asked.elapsed().as_secs_f64(),
             sent_bytes: metrics.sent_bytes() - before,
             offline: self.offline,

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::Instant;
 
 use super::hardware::{Hardware, Memory};
 use super::record::{FailedOver, GuestRecord};
 use super::seeds::Exporting;
+use crate::clock::Timestamp;
 use crate::config::resolved::GuestConfig;
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, Outcome as Did};
@@ -15,7 +15,7 @@ use crate::device_state::DeviceState;
 use crate::guest::RunState;
 use crate::guest::builtin::Unbooted;
 use crate::ids::{Epoch, Generation, SiteId};
-use crate::primary::{Asked, PrimaryStatus, Turn};
+use crate::primary::{Asked, PrimaryStatus, Standstill, Turn};
 
 /// Where an answer goes.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
@@ -39,6 +39,11 @@ pub(super) enum Order {
         point: Epoch,
         above: Generation,
         reply: Reply<Generation>,
+    },
+    /// The guest may be about to be given to this site, under this number, to run in this machine.
+    Expect {
+        generation: Generation,
+        hardware: Hardware,
     },
     /// Run the guest from a materialised point.
     Resume(Box<Resume>),
@@ -77,7 +82,7 @@ pub(super) enum Order {
 }
 
 /// Since when a guest runs that was to be resumed; `None` if it was switched off.
-pub(super) type RunsSince = Option<Instant>;
+pub(super) type RunsSince = Option<Timestamp>;
 
 /// A guest is to be resumed.
 pub(super) struct Resume {
@@ -110,8 +115,8 @@ pub(super) struct Moved {
     pub epoch: Epoch,
     /// The new owner's number.
     pub generation: Generation,
-    /// How long it stood still; `None` if the answer came too late to know.
-    pub downtime: Option<Duration>,
+    /// How it stood still; `None` if the answer came too late to know.
+    pub standstill: Option<Standstill>,
 }
 
 /// What others may know of a guest.

@@ -30,7 +30,7 @@ use super::qemu;
 use crate::clock::Env;
 use crate::guest::qemu::command::{self, Rewrite, Sockets, started};
 use crate::guest::qemu::cpu;
-use crate::guest::qemu::isolated::{Needs, isolated, needs};
+use crate::guest::qemu::isolated::{Connected, Needs, isolated, needs};
 use crate::guest::qemu::left;
 use crate::guest::qemu::machine::Machine;
 use crate::guest::qemu::qmp::Qmp;
@@ -311,7 +311,7 @@ async fn attempt(
         return Ok(None);
     }
     let log = qemu::log(directory);
-    let trial = qemu::start(&isolated(&command, None, &[]), &sockets, &log).await;
+    let trial = qemu::start(&isolated(&command, Connected::default()), &sockets, &log).await;
     let mut child = trial.map_err(|e| e.to_string())?;
     let asked = ask(&sockets.qmp).await;
     // It waits for a guest and has nothing to lose.

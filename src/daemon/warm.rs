@@ -32,6 +32,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::backend::Site;
 use super::context::{SiteContext, run_dir};
 use super::feeding::{self, Fed, Feeding, Place};
+use super::hardware::Hardware;
 use super::leftover;
 use super::record::{self, Standing, guest_dir};
 use super::standbys::Standbys;
@@ -42,6 +43,7 @@ use crate::guest::qemu::probe;
 use crate::guest::qemu::qmp::Qmp;
 use crate::ids::{Epoch, GuestId};
 use crate::metrics::labels::Role;
+use crate::standby::Shown;
 
 /// Time between two looks whether one is filled.
 const FILLED_EVERY: Duration = Duration::from_millis(50);
@@ -89,6 +91,12 @@ enum Ask {
     CatchUp {
         point: Epoch,
         reply: oneshot::Sender<()>,
+    },
+    /// To restore the guest, which may be about to come, when its checkpoint is shown, and to say in which
+    /// machine of ours it would run; it does not end with that.
+    Ahead {
+        shown: oneshot::Receiver<Shown>,
+        machine: oneshot::Sender<Hardware>,
     },
     /// Nothing more.
     End,
@@ -160,6 +168,23 @@ impl Warms {
         };
         // One that is slow is asked again when it is taken, and given up then.
         let _ = timeout(CATCH_UP_WITHIN, asking).await;
+    }
+
+    /// The guest may be about to come from a checkpoint that will be shown: a monitor of ours that waits for
+    /// it begins to restore it then. Returns the machine in which it would run.
+    pub async fn ahead(
+        &self,
+        guest: &GuestId,
+        shown: oneshot::Receiver<Shown>,
+    ) -> Option<Hardware> {
+        let (reply, machine) = oneshot::channel();
+        let ask = Ask::Ahead {
+            shown,
+            machine: reply,
+        };
+        // One that has other things to do restores it when it comes.
+        self.guests().get(guest)?.asks.try_send(ask).ok()?;
+        machine.await.ok()
     }
 
     /// Takes what waits for the guest, if it gets to this point in time. Otherwise nothing is left, and the
@@ -352,6 +377,7 @@ impl Keep {
             }
         };
         let env = &self.site.env;
+        let mut ahead = None;
         loop {
             self.told.send_replace(WarmStatus {
                 fed: Some(feeding.fed()),
@@ -363,6 +389,10 @@ impl Keep {
                 feeding.hurry();
             }
             let fed = tokio::select! {
+                shown = shown(&mut ahead) => {
+                    ahead = None;
+                    feeding.restore_ahead(shown)
+                }
                 news = feeding.news() => match news {
                     Ok(news) => feeding.apply(env, news).await,
                     Err(why) => Err(why),
@@ -373,6 +403,14 @@ impl Keep {
                         // Whoever asked may have given up.
                         let _ = reply.send(());
                         caught_up
+                    }
+                    Some(Ask::Ahead { shown, machine }) => {
+                        if let Some(hardware) = feeding.machine() {
+                            ahead = Some(shown);
+                            // Whoever asked may have given up.
+                            let _ = machine.send(hardware);
+                        }
+                        Ok(())
                     }
                     Some(Ask::Take { point, reply }) => {
                         let taken = feeding.take(env, point).await;
@@ -422,10 +460,21 @@ impl Keep {
 async fn last(asks: &mut mpsc::Receiver<Ask>) -> Option<Ask> {
     loop {
         match asks.recv().await {
-            Some(Ask::CatchUp { .. }) => {}
+            Some(Ask::CatchUp { .. } | Ask::Ahead { .. }) => {}
             ask => return ask,
         }
     }
+}
+
+/// The checkpoint from which the guest may come; never, if none is expected.
+async fn shown(ahead: &mut Option<oneshot::Receiver<Shown>>) -> Shown {
+    if let Some(expected) = ahead
+        && let Ok(shown) = expected.await
+    {
+        return shown;
+    }
+    *ahead = None;
+    std::future::pending().await
 }
 
 fn refuse(ask: Option<Ask>, why: String) {

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::frame::PageImage;
@@ -136,6 +137,31 @@ impl DiskFiles {
         Ok(self.files())
     }
 
+    /// Makes what was written durable, and keeps the files open to be fed.
+    pub fn feed(mut self) -> Result<FedDisks, DisksError> {
+        self.sync()?;
+        let mut disks = Vec::new();
+        for (region, disk) in self.layout.regions().iter().zip(&self.disks) {
+            let Some(disk) = disk else {
+                disks.push(None);
+                continue;
+            };
+            let path = disk.path.clone();
+            let file = match disk.file.try_clone() {
+                Ok(file) => file,
+                Err(source) => return Err(DisksError::Io { path, source }),
+            };
+            disks.push(Some(FedDisk {
+                id: disk.id.clone(),
+                path,
+                file,
+                pages: region.pages,
+                dirty: false,
+            }));
+        }
+        Ok(FedDisks { disks })
+    }
+
     /// What they are disks of.
     pub fn layout(&self) -> &Layout {
         &self.layout
@@ -167,6 +193,74 @@ impl DiskFiles {
     }
 }
 
+/// Disks that are there, and are kept up to date. Nothing is mapped: they are closed in no time.
+pub struct FedDisks {
+    /// By region; `None` for RAM.
+    disks: Vec<Option<FedDisk>>,
+}
+
+struct FedDisk {
+    id: DiskId,
+    path: PathBuf,
+    file: File,
+    pages: u32,
+    /// It has content that is not on stable storage, as far as we know.
+    dirty: bool,
+}
+
+impl FedDisk {
+    fn failed(&self, source: io::Error) -> DisksError {
+        let path = self.path.clone();
+        DisksError::Io { path, source }
+    }
+}
+
+impl FedDisks {
+    /// The files.
+    pub fn files(&self) -> Vec<(DiskId, PathBuf)> {
+        let disks = self.disks.iter().flatten();
+        disks.map(|d| (d.id.clone(), d.path.clone())).collect()
+    }
+
+    /// True for a region that is a disk.
+    pub fn wants(&self, region: RegionId) -> bool {
+        let disk = self.disks.get(usize::from(region.0));
+        disk.is_some_and(Option::is_some)
+    }
+
+    /// Writes a page of a disk.
+    pub fn put(&mut self, addr: PageAddr, page: &[u8; PAGE_SIZE]) -> Result<(), DisksError> {
+        let disk = self.disks.get_mut(usize::from(addr.region.0));
+        let disk = disk
+            .and_then(Option::as_mut)
+            .expect("the caller asked what is wanted");
+        let written = match addr.page < disk.pages {
+            true => disk
+                .file
+                .write_all_at(page, u64::from(addr.page) * PAGE_SIZE as u64),
+            false => Err(outside(addr)),
+        };
+        disk.dirty = true;
+        written.map_err(|source| disk.failed(source))
+    }
+
+    /// Makes what was written durable. After an error nothing is known of what is.
+    pub fn sync(&mut self) -> Result<(), DisksError> {
+        for disk in self.disks.iter_mut().flatten().filter(|disk| disk.dirty) {
+            disk.file
+                .sync_data()
+                .map_err(|source| disk.failed(source))?;
+            disk.dirty = false;
+        }
+        Ok(())
+    }
+}
+
+fn outside(addr: PageAddr) -> io::Error {
+    let text = format!("{addr:?} is outside the guest");
+    io::Error::new(io::ErrorKind::InvalidInput, text)
+}
+
 impl PageImage for DiskFiles {
     fn wants(&self, region: RegionId) -> bool {
         self.disks
@@ -176,8 +270,7 @@ impl PageImage for DiskFiles {
 
     fn page_mut(&mut self, addr: PageAddr) -> io::Result<&mut [u8; PAGE_SIZE]> {
         if !self.layout.contains(addr) {
-            let text = format!("{addr:?} is outside the guest");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+            return Err(outside(addr));
         }
         let Some(disk) = &mut self.disks[usize::from(addr.region.0)] else {
             return Ok(&mut self.scratch);

@@ -15,6 +15,6 @@ mod disks;
 mod fence;
 mod sparse;
 
-pub use disks::{DiskFiles, DisksError};
+pub use disks::{DiskFiles, DisksError, FedDisks};
 pub use fence::{Fence, FenceError, fence};
 pub use sparse::SparseDisks;

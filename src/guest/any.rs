@@ -6,7 +6,9 @@ use super::RunState;
 use super::builtin::BuiltinGuest;
 use super::builtin::stopped::StoppedGuest;
 use super::qemu::QemuGuest;
-use super::{Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round};
+use super::{
+    Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round, Still,
+};
 
 /// See the module.
 pub enum AnyGuest {
@@ -73,8 +75,12 @@ impl Guest for AnyGuest {
         any!(self, guest => guest.cut(strategy).await)
     }
 
-    async fn last_cut(&mut self, strategy: CutStrategy) -> Result<(Cut, Duration), GuestError> {
-        any!(self, guest => guest.last_cut(strategy).await)
+    async fn last_cut(
+        &mut self,
+        strategy: CutStrategy,
+        still: Still,
+    ) -> Result<(Cut, Duration), GuestError> {
+        any!(self, guest => guest.last_cut(strategy, still).await)
     }
 
     async fn disarm(&mut self) -> Result<(), GuestError> {

@@ -55,6 +55,9 @@ pub struct Base {
     pub epoch: Epoch,
 }
 
+/// What is done when a guest stands still for its last cut.
+pub type Still = Box<dyn FnOnce() + Send>;
+
 /// Which pages a round hands out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Contents {
@@ -216,14 +219,17 @@ pub trait Guest: Send + 'static {
     ) -> impl Future<Output = Result<Cut, GuestError>> + Send;
 
     /// The cut of a guest that is about to be given away: it stands still from the cut's instant until
-    /// `resume`. After an error it may or may not run. Also for how long it has stood still by now.
+    /// `resume`. After an error it may or may not run. Also for how long it has stood still by now. `still` is
+    /// called when it stands still or is about to within a moment, which may be before the cut is made.
     fn last_cut(
         &mut self,
         strategy: CutStrategy,
+        still: Still,
     ) -> impl Future<Output = Result<(Cut, Duration), GuestError>> + Send {
         async move {
             let since = Instant::now();
             self.pause().await?;
+            still();
             let cut = self.cut(strategy).await?;
             Ok((cut, since.elapsed()))
         }

@@ -48,7 +48,7 @@ pub async fn run<G: Guest, D: Dialer>(
             SessionEnd::Returned { generation } => break Outcome::Returned { generation },
             SessionEnd::Drained => break Outcome::Drained,
             SessionEnd::GuestEnded(state) => break Outcome::GuestEnded(state),
-            SessionEnd::HandedOver { .. } => unreachable!("seen by `handed`"),
+            SessionEnd::HandedOver(_) => unreachable!("seen by `handed`"),
             SessionEnd::Lost(why) | SessionEnd::Abandoned(why) => why,
             SessionEnd::Refused(why) | SessionEnd::Active(why) => {
                 backoff.slow();
@@ -99,7 +99,7 @@ async fn let_go<G: Guest>(engine: &mut Engine<G>, end: SessionEnd) -> SessionEnd
 async fn handed<G: Guest>(engine: &mut Engine<G>, end: SessionEnd) -> Result<SessionEnd, Outcome> {
     let handover = engine.handover.take();
     match (engine.handing, end) {
-        (_, SessionEnd::HandedOver { downtime }) => Err(Outcome::HandedOver { downtime }),
+        (_, SessionEnd::HandedOver(standstill)) => Err(Outcome::HandedOver(standstill)),
         (Handing::Offered(_), end) => Err(Outcome::InDoubt(end.to_string())),
         (handing, end) => {
             if let Handing::Permitted(_) = handing {

@@ -66,6 +66,8 @@ pub(super) struct Engine<G> {
     pub standing: bool,
     /// The standby knows marks of groups.
     pub knows_groups: bool,
+    /// The standby is told which checkpoint is the last before an offer.
+    pub knows_last: bool,
 }
 
 /// How far the guest is on its way out of our hands.
@@ -74,9 +76,8 @@ pub(super) enum Handing {
     /// It is ours.
     #[default]
     No,
-    /// It stands still for its last checkpoint, since then; it is ours.
-    Paused(Instant),
-    /// The same, and the owner may have recorded that it is given away, of which the standby knows nothing.
+    /// It stands still for its last checkpoint, since then. It is ours, but the owner may have recorded that it
+    /// is given away, of which the standby knows nothing.
     Permitted(Instant),
     /// It was offered to the standby; it stands still since then.
     Offered(Instant),
@@ -134,6 +135,7 @@ impl<G: Guest> Engine<G> {
             turn: None,
             standing: false,
             knows_groups: false,
+            knows_last: false,
             options,
         }
     }

@@ -109,20 +109,16 @@ impl<G: Guest> Builder<'_, G> {
             true => None,
             false => self.gather().await?,
         };
-        let started = Instant::now();
-        let strategy = self.engine.options.strategy;
-        let cut = if last {
-            self.engine.handing = Handing::Paused(started);
-            let (cut, stood) = self.engine.guest.last_cut(strategy).await?;
-            let since = Instant::now().checked_sub(stood).unwrap_or(started);
-            self.engine.handing = Handing::Paused(since.max(started));
-            cut
+        let (cut, started) = if last {
+            self.last_cut(epoch).await?
         } else {
+            let (started, strategy) = (Instant::now(), self.engine.options.strategy);
             let (guest, standing) = (&mut self.engine.guest, &mut self.engine.standing);
-            match &mut turn {
+            let cut = match &mut turn {
                 Some(turn) => together::cut(guest, standing, strategy, turn).await?,
                 None => guest.cut(strategy).await?,
-            }
+            };
+            (cut, started)
         };
         self.engine.meters.guest.pause(cut.pause);
         if let Some(news) = self.engine.guest.disk_news() {
@@ -501,10 +497,7 @@ impl<G: Guest> Builder<'_, G> {
                 Ok(())
             }
             Event::Taken { refused, runs } => match (self.engine.handing, refused) {
-                (Handing::Offered(since), None) => Err(SessionEnd::HandedOver {
-                    // Until its word came, but for the time in which it ran already.
-                    downtime: since.elapsed().saturating_sub(runs),
-                }),
+                (Handing::Offered(since), None) => Err(self.handed_over(since, runs)),
                 (_, why) => Err(SessionEnd::Lost(format!(
                     "the standby did not take the guest: {}",
                     why.unwrap_or_else(|| "it was not offered".into())

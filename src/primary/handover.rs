@@ -6,17 +6,18 @@
 //!   checkpoints go on        ◀───────────── Prepared ───
 //!   rounds until little is dirty
 //!   a checkpoint ───────────────────────────────────────▶ durable, fed to the process
-//!   pause ─ last cut ─ parts ───────────────────────────▶ durable
-//!   record: given away        (the guest is ours)
-//!   ── Take(epoch, generation) ── point of no return ───▶ if that is durable: generation raised, resumed
+//!   ── Last(epoch) ─────────────────────────────────────▶ (nothing changes)
+//!   pause ─ last cut ─ parts ───────────────────────────▶ proven: restored, stands still
+//!   record: given away        (the guest is ours)         durable
+//!   ── Take(epoch, generation) ── point of no return ───▶ if that is durable: generation raised, runs
 //!        (in doubt)           ◀───────────── Ack ───────
 //!                             ◀───────────── Taken ─────
 //!   record: moved; the process is stopped
 //! ```
 //!
 //! Until `Take` is sent, whatever fails ends the handover: the record is undone, then the guest goes on
-//! here. (The record is written while the last checkpoint is on its way, since the guest stands still
-//! for both. A daemon that dies then asks the standby, which says that it does not have the guest.) Once
+//! here. (The record is written while the last checkpoint is made and on its way, since the guest stands
+//! still for both. A daemon that dies then asks the standby, which says that it does not have the guest.) Once
 //! it is sent only
 //! the standby's word counts. If that does not come, the role ends with `InDoubt`, the guest stands
 //! still, and the owner asks: a standby with the higher generation has it; one without is made to
@@ -24,6 +25,9 @@
 //! never takes it. So there
 //! is one owner at any instant, at the price of a guest that stands still while the one site that may
 //! have it cannot be asked.
+//!
+//! The standby restores the guest from its last checkpoint as soon as the content of that is proven, in the
+//! process that waits for it. If the offer does not come, that process is ended: nothing of it has run.
 //!
 //! The offer follows a small last checkpoint at once: the standby takes the guest only if the checkpoint
 //! became durable, and the guest does not stand still for one more way there and back. One that is on
@@ -35,17 +39,21 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
-use super::HandoverEvent;
 use super::engine::Handing;
 use super::epoch::Builder;
 use super::session::SessionEnd;
-use crate::guest::Guest;
+use super::{HandoverEvent, Standstill};
+use crate::clock::Timestamp;
+use crate::guest::{Cut, Guest, Still};
+use crate::ids::{Epoch, Generation};
 use crate::wire::message::ToStandby;
 
 /// Time for checkpoints on their way before the last one, and for the last one itself.
 const DURABLE_WITHIN: Duration = Duration::from_secs(20);
 /// A last checkpoint of at most so many bytes is on its way for a moment only. 1 MiB.
 const MOMENT_BYTES_MAX: usize = 1 << 20;
+/// Time for the owner to write beside its record; the guest runs meanwhile.
+const STAGED_WITHIN: Duration = Duration::from_secs(1);
 /// Time for the owner to undo its record of an offer that was not made.
 const UNDONE_WITHIN: Duration = Duration::from_secs(5);
 /// Time for the standby to look whether it can take the guest, and to write its disks beforehand.
@@ -55,6 +63,8 @@ const PREPARED_WITHIN: Duration = Duration::from_secs(900);
 pub(super) struct Handover {
     pub events: mpsc::Sender<HandoverEvent>,
     pub stage: Stage,
+    /// The owner's answer, once it was asked.
+    permit: Option<oneshot::Receiver<Generation>>,
 }
 
 /// How far it is.
@@ -70,8 +80,32 @@ pub(super) enum Stage {
 
 impl Handover {
     pub fn new(events: mpsc::Sender<HandoverEvent>) -> Self {
-        let stage = Stage::Asked;
-        Self { events, stage }
+        Self {
+            events,
+            stage: Stage::Asked,
+            permit: None,
+        }
+    }
+
+    /// Has the owner get ready to give the guest away after this checkpoint, under the number that it says.
+    /// One that is not ready takes longer for the permit.
+    async fn staged(&self, epoch: Epoch) -> Option<Generation> {
+        let (done, staged) = oneshot::channel();
+        let staging = async {
+            let stage = HandoverEvent::Stage { epoch, done };
+            self.events.send(stage).await.ok()?;
+            staged.await.ok()
+        };
+        timeout(STAGED_WITHIN, staging).await.ok().flatten()
+    }
+
+    /// What asks the owner for the permit.
+    fn asking(&mut self, epoch: Epoch) -> Still {
+        let (answer, permit) = oneshot::channel();
+        self.permit = Some(permit);
+        let events = self.events.clone();
+        // An owner that is gone gives no permit.
+        Box::new(move || drop(events.try_send(HandoverEvent::Permit { epoch, answer })))
     }
 
     /// Tells the owner that it ended and the guest stays.
@@ -136,21 +170,19 @@ impl<G: Guest> Builder<'_, G> {
 
     /// The guest runs on here.
     async fn go_on(&mut self) -> Result<(), SessionEnd> {
-        if let Handing::Permitted(since) = self.engine.handing {
-            let handover = self.engine.handover.as_ref();
-            let handover = handover.expect("a handover is under way");
-            if !handover.unoffered().await {
-                // Its owner asks, as if it had been offered.
-                self.engine.handing = Handing::Offered(since);
-                let why = "an offer that was not made could not be undone";
-                return Err(SessionEnd::lost(why));
-            }
-            self.engine.handing = Handing::Paused(since);
+        let Handing::Permitted(since) = self.engine.handing else {
+            return Ok(());
+        };
+        let handover = self.engine.handover.as_ref();
+        let handover = handover.expect("a handover is under way");
+        if !handover.unoffered().await {
+            // Its owner asks, as if it had been offered.
+            self.engine.handing = Handing::Offered(since);
+            let why = "an offer that was not made could not be undone";
+            return Err(SessionEnd::lost(why));
         }
-        if self.engine.handing != Handing::No {
-            self.engine.guest.resume().await?;
-            self.engine.handing = Handing::No;
-        }
+        self.engine.guest.resume().await?;
+        self.engine.handing = Handing::No;
         Ok(())
     }
 
@@ -172,22 +204,12 @@ impl<G: Guest> Builder<'_, G> {
             ));
         }
         let (epoch, cut) = (self.head.epoch, Instant::now());
-        let Handing::Paused(since) = self.engine.handing else {
+        let Handing::Permitted(since) = self.engine.handing else {
             unreachable!("the last checkpoint pauses the guest");
         };
-        // From here on the owner may have recorded that the guest is given away.
-        self.engine.handing = Handing::Permitted(since);
-        let (answer, permit) = oneshot::channel();
-        let handover = self
-            .engine
-            .handover
-            .as_ref()
-            .expect("a handover is under way");
-        // An owner that is gone gives no permit.
-        let _ = handover
-            .events
-            .send(HandoverEvent::Permit { epoch, answer })
-            .await;
+        let handover = self.engine.handover.as_mut();
+        let permit = handover.and_then(|handover| handover.permit.take());
+        let permit = permit.expect("the last checkpoint asks for it");
         let moment =
             self.queue.bytes() <= MOMENT_BYTES_MAX && !self.engine.options.throttle.binds();
         let permit = match moment {
@@ -229,6 +251,35 @@ impl<G: Guest> Builder<'_, G> {
             let event = event.ok_or_else(|| SessionEnd::lost("the link's reader ended"))?;
             self.apply(event).await?;
         }
+    }
+
+    /// The cut of the last checkpoint, and when the guest was asked to stand still for it.
+    pub async fn last_cut(&mut self, epoch: Epoch) -> Result<(Cut, Instant), SessionEnd> {
+        let handover = self.engine.handover.as_mut();
+        let handover = handover.expect("a handover is under way");
+        let staged = handover.staged(epoch).await;
+        let still = handover.asking(epoch);
+        if let Some(generation) = staged.filter(|_| self.engine.knows_last) {
+            self.queue.push(ToStandby::Last { epoch, generation });
+        }
+        let started = Instant::now();
+        // From here on the owner may have recorded that the guest is given away.
+        self.engine.handing = Handing::Permitted(started);
+        let strategy = self.engine.options.strategy;
+        let (cut, stood) = self.engine.guest.last_cut(strategy, still).await?;
+        let since = Instant::now().checked_sub(stood).unwrap_or(started);
+        self.engine.handing = Handing::Permitted(since.max(started));
+        Ok((cut, started))
+    }
+
+    /// The standby's word has come that the guest runs there, for so long already.
+    pub fn handed_over(&self, since: Instant, runs: Duration) -> SessionEnd {
+        let elapsed = since.elapsed();
+        let now = self.engine.env.now();
+        SessionEnd::HandedOver(Standstill {
+            since: Timestamp(now.0.saturating_sub(elapsed.as_nanos() as u64)),
+            downtime: elapsed.saturating_sub(runs),
+        })
     }
 
     /// Waits until nothing is on its way; false if that takes too long.

@@ -146,7 +146,15 @@ impl Asked {
 /// What happens while a guest is handed over. See `primary::handover`.
 #[derive(Debug)]
 pub enum HandoverEvent {
-    /// The guest stands still and its last checkpoint is on its way to the standby. The owner records
+    /// The guest is about to stand still: the owner writes beside its record what it will have to record
+    /// for the permit.
+    Stage {
+        /// The last checkpoint.
+        epoch: Epoch,
+        /// Where it says so, with the new owner's number; dropped if it has not, which does no harm.
+        done: oneshot::Sender<Generation>,
+    },
+    /// The guest stands still, its last checkpoint is being made. The owner records
     /// durably that it gives the guest away, then answers with the new owner's number; or drops the
     /// answer, which ends the handover.
     Permit {
@@ -163,6 +171,15 @@ pub enum HandoverEvent {
     },
     /// It ended without an offer; the guest runs on here and the role goes on.
     Ended(String),
+}
+
+/// How a guest stood still when it was handed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standstill {
+    /// When it was asked to, by the clock of this site.
+    pub since: Timestamp,
+    /// Until it ran at the other site, and the way that the word of that took.
+    pub downtime: Duration,
 }
 
 /// Why the role ended. The guest runs on unless it says otherwise.
@@ -185,10 +202,7 @@ pub enum Outcome {
     /// The guest stopped, failed, or its process is gone.
     GuestEnded(RunState),
     /// The standby runs the guest. It stands still here, for ever.
-    HandedOver {
-        /// From the pause here until the standby said that it runs there.
-        downtime: Duration,
-    },
+    HandedOver(Standstill),
     /// The guest was offered to the standby, which may or may not run it. It stands still here until
     /// the owner knows.
     InDoubt(String),

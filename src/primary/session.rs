@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::Standstill;
 use super::engine::Engine;
 use super::epoch::{Builder, Head, RETRY_AFTER};
 use super::handover::Handover;
@@ -20,7 +21,7 @@ use crate::wire::facts::Facts;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
 use crate::wire::message::{Open, Opened, Readiness, RefuseReason, ToPrimary, ToStandby};
-use crate::wire::version::{VERSION_GROUPS, VERSION_REFERENCES};
+use crate::wire::version::{VERSION_GROUPS, VERSION_LAST, VERSION_REFERENCES};
 
 /// Checkpoints on their way at once while a limit of the bandwidth binds.
 const LIMITED_INFLIGHT: usize = 2;
@@ -49,7 +50,7 @@ pub(super) enum SessionEnd {
     /// Asked to end, and done.
     Drained,
     /// The standby runs the guest.
-    HandedOver { downtime: Duration },
+    HandedOver(Standstill),
     /// The guest is no more.
     GuestEnded(RunState),
 }
@@ -70,7 +71,7 @@ impl std::fmt::Display for SessionEnd {
                 )
             }
             Self::Drained => f.write_str("it was asked to end"),
-            Self::HandedOver { .. } => f.write_str("the guest was handed over"),
+            Self::HandedOver(_) => f.write_str("the guest was handed over"),
             Self::GuestEnded(state) => write!(f, "the guest is {state:?}"),
         }
     }
@@ -151,6 +152,7 @@ pub(super) async fn run<G: Guest>(
     let opened = match timeout(options.handshake_max, opening).await {
         Ok(Ok((opened, version))) => {
             engine.knows_groups = version >= VERSION_GROUPS;
+            engine.knows_last = version >= VERSION_LAST;
             engine.coder.references = version >= VERSION_REFERENCES;
             opened
         }

@@ -39,7 +39,7 @@ pub use follow::{Follower, Lost, Told};
 pub use ground::Leftover;
 pub use image::{Image, ImageError};
 pub use mark::GroupPoint;
-pub use promote::{Claimed, Lent, Promotion};
+pub use promote::{Claimed, Lent, Promotion, Shown};
 pub use replica::{Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId};
 pub use seed::{LayError, SeedError, SeedInfo, read_seed};
 pub use session::{Lookup, Refusal, SessionEnd, serve};

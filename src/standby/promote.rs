@@ -1,8 +1,13 @@
 //! Leaving the standby role: the generation is raised, the session ends, and the image of a point is
 //! handed out, or directions to it for a guest whose memory is read from the journal while it runs.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+
 use super::image::Image;
-use super::replica::{Replica, ReplicaError};
+use super::replica::{Replica, ReplicaError, SessionId};
 use crate::frame::Manifest;
 use crate::ids::{Epoch, Generation};
 use crate::journal::{Directions, JournalError, Lease, RecoveryPoint, Store};
@@ -27,6 +32,18 @@ pub struct Lent {
     pub directions: Directions,
     /// Keeps what they name, until the process that reads it has a lease of its own.
     pub lease: Lease,
+}
+
+/// A checkpoint that is not durable yet, but whose content is proven. The RAM stays as it is until another
+/// checkpoint comes.
+#[derive(Debug)]
+pub struct Shown {
+    /// Its number.
+    pub epoch: Epoch,
+    /// Layout, machine and device state.
+    pub manifest: Manifest,
+    /// RAM, all regions concatenated.
+    pub ram: Arc<OwnedFd>,
 }
 
 /// What [`Replica::claim_or_lend`] found.
@@ -106,7 +123,20 @@ impl<S: Store> Replica<S> {
         }))
     }
 
-    /// The same for a guest that its owner gives away under this number. Nothing on the disk keeps others
+    /// This checkpoint will be the last before the guest is given away. It is shown as soon as its content
+    /// is proven, before it is durable: nobody may rely on it before that.
+    pub fn expect_last(
+        &mut self,
+        session: SessionId,
+        epoch: Epoch,
+        show: oneshot::Sender<Shown>,
+    ) -> Result<(), ReplicaError> {
+        self.own(session)?;
+        self.last = Some((epoch, show));
+        Ok(())
+    }
+
+    /// As [`claim`](Self::claim), for a guest that its owner gives away under this number. Nothing on the disk keeps others
     /// from the copy yet: until [`settled`](Self::settled) nobody opens a session, whatever the guest's
     /// record says.
     pub fn take(

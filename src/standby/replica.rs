@@ -2,11 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::follow::{Teller, Watched};
 use super::image::{Image, ImageError};
 use super::mark::GroupPoint;
+use super::promote::Shown;
 use crate::clock::Timestamp;
 use crate::frame::{FrameCheck, FrameError, PageImage, PartView, VerifiedPart};
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot};
@@ -185,6 +186,8 @@ pub struct Replica<S: Store> {
     /// Its owner gives the guest away to here, and no record says yet what became of that.
     pub(super) taking: bool,
     pub(super) incoming: Option<Incoming>,
+    /// The guest's last checkpoint before it is given away, and who is to be shown it.
+    pub(super) last: Option<(Epoch, oneshot::Sender<Shown>)>,
     /// Somebody follows what becomes durable.
     pub(super) teller: Option<Teller>,
     pub(super) session: u64,
@@ -226,6 +229,7 @@ impl<S: Store> Replica<S> {
             promoted: false,
             taking: false,
             incoming: None,
+            last: None,
             teller: None,
             session: 0,
             status: watch::Sender::new(status),
@@ -400,6 +404,11 @@ impl<S: Store> Replica<S> {
 
     /// The frame that is under way will not come to its end. What arrived of a first copy stays.
     pub(super) fn drop_incoming(&mut self) {
+        self.last = None;
+        self.drop_frame();
+    }
+
+    fn drop_frame(&mut self) {
         self.incoming = None;
         self.journal.cut_off();
     }
@@ -453,7 +462,7 @@ impl<S: Store> Replica<S> {
         let view = part.view();
         if view.header().part == 0 {
             // A frame that was begun and not ended is void: the source lost interest in it.
-            self.drop_incoming();
+            self.drop_frame();
         }
         view.check_layout(self.session_layout())?;
         let mut incoming = self.incoming.take().unwrap_or_else(|| Incoming {
@@ -519,6 +528,14 @@ impl<S: Store> Replica<S> {
         let found = image.root();
         let receipt = match applied {
             Ok(()) if found == expected => {
+                if let Some((_, show)) = self.last.take_if(|(last, _)| *last == epoch) {
+                    // Whoever asked may have lost interest.
+                    let _ = show.send(Shown {
+                        epoch,
+                        manifest: manifest.clone(),
+                        ram: image.fd(),
+                    });
+                }
                 let started = Instant::now();
                 let point = self.journal.commit(view, now)?;
                 if let Some(metrics) = &self.metrics {

@@ -3,13 +3,14 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
 
 use super::compare;
 use super::ground::Leftover;
+use super::promote::Shown;
 use super::replica::{Receipt, Replica, ReplicaError, SessionId};
-use crate::clock::Env;
+use crate::clock::{Env, Timestamp};
 use crate::ids::{Epoch, Generation, GroupMark, GuestId, SiteId};
 use crate::journal::Store;
 use crate::page::Layout;
@@ -92,6 +93,10 @@ pub trait Lookup<S: Store>: Send + Sync + 'static {
         async { Err("no guest can be moved to this site".into()) }
     }
 
+    /// The guest will be offered to this site under this number, if nothing happens, from a checkpoint that
+    /// will be shown: what takes time may begin. Does not wait for it.
+    fn coming(&self, _guest: &GuestId, _generation: Generation, _shown: oneshot::Receiver<Shown>) {}
+
     /// The guest is handed over: runs it from this point under this generation, and says since when (`None`:
     /// it is switched off), or why it does not, in which case it never will.
     fn take(
@@ -99,7 +104,7 @@ pub trait Lookup<S: Store>: Send + Sync + 'static {
         _guest: &GuestId,
         _epoch: Epoch,
         _generation: Generation,
-    ) -> impl Future<Output = Result<Option<Instant>, String>> + Send {
+    ) -> impl Future<Output = Result<Option<Timestamp>, String>> + Send {
         async { Err("no guest can be moved to this site".into()) }
     }
 }
@@ -280,6 +285,14 @@ async fn receive<S: Store>(
                 let guest = opened.guest.clone();
                 preparing = Some(Box::pin(async move { lookup.prepare(&guest).await }));
             }
+            ToStandby::Last { epoch, generation } => {
+                let (owner, session) = (opened.replica.clone(), opened.session);
+                let (show, shown) = oneshot::channel();
+                env.offload(move || lock(&owner).expect_last(session, epoch, show))
+                    .await
+                    .map_err(|_| SessionEnd::Stale)?;
+                lookup.coming(&opened.guest, generation, shown);
+            }
             ToStandby::Take { epoch, generation } => {
                 // The offer may follow the checkpoint before that is durable, and it may have failed.
                 let taken = if opened.durable != Some(epoch) {
@@ -292,7 +305,7 @@ async fn receive<S: Store>(
                 let runs = taken.as_ref().ok().copied().flatten();
                 let runs = runs.filter(|_| opened.version >= VERSION_RUNS);
                 tx.send(ToPrimary::Taken {
-                    runs_us: runs.map(|since| since.elapsed().as_micros() as u64),
+                    runs_us: runs.map(|at| env.now().since(at).as_micros() as u64),
                     refused: taken.err(),
                 })
                 .await?;

@@ -165,6 +165,7 @@ impl Machine {
     /// Lets the vCPUs and devices run. Does nothing if the guest has ended.
     pub fn resume(&self) {
         let _control = self.control();
+        self.watch.begin();
         self.gate.resume();
         if self.gate.state() == RunState::Running {
             self.release();

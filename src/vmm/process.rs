@@ -16,6 +16,9 @@
 //! daemon paused stays paused when the daemon is gone, because a paused guest may have been handed
 //! over to another site; the next daemon decides. One that it only held for a cut runs on.
 //!
+//! After `RestoreAhead` the process is as empty as before, and ends with its connection: what was restored
+//! is a guest only when `Restore` asks for just that.
+//!
 //! After `RestoreFrom` the guest runs while its memory is read (`fill.rs`); there is a cut engine only
 //! once all of it is there, because a range of memory has one userfaultfd at a time.
 //!
@@ -26,8 +29,8 @@ mod console;
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -109,6 +112,16 @@ impl Monitor {
     }
 }
 
+/// A guest that was restored before it was known to come, and what from.
+struct Ahead {
+    monitor: Arc<Monitor>,
+    state: DeviceState,
+    memory: MemoryFile,
+}
+
+/// Which file it is: device and inode number.
+type MemoryFile = (u64, u64);
+
 /// Makes a source of what the daemon says of it; an error in words.
 pub type OpenSource = fn(&[u8]) -> Result<Arc<dyn PageSource>, String>;
 
@@ -119,6 +132,8 @@ pub(crate) struct Process {
     monitor: Mutex<Option<Arc<Monitor>>>,
     /// For the guest that is about to come.
     shell: Mutex<Option<Shell>>,
+    /// The guest that may be about to come.
+    ahead: Mutex<Option<Ahead>>,
     connection: Mutex<Option<Connection>>,
     connected: AtomicBool,
     open_source: OpenSource,
@@ -146,6 +161,7 @@ pub fn run(guest: &GuestId, run_dir: &Path, open_source: OpenSource) -> Result<(
         run,
         monitor: Mutex::default(),
         shell: Mutex::default(),
+        ahead: Mutex::default(),
         connection: Mutex::default(),
         connected: AtomicBool::new(false),
         open_source,
@@ -201,6 +217,64 @@ impl Process {
         let monitor = self.build(spec, build)?;
         self.engage(&monitor)?;
         Ok(monitor)
+    }
+
+    /// Restores a guest; it stands still. If it was restored ahead, that is taken.
+    pub(crate) fn restore(
+        self: &Arc<Self>,
+        spec: Vec<u8>,
+        state: DeviceState,
+        image: &OwnedFd,
+    ) -> Result<(), String> {
+        let Some(ahead) = lock(&self.ahead).take() else {
+            let restore = |spec: &MachineSpec| self.restored(spec, state, image);
+            return self.start(spec, restore).map(drop);
+        };
+        let same = ahead.monitor.spec == spec && ahead.state == state;
+        if !same || ahead.memory != memory_file(image)? {
+            ahead.monitor.stop();
+            return Err("another guest was restored ahead in this process".into());
+        }
+        let mut slot = lock(&self.monitor);
+        if slot.is_some() {
+            return Err("this process has a guest already".into());
+        }
+        *slot = Some(ahead.monitor);
+        Ok(())
+    }
+
+    /// Restores a guest that may be about to come.
+    pub(crate) fn restore_ahead(
+        self: &Arc<Self>,
+        spec: Vec<u8>,
+        state: DeviceState,
+        image: &OwnedFd,
+    ) -> Result<(), String> {
+        // One that was restored before is not the one that comes.
+        if let Some(before) = lock(&self.ahead).take() {
+            before.monitor.stop();
+        }
+        let memory = memory_file(image)?;
+        let kept = state.clone();
+        let monitor = self.built(spec, |spec| self.restored(spec, state, image))?;
+        self.engage(&monitor)?;
+        let ahead = Ahead {
+            monitor,
+            state: kept,
+            memory,
+        };
+        *lock(&self.ahead) = Some(ahead);
+        Ok(())
+    }
+
+    fn restored(
+        &self,
+        spec: &MachineSpec,
+        state: DeviceState,
+        image: &OwnedFd,
+    ) -> Result<Machine, VmmError> {
+        let shell = self.shell_for(spec)?;
+        Machine::restore(spec, shell.show(image)?, state)
     }
 
     /// Builds a guest that stands still and whose memory comes from the source from now on.
@@ -274,6 +348,17 @@ impl Process {
         if slot.is_some() {
             return Err("this process has a guest already".into());
         }
+        let monitor = self.built(spec, build)?;
+        *slot = Some(Arc::clone(&monitor));
+        Ok(monitor)
+    }
+
+    /// A guest that is not the process's yet.
+    fn built(
+        self: &Arc<Self>,
+        spec: Vec<u8>,
+        build: impl FnOnce(&MachineSpec) -> Result<Machine, VmmError>,
+    ) -> Result<Arc<Monitor>, String> {
         let parsed = self.parse(&spec)?;
         let machine = Arc::new(build(&parsed).map_err(|error| error.to_string())?);
         let monitor = Arc::new(Monitor {
@@ -286,7 +371,6 @@ impl Process {
             watch_state(&process, &watched)
         })
         .map_err(|error| error.to_string())?;
-        *slot = Some(Arc::clone(&monitor));
         Ok(monitor)
     }
 
@@ -336,6 +420,9 @@ impl Process {
         if let Some(monitor) = self.monitor() {
             monitor.stop();
         }
+        if let Some(ahead) = lock(&self.ahead).take() {
+            ahead.monitor.stop();
+        }
     }
 
     /// Tells the daemon, if there is one.
@@ -362,6 +449,12 @@ fn watch_state(process: &Process, monitor: &Monitor) {
             state: seen.clone().into(),
         });
     }
+}
+
+fn memory_file(image: &OwnedFd) -> Result<MemoryFile, String> {
+    let known = image.try_clone().and_then(|fd| File::from(fd).metadata());
+    let known = known.map_err(|error| format!("the memory image has no name: {error}"))?;
+    Ok((known.dev(), known.ino()))
 }
 
 fn spawn(
@@ -403,7 +496,6 @@ fn lock_run_dir(run_dir: &Path) -> Result<File, ProcessError> {
             continue;
         }
         // The process before us removes the file as it ends: what we locked must still be there.
-        use std::os::unix::fs::MetadataExt;
         let ours = file.metadata().map_err(file_error(&path, "read"))?.ino();
         if std::fs::metadata(&path).is_ok_and(|there| there.ino() == ours) {
             let written = file

@@ -195,6 +195,7 @@ pub(super) mod kind {
     pub const STRIPED: u8 = 0x0c;
     pub const PIECE: u8 = 0x0d;
     pub const JOIN: u8 = 0x0e;
+    pub const LAST: u8 = 0x0f;
 
     pub const HELLO_REPLY: u8 = 0x81;
     pub const OPENED: u8 = 0x82;
@@ -230,7 +231,7 @@ impl Message for ToStandby {
             kind::GROUP => Bounds::control(5, limits::SMALL_BYTES_MAX),
             kind::PING => Bounds::control(2, limits::SMALL_BYTES_MAX),
             kind::CLOSE | kind::PREPARE => Bounds::control(0, 0),
-            kind::TAKE => Bounds::control(2, limits::SMALL_BYTES_MAX),
+            kind::LAST | kind::TAKE => Bounds::control(2, limits::SMALL_BYTES_MAX),
             _ => return None,
         })
     }
@@ -250,6 +251,7 @@ impl Message for ToStandby {
             Self::Compare { epoch } => (kind::COMPARE, to_body(&epoch)),
             Self::Mark { epoch } => (kind::MARK, to_body(&epoch)),
             Self::Group { epoch, mark } => (kind::GROUP, to_body(&(epoch, mark))),
+            Self::Last { epoch, generation } => (kind::LAST, to_body(&(epoch, generation))),
             Self::Take { epoch, generation } => (kind::TAKE, to_body(&(epoch, generation))),
         };
         encoded::<Self>(kind, body)
@@ -278,6 +280,10 @@ impl Message for ToStandby {
             kind::GROUP => {
                 let (epoch, mark) = exact(header, &body)?;
                 Self::Group { epoch, mark }
+            }
+            kind::LAST => {
+                let (epoch, generation) = exact(header, &body)?;
+                Self::Last { epoch, generation }
             }
             kind::TAKE => {
                 let (epoch, generation) = exact(header, &body)?;

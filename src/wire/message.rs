@@ -211,6 +211,14 @@ pub enum ToStandby {
     },
     /// The guest will be handed over soon: is everything there that it needs? Nothing changes.
     Prepare,
+    /// The guest will be offered from this checkpoint, which comes next, if nothing happens. Nothing changes
+    /// yet. Sent only to a site that speaks version 4.
+    Last {
+        /// The epoch.
+        epoch: Epoch,
+        /// The number that would be offered.
+        generation: Generation,
+    },
     /// The guest is yours, from this checkpoint on and under this number. Its last owner has stopped
     /// it and starts it again only after the standby has promised never to take it under this number.
     Take {

@@ -5,6 +5,7 @@
 //! | 1 | 0.1.0 | first: Hello, Open, Part, Ack, Abandon, Mismatch, Fenced, Ping, Prepare, Take, Compare, Facts, Mark |
 //! | 2 | 0.1.0 | Group: marks of points that show one instant of several guests |
 //! | 3 | 0.1.0 | Part: rows of a full frame may refer to equal pages before them; Taken: for how long it runs |
+//! | 4 | 0.1.0 | Last: which checkpoint the guest will be offered from |
 //!
 //! Both sites name the range that they speak; the highest common version is used. Sites are
 //! upgraded one at a time, standby first, so a release speaks at least the version before its own.
@@ -20,7 +21,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// The newest protocol version that this program speaks. See the table above.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// The oldest protocol version that this program speaks.
 pub const VERSION_OLDEST: u16 = 1;
@@ -33,6 +34,9 @@ pub const VERSION_REFERENCES: u16 = 3;
 
 /// The first version in which a site that took a guest says for how long it has run.
 pub const VERSION_RUNS: u16 = 3;
+
+/// The first version in which the last checkpoint before an offer is announced.
+pub const VERSION_LAST: u16 = 4;
 
 /// Name of the protocol in the TLS handshake (ALPN). It changes only if the header or the first
 /// messages do.

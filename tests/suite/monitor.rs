@@ -291,14 +291,76 @@ async fn a_cut_goes_on_in_another_process() {
         std::fs::write(&spec.disks[0].path, image.disk()).unwrap();
         let run_dir = dir.path().join("run");
         let unbooted = BuiltinGuest::spawn(Path::new(EXE), &run_dir, &guest_id()).await;
-        let restored = unbooted
-            .unwrap()
-            .restore(&spec, cut.device_state, image.ram_file());
+        let (mut unbooted, memory) = (unbooted.unwrap(), image.ram_file());
+        if generation % 2 == 1 {
+            unbooted.prepare(&spec).await.unwrap();
+        }
+        if generation > 1 {
+            let (state, memory) = (cut.device_state.clone(), memory.try_clone().unwrap());
+            unbooted.restore_ahead(&spec, state, memory).unwrap();
+        }
+        let restored = unbooted.restore(&spec, cut.device_state, memory);
         guest = restored.await.unwrap();
         guest.resume().await.unwrap();
         assert_eq!(guest.info().base, None);
         wait_for_work(dir.path(), &mut guest, 20).await;
     }
+    guest.stop().await.unwrap();
+}
+
+/// What was restored ahead is no guest until just that is asked for, and nothing is left of it otherwise.
+#[tokio::test]
+async fn a_guest_that_was_restored_ahead_comes_or_goes() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut guest = boot(dir.path()).await;
+    let mut image = Image::new(&guest);
+    let cut = image.cut(&mut guest, CutStrategy::Auto).await;
+    guest.stop().await.unwrap();
+    let (spec, state) = (spec(dir.path(), "disk"), cut.device_state);
+    let (memory, run_dir) = (image.ram_file(), dir.path().join("run"));
+    let ahead = async || {
+        let unbooted = BuiltinGuest::spawn(Path::new(EXE), &run_dir, &guest_id()).await;
+        let mut unbooted = unbooted.unwrap();
+        let memory = memory.try_clone().unwrap();
+        unbooted
+            .restore_ahead(&spec, state.clone(), memory)
+            .unwrap();
+        unbooted.answers(Duration::from_secs(10)).await.unwrap();
+        unbooted
+    };
+    // Nobody finds it, and its process ends with its connection, which frees the directory and the disk.
+    drop(ahead().await);
+    let found = BuiltinGuest::adopt(&run_dir, &guest_id()).await.unwrap();
+    assert!(found.is_none());
+    ahead().await.end().await;
+    let same = image.ram_file();
+    let other_spec = MachineSpec {
+        memory_bytes: MEMORY_BYTES * 2,
+        ..spec.clone()
+    };
+    for (spec, memory) in [(&spec, &same), (&other_spec, &memory)] {
+        let restored = ahead()
+            .await
+            .restore(spec, state.clone(), memory.try_clone().unwrap());
+        let Err(error) = restored.await else {
+            panic!("another guest was taken for it");
+        };
+        assert!(error.to_string().contains("another guest"), "{error}");
+    }
+    // Twice: the last one counts.
+    let mut unbooted = ahead().await;
+    let memory = same.try_clone().unwrap();
+    unbooted
+        .restore_ahead(&spec, state.clone(), memory)
+        .unwrap();
+    let mut guest = unbooted.restore(&spec, state, same).await.unwrap();
+    assert_eq!(guest.state().await.unwrap(), RunState::Paused);
+    guest.resume().await.unwrap();
+    wait_for_work(dir.path(), &mut guest, 20).await;
+    assert_eq!(guest.disk_news(), None);
     guest.stop().await.unwrap();
 }
 

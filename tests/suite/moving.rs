@@ -3,7 +3,8 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lifeboat::control::types::{MoveReport, Run, RunResult};
+use lifeboat::clock::Timestamp;
+use lifeboat::control::types::{MoveReport, Run, RunResult, Runs};
 use lifeboat::guest::RunState;
 use lifeboat::ids::Generation;
 use lifeboat::metrics::labels::Role;
@@ -27,15 +28,33 @@ fn report(ran: &Ran) -> MoveReport {
     }
 }
 
+/// How long a guest stood still in each move, in seconds.
+#[derive(Default)]
+pub struct Downtimes {
+    /// As the command says: until the other site's word had come, but for the time in which the guest ran.
+    pub told: Vec<f64>,
+    /// By the clock that both sites have here.
+    pub seen: Vec<f64>,
+}
+
+/// When the guest was let run at the site that it was moved to.
+fn runs_since(site: &Site, moved: &MoveReport) -> Timestamp {
+    let runs: Runs = site.ok(&["runs"]).json();
+    let taken = runs.runs.into_iter().find_map(|run| match run.result {
+        Some(RunResult::Take(taken)) if taken.generation == moved.generation => taken.runs_since,
+        _ => None,
+    });
+    taken.expect("the site tells of it")
+}
+
 /// Of values in ascending order.
 pub fn quantile(sorted: &[f64], share: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * share).round() as usize]
 }
 
-/// Moves the guest to and fro, and checks after each that it is where it should be and lost nothing. The
-/// downtimes, in seconds.
-pub fn moves(pair: &Pair, count: u64) -> Vec<f64> {
-    let mut downtimes = Vec::new();
+/// Moves the guest to and fro, and checks after each that it is where it should be and lost nothing.
+pub fn moves(pair: &Pair, count: u64) -> Downtimes {
+    let mut downtimes = Downtimes::default();
     for number in 0..count {
         let (from, to) = match number % 2 {
             0 => (&pair.a, &pair.b),
@@ -64,7 +83,12 @@ pub fn moves(pair: &Pair, count: u64) -> Vec<f64> {
             resumed >= step,
             "step {step} was seen, it went on at {resumed}"
         );
-        downtimes.push(moved.downtime_seconds.expect("the answer came"));
+        let told = moved.downtime_seconds.expect("the answer came");
+        let stood_still_at = moved.stood_still_at.expect("it ran");
+        let seen = runs_since(to, &moved).since(stood_still_at).as_secs_f64();
+        assert!(seen <= told, "{seen} s, but {told} were told of");
+        downtimes.told.push(told);
+        downtimes.seen.push(seen);
     }
     downtimes
 }
@@ -75,7 +99,7 @@ fn a_guest_moves_there_and_back_without_loss() {
         return;
     }
     let pair = Pair::protected(Options::default());
-    let mut downtimes = moves(&pair, count(MOVES));
+    let mut downtimes = moves(&pair, count(MOVES)).told;
     downtimes.sort_by(f64::total_cmp);
     println!(
         "{} moves: downtime p50 {:.1} ms, p99 {:.1} ms",

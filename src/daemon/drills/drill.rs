@@ -32,7 +32,7 @@ use crate::guest::network::NetworkChange;
 use crate::guest::qemu::command::Rewrite;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, GuestId};
-use crate::journal::{DirStore, Held, JournalError, RecoveryPoint};
+use crate::journal::{CONSISTENT, DirStore, Held, JournalError, RecoveryPoint};
 use crate::page::{PAGE_SIZE, PageAddr, RegionId};
 use crate::standby::Image;
 use crate::vmm::process::CONSOLE_SOCKET;
@@ -207,6 +207,7 @@ impl Drill {
             }
         };
         run.step("probe");
+        let thawed = self.thaw(&point, &running).await;
         let (first, mut probes) = match self.probe {
             Probe::None => (None, Vec::new()),
             Probe::Console => {
@@ -215,6 +216,7 @@ impl Drill {
                 (answer.first, answer.probes)
             }
         };
+        probes.extend(thawed);
         let state = match &mut running {
             Running::Builtin(guest) => guest.state().await,
             Running::Qemu(clone) => clone.state().await,
@@ -242,6 +244,25 @@ impl Drill {
             rto_seconds: rto,
             probes,
             kept: None,
+        })
+    }
+
+    /// A clone of a point at which applications were at rest is let go, as a guest is after a failover.
+    async fn thaw(&self, point: &RecoveryPoint, clone: &Running) -> Option<ProbeReport> {
+        let Running::Qemu(clone) = clone else {
+            return None;
+        };
+        if !point.tags.iter().any(|tag| tag == CONSISTENT) {
+            return None;
+        }
+        let thawed = clone.thaw(self.probe_timeout).await?;
+        Some(ProbeReport {
+            name: "thawed".to_owned(),
+            passed: thawed.is_ok(),
+            detail: match thawed {
+                Ok(()) => "its agent let the file systems go on".to_owned(),
+                Err(error) => error.to_string(),
+            },
         })
     }
 

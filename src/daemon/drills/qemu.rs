@@ -3,12 +3,14 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::super::qemu;
 use crate::device_state::DeviceState;
-use crate::guest::qemu::command::{Sockets, started};
-use crate::guest::qemu::isolated::isolated;
+use crate::guest::qemu::agent::{self, AgentError};
+use crate::guest::qemu::command::{Sockets, has_agent, started};
+use crate::guest::qemu::isolated::{Connected, isolated};
 use crate::guest::qemu::machine::{self, Machine};
 use crate::guest::qemu::qmp::Qmp;
 use crate::guest::qemu::restore::{ImageFile, restore};
@@ -18,6 +20,8 @@ use crate::guest::{GuestError, RunState};
 /// Its monitor. The process is ended with everything else below its directory.
 pub(super) struct QemuClone {
     qmp: Qmp,
+    /// Where its agent is, if it has one.
+    agent: Option<PathBuf>,
 }
 
 impl QemuClone {
@@ -36,12 +40,24 @@ impl QemuClone {
         let sockets = Sockets::within(directory);
         let command = started(machine, &sockets).map_err(|e| failed(e.to_string()))?;
         let log = qemu::log(directory);
-        drop(qemu::start(&isolated(&command, Some(console), networks), &sockets, &log).await?);
+        let connected = Connected {
+            console: Some(console),
+            agent: Some(&sockets.agent),
+            networks,
+        };
+        drop(qemu::start(&isolated(&command, connected), &sockets, &log).await?);
         let image = ImageFile::new(File::from(ram), &machine.head);
         let restored = restore(&sockets.qmp, machine.head.clone(), image, devices).await;
         restored.map_err(|error| failed(format!("{error}: {}", qemu::said(&log))))?;
         let qmp = Qmp::connect(&sockets.qmp).await?;
-        Ok(Self { qmp })
+        let agent = has_agent(machine).then_some(sockets.agent);
+        Ok(Self { qmp, agent })
+    }
+
+    /// Has its agent, if it has one, let the file systems go on, which may stand still at its point.
+    pub async fn thaw(&self, within: Duration) -> Option<Result<(), AgentError>> {
+        let agent = self.agent.as_ref()?;
+        Some(agent::thaw(agent, within).await)
     }
 
     /// What it does now.

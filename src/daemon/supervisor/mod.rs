@@ -15,6 +15,7 @@ mod offline;
 mod owning;
 mod protecting;
 mod rollback;
+mod taking;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,6 +72,8 @@ struct Supervisor {
     moving: Option<moving::Moving>,
     /// What the record was before a promotion that may be withdrawn.
     before: Option<GuestRecord>,
+    /// What the record will be when a guest comes that may be about to.
+    staged: Option<(GuestRecord, StagedRecord)>,
     /// The machine that runs here, until that is written down: whoever waits for it to run comes first.
     unremembered: Option<Hardware>,
 }
@@ -96,6 +99,7 @@ pub(super) fn spawn(
         start_later: None,
         moving: None,
         before: None,
+        staged: None,
         unremembered: None,
     };
     let task = tokio::spawn(supervisor.run(inbox));
@@ -348,6 +352,10 @@ impl Supervisor {
             } => {
                 drop(reply.send(self.promote(point, above).await));
             }
+            Order::Expect {
+                generation,
+                hardware,
+            } => self.expect(generation, hardware).await,
             Order::Resume(resume) => {
                 let (from, recorded) = (resume.from, resume.recorded);
                 let resumed = self.resume(from, resume.allowed, recorded).await;
@@ -415,20 +423,6 @@ impl Supervisor {
         }
     }
 
-    /// Ends a QEMU whose guest stands still since it was given to another site: attaching to it would let
-    /// the guest run.
-    async fn end_given(&self) -> Result<(), ApiError> {
-        let Some(record) = &self.record else {
-            return Ok(());
-        };
-        if record.standing == Standing::Active || !self.is_of_qemu() {
-            return Ok(());
-        }
-        let hardware = record.machine.as_ref();
-        let ended = hardware::end_migrated(&self.site, &self.guest, self.qemu(), hardware);
-        ended.await.map_err(failed)
-    }
-
     /// True if it is to be found out whether a QEMU resumed the guest.
     fn is_resuming(&self) -> bool {
         let standing = self.record.as_ref().map(|r| &r.standing);
@@ -488,9 +482,9 @@ impl Supervisor {
         };
         match outcome {
             Outcome::Drained => self.hold(guest),
-            Outcome::HandedOver { downtime } => {
+            Outcome::HandedOver(standstill) => {
                 self.hold_in(guest, RunState::Paused);
-                self.gone(Some(downtime)).await;
+                self.gone(Some(standstill)).await;
             }
             Outcome::InDoubt(why) => {
                 tracing::warn!(guest = %self.guest, why, "it is not known whether the other site took the guest");

@@ -5,19 +5,22 @@
 
 use tokio::sync::mpsc;
 
+use super::super::hardware;
 use super::super::orders::{Moved, Reply};
-use super::super::record::{GuestRecord, Standing};
+use super::super::record::{self, GuestRecord, StagedRecord, Standing};
 use super::{Process, Supervisor, failed};
 use crate::control::codes::Reason;
 use crate::control::types::ApiError;
 use crate::guest::{Guest, GuestError, RunState};
 use crate::ids::{Epoch, Generation, SiteId};
-use crate::primary::{self, Command, HandoverEvent, Ownership};
+use crate::primary::{self, Command, HandoverEvent, Ownership, Standstill};
 
 /// A move that somebody waits for.
 pub(super) struct Moving {
     reply: Reply<Moved>,
     events: mpsc::Receiver<HandoverEvent>,
+    /// What will be recorded when the guest is given away.
+    staged: Option<(GuestRecord, StagedRecord)>,
 }
 
 /// What was offered, by the record.
@@ -46,7 +49,11 @@ impl Supervisor {
             Process::Protecting { commands, .. } => {
                 let (sender, events) = mpsc::channel(4);
                 if commands.send(Command::HandOver(sender)).await.is_ok() {
-                    self.moving = Some(Moving { reply, events });
+                    self.moving = Some(Moving {
+                        reply,
+                        events,
+                        staged: None,
+                    });
                     return;
                 }
                 "its replication has just ended"
@@ -59,6 +66,12 @@ impl Supervisor {
 
     pub(super) fn handover(&mut self, event: HandoverEvent) {
         match event {
+            HandoverEvent::Stage { epoch, done } => {
+                if let Some(generation) = self.stage_offer(epoch) {
+                    // A role that is gone does not care.
+                    let _ = done.send(generation);
+                }
+            }
             HandoverEvent::Permit { epoch, answer } => match self.offer(epoch) {
                 Ok(generation) => {
                     self.stands(RunState::Paused);
@@ -88,20 +101,36 @@ impl Supervisor {
         self.view.send_modify(|v| v.run_state = Some(state));
     }
 
-    fn offer(&mut self, epoch: Epoch) -> Result<Generation, ApiError> {
+    /// The record of an offer of this checkpoint, and under which number.
+    fn offer_of(&self, epoch: Epoch) -> Result<(GuestRecord, Generation), ApiError> {
         let record = self.record.clone().unwrap_or_else(GuestRecord::first);
         let to = record.protected_to.clone();
         let to = to.ok_or_else(|| failed("the guest is not to be replicated any more"))?;
         let generation = record.generation.next();
-        tracing::info!(guest = %self.guest, %to, %generation, "the guest is given away");
-        self.save(GuestRecord {
-            standing: Standing::Offered {
-                to,
-                generation,
-                epoch,
-            },
-            ..record
-        })?;
+        let standing = Standing::Offered {
+            to,
+            generation,
+            epoch,
+        };
+        Ok((GuestRecord { standing, ..record }, generation))
+    }
+
+    /// Writes the record of an offer beside that of the guest, which runs yet. The number that it has.
+    fn stage_offer(&mut self, epoch: Epoch) -> Option<Generation> {
+        let (record, generation) = self.offer_of(epoch).ok()?;
+        let staged = record::stage(&self.site.state_dir, &self.guest, &record);
+        self.moving.as_mut()?.staged = Some((record, staged.ok()?));
+        Some(generation)
+    }
+
+    fn offer(&mut self, epoch: Epoch) -> Result<Generation, ApiError> {
+        let (record, generation) = self.offer_of(epoch)?;
+        let staged = self.moving.as_mut().and_then(|moving| moving.staged.take());
+        match staged.filter(|(of, _)| *of == record) {
+            Some((_, staged)) => self.save_staged(record, staged)?,
+            None => self.save(record)?,
+        }
+        tracing::info!(guest = %self.guest, %generation, "the guest is given away");
         Ok(generation)
     }
 
@@ -164,7 +193,7 @@ impl Supervisor {
     }
 
     /// The standby runs the guest.
-    pub(super) async fn gone(&mut self, downtime: Option<std::time::Duration>) {
+    pub(super) async fn gone(&mut self, standstill: Option<Standstill>) {
         let Some(offer) = self.offered() else {
             return;
         };
@@ -192,9 +221,23 @@ impl Supervisor {
             let _ = moving.reply.send(Ok(Moved {
                 epoch,
                 generation,
-                downtime,
+                standstill,
             }));
         }
+    }
+
+    /// Ends a QEMU whose guest stands still since it was given to another site: attaching to it would let
+    /// the guest run.
+    pub(super) async fn end_given(&self) -> Result<(), ApiError> {
+        let Some(record) = &self.record else {
+            return Ok(());
+        };
+        if record.standing == Standing::Active || !self.is_of_qemu() {
+            return Ok(());
+        }
+        let hardware = record.machine.as_ref();
+        let ended = hardware::end_migrated(&self.site, &self.guest, self.qemu(), hardware);
+        ended.await.map_err(failed)
     }
 
     /// Finds out who has a guest that was offered.

@@ -334,29 +334,6 @@ impl Supervisor {
         })
     }
 
-    /// A guest that its owner gives away may be taken under this number, as far as this site knows.
-    fn takeable(&self, generation: Generation) -> Result<(), ApiError> {
-        let refused = match &self.record {
-            _ if !matches!(self.process, Process::Absent) => "the guest runs at this site already",
-            Some(r) if r.standing == Standing::Active => "this site owns the guest already",
-            Some(r) if matches!(r.standing, Standing::Resuming { .. }) => {
-                "it is being found out whether the guest was resumed here"
-            }
-            // A number that was given away, or taken, before is not used again.
-            Some(r)
-                if r.generation >= generation
-                    && matches!(
-                        r.standing,
-                        Standing::RolledBack { .. } | Standing::Promoting { .. }
-                    ) =>
-            {
-                "the number that was offered is not a new one here"
-            }
-            _ => return Ok(()),
-        };
-        Err(ApiError::new(Reason::WrongState, refused))
-    }
-
     /// The promotion is void: the record is what it was before it.
     pub(super) fn withdraw(&mut self) -> Result<(), ApiError> {
         let standing = self.record.as_ref().map(|r| &r.standing);
@@ -415,12 +392,7 @@ impl Supervisor {
             return Err(refused);
         }
         let before = self.record.clone();
-        let mut record = before.clone().unwrap_or_else(GuestRecord::first);
-        record.standing = Standing::Active;
-        record.generation = generation;
-        record.protected_to = None;
-        record.machine = Some(hardware.clone());
-        record.failover = failover;
+        let record = self.owner_record(generation, hardware.clone(), failover);
         if is_stopped(&state) {
             if let Some(process) = process {
                 process.end().await;
@@ -435,9 +407,16 @@ impl Supervisor {
         let next = self.about_to_resume(&record, before.as_ref());
         let (state_dir, guest, written) =
             (site.state_dir.clone(), self.guest.clone(), next.clone());
-        let staging = site
-            .env
-            .offload(move || record::stage(&state_dir, &guest, &written));
+        let staged = self.staged.take().filter(|(of, _)| *of == next);
+        let staging = async {
+            match staged {
+                Some((_, staged)) => Ok(staged),
+                None => {
+                    let stage = move || record::stage(&state_dir, &guest, &written);
+                    site.env.offload(stage).await
+                }
+            }
+        };
         let (ready, staged) = tokio::join!(ready, staging);
         let ready = ready.map_err(failed)?;
         let restored = Instant::now();
@@ -460,21 +439,21 @@ impl Supervisor {
                 Err(error)
             }
         };
-        let runs = Instant::now();
+        let ran = Instant::now();
         let ms = |from: Instant, to: Instant| (to - from).as_micros() as f64 / 1e3;
         tracing::info!(
             guest = %self.guest,
             restored_ms = ms(since, restored),
             recorded_ms = ms(restored, noted),
-            run_ms = ms(noted, runs),
+            run_ms = ms(noted, ran),
             "the guest was restored and let run"
         );
         let resumed = match resumed {
-            Ok(guest) => self.resumed(record, guest).await,
+            Ok((guest, at)) => self.resumed(record, guest).await.map(|guest| (guest, at)),
             Err(error) => Err(error),
         };
         match resumed {
-            Ok(guest) => {
+            Ok((guest, runs)) => {
                 self.hold(guest);
                 self.problem(None);
                 self.view
@@ -501,18 +480,6 @@ impl Supervisor {
             env.offload(move || stays::discard(&state_dir, &guest, &runs))
                 .await;
         });
-    }
-
-    /// The record with which a guest is let run. One of our monitor waits for it, whatever becomes of this
-    /// daemon; QEMU gets its memory from this daemon and may not get all of it.
-    fn about_to_resume(&self, owner: &GuestRecord, before: Option<&GuestRecord>) -> GuestRecord {
-        match (&owner.machine, before.map(|r| &r.standing)) {
-            (Some(Hardware::Qemu(_)), Some(Standing::Promoting { point })) => GuestRecord {
-                standing: Standing::Resuming { point: *point },
-                ..owner.clone()
-            },
-            _ => owner.clone(),
-        }
     }
 
     /// It runs: the record says so.

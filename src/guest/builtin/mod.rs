@@ -1,7 +1,7 @@
 //! A guest of the built-in monitor: one process per guest, spoken to over its control socket.
 //!
 //! ```text
-//!   spawn ─▶ Unbooted [ prepare ] ── boot | restore ──▶ BuiltinGuest ── stop ──▶ process exits
+//!   spawn ─▶ Unbooted [ prepare, restore_ahead ] ── boot | restore ──▶ BuiltinGuest ── stop ──▶ process exits
 //!   adopt (the process outlived an earlier daemon) ──▶ BuiltinGuest ── drop ──▶ guest lives on,
 //!                                                                     its debts are given back
 //! ```
@@ -23,13 +23,14 @@ use std::time::Duration;
 use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout};
 
-use connection::{Connection, Content};
+use connection::{Asked, Connection, Content};
 
 use super::detached::detached;
 use super::{
     Base, Chunk, ChunkMemory, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo,
-    Round, RunState,
+    Round, RunState, Still,
 };
+use crate::clock::Timestamp;
 use crate::device_state::DeviceState;
 use crate::ids::GuestId;
 use crate::vmm::MachineSpec;
@@ -63,6 +64,8 @@ pub struct Unbooted {
     guest: GuestId,
     connection: Connection,
     child: Child,
+    /// It was told to restore a guest ahead.
+    ahead: Option<Asked>,
 }
 
 impl BuiltinGuest {
@@ -103,6 +106,7 @@ impl BuiltinGuest {
                         guest: guest.clone(),
                         connection,
                         child,
+                        ahead: None,
                     });
                 }
                 // A connection that takes the place of another daemon's: not too often.
@@ -159,6 +163,14 @@ impl BuiltinGuest {
     /// Process id of the monitor.
     pub fn pid(&self) -> u32 {
         self.connection.pid()
+    }
+
+    /// Lets a guest that was restored run for the first time; when it did so.
+    pub async fn run(&mut self) -> Result<Timestamp, GuestError> {
+        match self.connection.call(Command::Run, None).await? {
+            Reply::Runs { at } => Ok(at),
+            other => Err(connection::odd(&other)),
+        }
     }
 
     async fn done(&self, command: Command) -> Result<(), GuestError> {
@@ -241,12 +253,20 @@ impl Unbooted {
 
     /// Builds the machine in a saved state; it stands still until it is resumed. `ram` is a file with all RAM regions one
     /// after the other; it is mapped privately and must not change any more.
+    ///
+    /// If something was restored ahead it has to be the same: this is an error otherwise.
     pub async fn restore(
-        self,
+        mut self,
         spec: &MachineSpec,
         state: DeviceState,
         ram: OwnedFd,
     ) -> Result<BuiltinGuest, GuestError> {
+        if let Some(asked) = self.ahead.take()
+            && let Err(error) = self.restored_ahead(asked).await
+        {
+            self.end().await;
+            return Err(error);
+        }
         let command = Command::Restore {
             spec: json(spec),
             state,
@@ -254,7 +274,31 @@ impl Unbooted {
         self.started(command, Some(ram)).await
     }
 
-    /// The same, with memory that the process reads itself while the guest runs, from where `source` says
+    /// Begins to restore a guest that may be about to come: its `restore` finds that done. Nobody waits
+    /// for it. `ram` must not change before that `restore`; if it does, or another guest comes, the
+    /// process is to be ended.
+    pub fn restore_ahead(
+        &mut self,
+        spec: &MachineSpec,
+        state: DeviceState,
+        ram: OwnedFd,
+    ) -> Result<(), GuestError> {
+        let command = Command::RestoreAhead {
+            spec: json(spec),
+            state,
+        };
+        self.ahead = Some(self.connection.ask(command, Some(ram))?);
+        Ok(())
+    }
+
+    async fn restored_ahead(&self, asked: Asked) -> Result<(), GuestError> {
+        match self.connection.answer(asked).await? {
+            Reply::Done => Ok(()),
+            other => Err(connection::odd(&other)),
+        }
+    }
+
+    /// The same as [`restore`](Self::restore), with memory that the process reads itself while the guest runs, from where `source` says
     /// to it. Rounds and cuts fail until all of it is there.
     pub async fn restore_from(
         self,
@@ -375,10 +419,15 @@ impl Guest for BuiltinGuest {
     }
 
     /// Both are asked for at once: the guest stands still already while the first is answered.
-    async fn last_cut(&mut self, strategy: CutStrategy) -> Result<(Cut, Duration), GuestError> {
+    async fn last_cut(
+        &mut self,
+        strategy: CutStrategy,
+        still: Still,
+    ) -> Result<(Cut, Duration), GuestError> {
         let since = Instant::now();
         let pause = self.connection.ask(Command::Pause, None)?;
         let cut = self.connection.ask(Command::Cut { strategy }, None)?;
+        still();
         match self.connection.answer(pause).await? {
             Reply::Done => {}
             other => return Err(connection::odd(&other)),

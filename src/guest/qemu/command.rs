@@ -232,7 +232,7 @@ pub fn agent_socket(machine: &Machine) -> Option<PathBuf> {
 }
 
 /// Id of the character device behind the agent's port, if it is a socket that QEMU listens on.
-fn agent_device(command: &[String]) -> Option<String> {
+pub(super) fn agent_device(command: &[String]) -> Option<String> {
     let port = values(command, "-device").find_map(|device| {
         if let Ok(Value::Object(json)) = serde_json::from_str(device) {
             let text = |key| json.get(key).and_then(Value::as_str);

@@ -8,24 +8,41 @@
 //!   -vnc, -spice, -gdb, -D   ─▶ gone                  no port, no log
 //! ```
 //!
-//! A clone that is to be listened to gets a console of its own in the place of its first serial line.
+//! A clone that is to be listened to gets a console of its own in the place of its first serial line. Its
+//! agent is spoken to at a socket of its own: it reaches nothing.
 //!
 //! What is taken away is looked at instead ([`needs`]): does the bridge exist, and the directory of the
 //! socket? All else (images, ROMs, machine type, CPU model, devices) QEMU checks itself when it starts.
 
 use std::path::{Path, PathBuf};
 
-use super::command::{item, items, named, option, values};
+use super::command::{agent_device, item, items, named, option, values};
 
 /// Options that are left out, with their argument.
 const LEFT_OUT: [&str; 5] = ["-vnc", "-spice", "-gdb", "-D", "-display"];
 /// The same without argument.
 const LEFT_OUT_ALONE: [&str; 2] = ["-s", "-nographic"];
 
-/// The command line without its connections to the world. With `console` its first serial line is a
-/// socket there. Networks that are `kept`, as they are written, stay connected.
-pub fn isolated(command: &[String], console: Option<&Path>, kept: &[String]) -> Vec<String> {
+/// What of a machine is connected.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Connected<'a> {
+    /// Its first serial line is a socket there.
+    pub console: Option<&'a Path>,
+    /// Its agent's port is one there, if it was one before.
+    pub agent: Option<&'a Path>,
+    /// Networks, as they are written.
+    pub networks: &'a [String],
+}
+
+/// The command line without its connections to the world but these.
+pub fn isolated(command: &[String], connected: Connected<'_>) -> Vec<String> {
+    let Connected {
+        console,
+        agent,
+        networks,
+    } = connected;
     let spoken_to = console.and_then(|_| serial_device(command));
+    let agent = agent.and_then(|path| Some((agent_device(command)?, path)));
     let socket = |path: &Path| format!("{},server=on,wait=off", path.display());
     let mut line = console.filter(|_| spoken_to.is_none());
     let mut isolated = Vec::new();
@@ -46,7 +63,7 @@ pub fn isolated(command: &[String], console: Option<&Path>, kept: &[String]) -> 
         }
         isolated.push(argument.clone());
         if let ("-netdev" | "-nic", [value, ..]) = (option, arguments.as_slice())
-            && kept.contains(value)
+            && networks.contains(value)
         {
             isolated.extend(arguments.next().cloned());
             continue;
@@ -65,7 +82,9 @@ pub fn isolated(command: &[String], console: Option<&Path>, kept: &[String]) -> 
             },
             "-chardev" => {
                 let id = named(value(), "id");
-                match console.filter(|_| spoken_to.as_ref() == Some(&id)) {
+                let serial = console.filter(|_| spoken_to.as_ref() == Some(&id));
+                let agent = agent.as_ref().filter(|(of, _)| *of == id);
+                match serial.or(agent.map(|(_, path)| *path)) {
                     Some(path) => format!("socket,id={id},path={}", socket(path)),
                     None => format!("null,id={id}"),
                 }
@@ -182,7 +201,7 @@ mod tests {
              -vnc :1 -s -nographic -qmp unix:/r/q,server=on",
         );
         assert_eq!(
-            isolated(&command, None, &[]).join(" "),
+            isolated(&command, Connected::default()).join(" "),
             "kvm -m 64 -netdev hubport,hubid=1,id=n -device virtio-net,netdev=n \
              -netdev hubport,hubid=2,id=o \
              -nic hubport,hubid=3,model=e1000,mac=52:54:00:00:00:01 -nic none \
@@ -192,7 +211,14 @@ mod tests {
         let mapped = ["bridge,id=n,br=br-test".to_owned()];
         let command_mapped = split("kvm -netdev bridge,id=n,br=br-test -netdev user,id=o");
         assert_eq!(
-            isolated(&command_mapped, None, &mapped).join(" "),
+            isolated(
+                &command_mapped,
+                Connected {
+                    networks: &mapped,
+                    ..Connected::default()
+                }
+            )
+            .join(" "),
             "kvm -netdev bridge,id=n,br=br-test -netdev hubport,hubid=1,id=o -display none"
         );
         for (command, heard) in [
@@ -209,11 +235,20 @@ mod tests {
                 "kvm -chardev socket,id=s,path=/c,server=on,wait=off -device {\"driver\":\"isa-serial\",\"chardev\":\"s\"}",
             ),
             (
+                "kvm -chardev socket,id=ga,path=/r/a,server=on -device virtserialport,chardev=ga,name=org.qemu.guest_agent.0",
+                "kvm -chardev socket,id=ga,path=/a,server=on,wait=off -device virtserialport,chardev=ga,name=org.qemu.guest_agent.0",
+            ),
+            (
                 "kvm -chardev pty,id=x -chardev pty,id=s -serial chardev:s",
                 "kvm -chardev null,id=x -chardev socket,id=s,path=/c,server=on,wait=off -serial chardev:s",
             ),
         ] {
-            let listened = isolated(&split(command), Some(Path::new("/c")), &[]);
+            let connected = Connected {
+                console: Some(Path::new("/c")),
+                agent: Some(Path::new("/a")),
+                ..Connected::default()
+            };
+            let listened = isolated(&split(command), connected);
             assert_eq!(listened.join(" "), format!("{heard} -display none"));
         }
         let found = needs(&command);

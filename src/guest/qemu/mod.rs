@@ -69,6 +69,7 @@ use self::qmp::{Qmp, QmpError};
 use self::session::{Hold, Shared};
 use super::{
     Base, Chunk, Contents, Cut, CutId, CutStrategy, Guest, GuestError, GuestInfo, Round, RunState,
+    Still,
 };
 use crate::bitmap::{PageBitmap, PageSet};
 use crate::clock::{Clock, SystemClock};
@@ -409,7 +410,11 @@ impl Guest for QemuGuest {
 
     /// By a migration, whatever the mode is: QEMU makes a guest in COLO run when its daemon dies, and
     /// one that was migrated stands still.
-    async fn last_cut(&mut self, _: CutStrategy) -> Result<(Cut, Duration), GuestError> {
+    async fn last_cut(
+        &mut self,
+        _: CutStrategy,
+        still: Still,
+    ) -> Result<(Cut, Duration), GuestError> {
         self.current = None;
         self.check_state().await?;
         self.mirrored().await?;
@@ -422,6 +427,7 @@ impl Guest for QemuGuest {
         self.held = Held::Migrated;
         let taken = self.last.cut(&self.context, Hold::Last).await;
         let cut = self.cut_is(taken, Held::Migrated).await?;
+        still();
         let stood = SystemClock.now().since(cut.captured_at);
         Ok((cut, stood))
     }

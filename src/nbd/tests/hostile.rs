@@ -178,10 +178,11 @@ fn the_socket_is_the_owners_and_goes_with_the_server() {
     let path = site.socket().to_owned();
     let mode = std::fs::metadata(&path).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let taken = NbdServer::bind(&path, vec![]).err().unwrap();
-    assert_eq!(taken.kind(), std::io::ErrorKind::AddrInUse);
+    // First: who asks whether the name is taken is a client for a moment.
     let mut client = site.attached("disk");
     assert_eq!(site.server.as_ref().unwrap().connections(), 1);
+    let taken = NbdServer::bind(&path, vec![]).err().unwrap();
+    assert_eq!(taken.kind(), std::io::ErrorKind::AddrInUse);
     site.server = None;
     client.assert_closed();
     assert!(UnixStream::connect(&path).is_err());

@@ -10,13 +10,15 @@
 //! write is in no dirty set; copies of the disk would differ from it for ever. Our own descriptor
 //! stays open as long as the guest has the disk, so a descriptor that was open for writing and is
 //! closed is somebody else's (inotify(7)). A program that writes and does not close is seen when it
-//! does, at its end at the latest.
+//! does, at its end at the latest. Whoever filled the file for a guest that is restored may close it until
+//! the guest runs.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::disk::Disk;
@@ -29,6 +31,7 @@ pub(crate) struct DiskWatch {
     disks: Vec<Watched>,
     /// `None`: this host gives no watch; only sizes and names are looked at.
     events: Option<File>,
+    begun: AtomicBool,
 }
 
 struct Watched {
@@ -57,6 +60,14 @@ impl DiskWatch {
         Self {
             disks: watched.collect(),
             events,
+            begun: AtomicBool::new(false),
+        }
+    }
+
+    /// The guest is about to run: what was closed before its first time is forgotten.
+    pub(crate) fn begin(&self) {
+        if !self.begun.swap(true, Ordering::Relaxed) {
+            self.written();
         }
     }
 
@@ -196,7 +207,10 @@ mod tests {
         }))
         .unwrap();
         let disk = Disk::open(&spec, Some(RegionId(1))).unwrap();
+        let filling = OpenOptions::new().write(true).open(&path).unwrap();
         let watch = DiskWatch::new(std::slice::from_ref(&disk));
+        drop(filling);
+        watch.begin();
 
         disk.write_at(b"guest", 10).unwrap();
         std::fs::read(&path).unwrap();
@@ -207,6 +221,7 @@ mod tests {
         other.write_all(b"not the guest").unwrap();
         assert_eq!(watch.look().len(), 0, "it has not closed the file yet");
         drop(other);
+        watch.begin();
         let news = watch.look();
         assert!(
             news.len() == 1 && news[0].contains("another program"),

@@ -20,15 +20,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::{Monitor, Process};
+use crate::clock::{Clock, SystemClock};
 use crate::guest::CutId;
 use crate::page::PageAddr;
+use crate::vmm::Machine;
 use crate::vmm::cut::{CutEngine, CutError, CutStart, Outbox, Session};
 use crate::vmm::protocol::{
     self, COMMAND_BYTES_MAX, Command, Failure, FrameReader, FromVmm, Info, ProtocolError, Reply,
     ToVmm, Welcome, WireSet,
 };
 use crate::vmm::staging::{Staging, StagingOptions};
-use crate::vmm::{Machine, MachineSpec};
 
 /// How long a new connection may take for its first frame.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -288,7 +289,9 @@ fn read_calls(
             }
             ToVmm::Call { id, command } => {
                 let descriptor = match command {
-                    Command::Restore { .. } => Some(reader.take_descriptor()?),
+                    Command::Restore { .. } | Command::RestoreAhead { .. } => {
+                        Some(reader.take_descriptor()?)
+                    }
                     _ => None,
                 };
                 let call = (id, command, descriptor);
@@ -350,6 +353,10 @@ fn failed(error: impl ToString) -> Failure {
     Failure::Failed(error.to_string())
 }
 
+fn no_image() -> Failure {
+    failed("no memory image came along")
+}
+
 fn cut_failed(error: CutError) -> Failure {
     match error {
         CutError::State(state) => Failure::State(state.into()),
@@ -400,15 +407,21 @@ impl Serving {
             }
             Command::Restore { spec, state } => {
                 let since = Instant::now();
-                let image = image.ok_or_else(|| failed("no memory image came along"))?;
-                let restore = |spec: &MachineSpec| {
-                    let shell = self.process.shell_for(spec)?;
-                    Machine::restore(spec, shell.show(&image)?, state)
-                };
-                self.process.start(spec, restore).map_err(failed)?;
+                let image = image.ok_or_else(no_image)?;
+                let restored = self.process.restore(spec, state, &image);
+                restored.map_err(failed)?;
                 let ms = since.elapsed().as_micros() as f64 / 1e3;
                 tracing::info!(ms, "the guest was restored");
                 Ok(self.info())
+            }
+            Command::RestoreAhead { spec, state } => {
+                let since = Instant::now();
+                let image = image.ok_or_else(no_image)?;
+                let restored = self.process.restore_ahead(spec, state, &image);
+                restored.map_err(failed)?;
+                let ms = since.elapsed().as_micros() as f64 / 1e3;
+                tracing::info!(ms, "a guest that may be about to come was restored");
+                Ok(Reply::Done)
             }
             Command::RestoreFrom {
                 spec,
@@ -467,6 +480,11 @@ impl Serving {
                 monitor.forget_hold();
                 monitor.machine.resume();
                 Ok(Reply::Done)
+            }
+            Command::Run => {
+                self.monitor()?.machine.resume();
+                let at = SystemClock.now();
+                Ok(Reply::Runs { at })
             }
             Command::Stop => {
                 if let Some(monitor) = self.process.monitor() {

@@ -55,6 +55,13 @@ pub(super) fn to_standby() -> Vec<(&'static str, ToStandby)> {
             },
         ),
         (
+            "last",
+            ToStandby::Last {
+                epoch: Epoch(301),
+                generation: Generation(4),
+            },
+        ),
+        (
             "take",
             ToStandby::Take {
                 epoch: Epoch(301),

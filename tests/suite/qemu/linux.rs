@@ -29,10 +29,11 @@ use lifeboat::cli::demo::qemu::initrd::Initrd;
 use lifeboat::cli::demo::qemu::kernel::Kernel;
 use lifeboat::clock::{Clock, SystemClock, Timestamp};
 use lifeboat::control::checkpoint::Checkpoint;
-use lifeboat::control::types::{FailoverReport, Points};
+use lifeboat::control::types::{DrillReport, FailoverReport, Points, Run, RunResult};
 use lifeboat::guest::RunState;
 use lifeboat::guest::qemu::QemuGuest;
 use lifeboat::guest::qemu::probe::{Method, Mode};
+use lifeboat::ids::Epoch;
 use serde_json::{Value, json};
 
 use super::daemon::{Ends, WEB, configuration, web};
@@ -358,7 +359,7 @@ fn behind(socket: &Path) -> Duration {
 }
 
 /// A point whose file systems were frozen. The guest's work goes on after it.
-fn freeze(pair: &Pair, serial: &Serial) {
+fn freeze(pair: &Pair, serial: &Serial) -> Epoch {
     let made: Checkpoint = pair.a.ok(&["checkpoint", WEB, "--consistent"]).json();
     assert!(made.consistent);
     let after = serial.lines().len();
@@ -368,6 +369,30 @@ fn freeze(pair: &Pair, serial: &Serial) {
         let marked = points.points.iter().find(|point| !point.tags.is_empty())?;
         (marked.epoch == made.epoch).then_some(())
     });
+    made.epoch
+}
+
+/// A clone of such a point is let go by its own agent.
+fn drill(pair: &Pair, point: Epoch) {
+    let point = point.to_string();
+    let args = [
+        "test-failover",
+        WEB,
+        "--point",
+        &point,
+        "--probe-timeout",
+        "2m",
+    ];
+    let ran = pair.b.cli(&[&["--timeout", "5m"], &args[..]].concat());
+    assert_eq!(ran.code, 0, "{ran:?}");
+    let line = ran.out.lines().last().unwrap_or_default();
+    let run: Run = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {ran:?}"));
+    let Some(RunResult::Drill(DrillReport { probes, .. })) = run.result else {
+        panic!("{ran:?}");
+    };
+    let mut names = probes.iter().map(|probe| probe.name.as_str());
+    assert!(names.any(|name| name == "thawed"), "{probes:?}");
+    assert!(probes.iter().all(|probe| probe.passed), "{probes:?}");
 }
 
 /// Gives the guest, which runs at the other site, an address by its agent, and has that proven inside.
@@ -418,7 +443,10 @@ fn round(dir: &Path, parts: &Parts, delay: Duration, more: &[&str]) {
     let how = how.unwrap_or_default();
     assert!(how.starts_with("migrate") && how.contains("KVM"), "{how}");
     if parts.agent.is_some() {
-        freeze(&pair, &serial);
+        let at_rest = freeze(&pair, &serial);
+        if more.contains(&"--consistent") {
+            drill(&pair, at_rest);
+        }
     }
     std::thread::sleep(delay);
 
