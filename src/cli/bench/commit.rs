@@ -8,6 +8,9 @@
 //!   write phase                    ├───────┤                                 ├───────┤├───────┤
 //! ```
 //!
+//! What an acknowledgement waits for besides the disk is measured on another image: the checksums of the
+//! parts, their pages (decompressed into the image), the image's root.
+//!
 //! The write phase is what a store that keeps the time sees. Retention works between the commits, as in
 //! the standby, and is not timed.
 
@@ -30,7 +33,7 @@ use crate::journal::{
     SledCatalogue, Store, StoreFile,
 };
 use crate::page::Layout;
-use crate::standby::{Receipt, Replica, ReplicaOptions, SessionId};
+use crate::standby::{Image, Receipt, Replica, ReplicaOptions, SessionId};
 use crate::wire::message::Open;
 
 /// Who owns the guest.
@@ -245,6 +248,27 @@ impl Standby {
     }
 }
 
+/// What is done with a frame besides writing it: seconds.
+struct Steps {
+    verify: f64,
+    apply: f64,
+    root: f64,
+}
+
+fn steps(image: &mut Image, parts: &[Vec<u8>]) -> anyhow::Result<Steps> {
+    let started = Instant::now();
+    let views: Result<Vec<_>, _> = parts.iter().map(|part| PartView::verify(part)).collect();
+    let (views, verified) = (views?, Instant::now());
+    views.iter().try_for_each(|view| view.apply(image))?;
+    let applied = Instant::now();
+    image.root();
+    Ok(Steps {
+        verify: (verified - started).as_secs_f64(),
+        apply: (applied - verified).as_secs_f64(),
+        root: applied.elapsed().as_secs_f64(),
+    })
+}
+
 /// Frames of one guest, one after the other, for a copy with this journal.
 struct Frames {
     source: Source,
@@ -283,9 +307,12 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     alone.commit(&first)?;
     let mut standby = Standby::create(bench)?;
     let (mut of_standby, first) = Frames::new(of, dirty, standby.replica.journal().id())?;
+    let mut image = Image::new(of_standby.source.layout())?;
+    steps(&mut image, &first)?;
     standby.take(of_standby.source.layout(), first)?;
     let mut raw = Raw::create(&bench.dir.path().join("raw-commit"), 64 << 20)?;
     let [mut durables, mut acks, mut writes, mut raws] = [const { Vec::new() }; 4];
+    let mut within = [const { Vec::new() }; 3];
     let mut frame_bytes = 0;
     for sample in 0..=bench.samples(200) {
         let parts = frames.next()?;
@@ -300,12 +327,16 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         written.context("writing the raw file")?;
         let (durable, write) = alone.commit(&parts)?;
         let parts = of_standby.next()?;
+        let steps = steps(&mut image, &parts)?;
         let ack = standby.take(of_standby.source.layout(), parts)?;
         if sample > 0 {
             frame_bytes = bytes;
             raws.push(took);
             durables.push(durable);
             acks.push(ack);
+            within[0].push(steps.verify);
+            within[1].push(steps.apply);
+            within[2].push(steps.root);
             writes.push(write);
         }
     }
@@ -318,7 +349,16 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let durables = Samples::new(durables).times(section, what);
     bench.push(durables.clone().against(&limit).wanted_ratio(0.80));
     let acks = Samples::new(acks).times(section, format!("receive to ack, {mib:.1} MiB"));
-    bench.push(acks.against(&limit));
+    bench.push(acks.against(&limit).wanted_ratio(0.80));
+    let names = [
+        "checksums of its parts",
+        "its pages, into the image",
+        "the image's root",
+    ];
+    for (name, samples) in names.into_iter().zip(within) {
+        let name = format!("receive to ack, of that {name}");
+        bench.push(Samples::new(samples).times(section, name));
+    }
     let spread = durables.p99 / durables.p50;
     let mut tail = durables;
     tail.what = format!("receive to durable: p99 is {spread:.1} x p50");
