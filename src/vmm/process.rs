@@ -43,7 +43,7 @@ use connection::Connection;
 use crate::device_state::DeviceState;
 use crate::guest::RunState;
 use crate::ids::GuestId;
-use crate::vmm::cut::{CutEngine, CutTarget};
+use crate::vmm::cut::{CutEngine, CutTarget, Session};
 use crate::vmm::protocol::{self, FromVmm};
 use crate::vmm::{GuestRam, Machine, MachineSpec, PageSource, Shell, VmmError, fill};
 
@@ -201,6 +201,16 @@ impl Process {
     /// The guest, once there is one.
     pub(crate) fn monitor(&self) -> Option<Arc<Monitor>> {
         lock(&self.monitor).clone()
+    }
+
+    /// Gives back what this session has, of a guest that was restored ahead too.
+    fn detach(&self, session: &Arc<Session>) {
+        let ahead = lock(&self.ahead).as_ref().map(|a| Arc::clone(&a.monitor));
+        for monitor in self.monitor().into_iter().chain(ahead) {
+            if let Some(engine) = monitor.engine() {
+                engine.detach(session);
+            }
+        }
     }
 
     /// The daemon's connection.

@@ -336,6 +336,14 @@ async fn a_guest_that_was_restored_ahead_comes_or_goes() {
     let found = BuiltinGuest::adopt(&run_dir, &guest_id()).await.unwrap();
     assert!(found.is_none());
     ahead().await.end().await;
+    let told = ahead().await;
+    // SAFETY: a signal to a process that is there: it has not been waited for.
+    assert_eq!(unsafe { libc::kill(told.pid() as i32, libc::SIGTERM) }, 0);
+    told.end().await;
+    let log = std::fs::read_to_string(run_dir.join("vmm.log")).unwrap();
+    let count = |what| log.matches(what).count();
+    let ended = count("the guest's process ends");
+    assert_eq!(ended, count("the guest's process is ready"), "{log}");
     let same = image.ram_file();
     let other_spec = MachineSpec {
         memory_bytes: MEMORY_BYTES * 2,

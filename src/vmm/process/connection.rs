@@ -219,11 +219,7 @@ fn serve(
     drop(calls);
     // Whoever waits for a slot of this session must not: give back before the commands are waited
     // for, and again after a boot that was under way.
-    let detach = || {
-        if let Some(engine) = process.monitor().as_ref().and_then(|m| m.engine()) {
-            engine.detach(&session);
-        }
-    };
+    let detach = || process.detach(&session);
     detach();
     let stop = commands.join().unwrap_or(false);
     detach();
