@@ -192,4 +192,9 @@ pub trait Backend: Send + Sync + 'static {
     /// Whether the site can do its work: configuration loaded, journals open, listener up. A lost
     /// peer does not make it unready. The error says what is missing.
     fn ready(&self) -> impl Future<Output = Result<(), ApiError>> + Send;
+
+    /// Returns when the site was ready for the first time.
+    fn started(&self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
 }

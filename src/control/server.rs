@@ -41,19 +41,22 @@
 use std::future::Future;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::connect_info::Connected;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Query, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::IncomingStream;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, UnixListener};
+use tokio::time::timeout;
 
 use super::backend::Backend;
 use super::bandwidth::BandwidthRequest;
@@ -69,6 +72,9 @@ use super::types::{
 };
 use crate::ids::{GroupId, GuestId, NameError, SiteId};
 use crate::metrics::Metrics;
+
+/// How long it is waited for a site that is being started.
+const STARTED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Largest body of a request.
 const BODY_BYTES_MAX: usize = 64 << 10;
@@ -180,7 +186,7 @@ fn public_routes<B: Backend>() -> Router<Site<B>> {
 }
 
 fn admin_router<B: Backend>(site: Site<B>) -> Router {
-    public_routes()
+    let verbs = Router::new()
         .route("/v1/status", get(status))
         .route("/v1/facts", get(facts))
         .route("/v1/guests/{guest}/start", post(guest_start))
@@ -216,9 +222,23 @@ fn admin_router<B: Backend>(site: Site<B>) -> Router {
         .route("/v1/events", get(events))
         .route("/v1/peers/{peer}/bandwidth", post(bandwidth))
         .route("/v1/reload", post(reload))
+        .route_layer(from_fn_with_state(site.clone(), once_started));
+    public_routes()
+        .merge(verbs)
         .fallback(nothing)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(site)
+}
+
+/// A site that has just been started does not know its guests yet: whoever asks waits for a moment.
+async fn once_started<B: Backend>(
+    State(site): State<Site<B>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    // One that takes longer says what it knows.
+    let _ = timeout(STARTED_WITHIN, site.backend.started()).await;
+    next.run(request).await
 }
 
 async fn nothing<B: Backend>(State(site): State<Site<B>>) -> Response {

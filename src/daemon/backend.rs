@@ -60,6 +60,7 @@ pub(super) struct Site {
     pub groups: Groups,
     pub(super) material: Option<Arc<TlsMaterial>>,
     ready: AtomicBool,
+    started: watch::Sender<bool>,
 }
 
 fn failed(error: impl std::fmt::Display) -> ApiError {
@@ -92,6 +93,7 @@ impl Site {
             groups: Groups::default(),
             material,
             ready,
+            started: watch::Sender::new(false),
         }
     }
 
@@ -157,6 +159,7 @@ impl Site {
 
     pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Release);
+        self.started.send_replace(true);
     }
 
     /// The daemon ends: primaries drain, guests live on.
@@ -582,5 +585,10 @@ impl Backend for Site {
             Reason::NotReady,
             "the site is starting or ending",
         ))
+    }
+
+    async fn started(&self) {
+        // The sender is ours.
+        let _ = self.started.subscribe().wait_for(|started| *started).await;
     }
 }

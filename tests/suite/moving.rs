@@ -151,8 +151,11 @@ fn a_guest_that_is_switched_off_moves_and_is_started_on_demand() {
     let content = std::fs::read(pair.a.dir().join("root.img")).unwrap();
     assert!(content.iter().any(|b| *b != 0));
     assert!(std::fs::read(disk(&pair.b)).unwrap() == content);
-    let (old, new) = (pair.at_a(), pair.at_b());
-    assert_ne!(old.role, Role::Active);
+    // Its word is on its way there.
+    let old = wait("it is known where it was", || {
+        Some(pair.at_a()).filter(|old| old.role != Role::Active)
+    });
+    let new = pair.at_b();
     assert_eq!((old.pid, new.pid, new.run_state), (None, None, None));
     assert_eq!(pair.a.cli(&["guest", "start", GUEST]).code, 4, "moved away");
 

@@ -24,7 +24,7 @@ use anyhow::{Context, bail};
 use super::encode::{Change, Dirty, Source, guest};
 use super::limits::Raw;
 use super::sample::{Samples, time};
-use super::{Bench, Section};
+use super::{Bench, Section, amplification};
 use crate::clock::{Clock, SystemClock};
 use crate::frame::{Codec, PartView};
 use crate::ids::{Generation, JournalId};
@@ -363,5 +363,5 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let mut tail = durables;
     tail.what = format!("receive to durable: p99 is {spread:.1} x p50");
     bench.push(tail.wanted("p99 <= 2 x p50", spread <= 2.0));
-    Ok(())
+    amplification::measure(bench)
 }

@@ -32,6 +32,7 @@
 //! skipped  [ { section, why } ]
 //! ```
 
+mod amplification;
 mod commit;
 mod encode;
 mod failover;

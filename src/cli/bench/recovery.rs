@@ -21,7 +21,8 @@ use crate::journal::{DirStore, Journal, JournalOptions, Retention, SledCatalogue
 
 const CATALOGUE: &str = "catalog";
 
-fn open(dir: &Path) -> anyhow::Result<Journal<DirStore>> {
+/// A journal there, with its catalogue.
+pub(super) fn open(dir: &Path) -> anyhow::Result<Journal<DirStore>> {
     let store = DirStore::new(dir)?;
     let catalogue = SledCatalogue::open(&dir.join(CATALOGUE))?;
     let options = JournalOptions {
