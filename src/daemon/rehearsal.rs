@@ -41,6 +41,8 @@ use crate::wire::message::Readiness;
 
 /// Time between two looks at what may have changed on the host.
 const EVERY: Duration = Duration::from_secs(600);
+/// The same after one that failed: what was missing may have been brought.
+const AGAIN: Duration = Duration::from_secs(60);
 
 /// See the module.
 #[derive(Default)]
@@ -106,8 +108,12 @@ impl Rehearsals {
                     let mut command = Vec::new();
                     let now = rehearse(&env, &part, &directory, &mut command).await;
                     shown.send_replace(command);
+                    let again = match now.obstacle {
+                        Some(_) => AGAIN,
+                        None => EVERY,
+                    };
                     tell(&name, &told, now);
-                    sleep(EVERY).await;
+                    sleep(again).await;
                 }
             })
         });

@@ -14,6 +14,8 @@ use crate::guest::GuestError;
 /// looks.
 const LOADED_WITHIN: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// How long a QEMU that is ending may answer with less than it should.
+const ENDING_WITHIN: Duration = Duration::from_secs(2);
 
 /// Ends the QEMU with this monitor if its guest was migrated, which is how one stands still that was given
 /// to another site. Any other is left alone.
@@ -45,9 +47,17 @@ pub async fn end_waiting(monitor: &Path) -> Result<(), GuestError> {
 
 /// Ends the QEMU with this monitor if it waits for a guest that nobody will give it. Any other is left alone.
 pub async fn end_idle(monitor: &Path) -> Result<(), GuestError> {
-    match connected(monitor).await? {
+    let ended = async || match connected(monitor).await? {
         Some(qmp) if probe::status(&qmp).await? == "inmigrate" => quit(&qmp).await,
         _ => Ok(()),
+    };
+    let deadline = Instant::now() + ENDING_WITHIN;
+    loop {
+        match ended().await {
+            // It may be ending just now.
+            Err(_) if Instant::now() < deadline => sleep(LOOK_EVERY).await,
+            ended => return ended,
+        }
     }
 }
 
