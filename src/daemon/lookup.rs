@@ -172,8 +172,8 @@ impl Lookup<DirStore> for Site {
                     generation,
                     hardware,
                 };
-                // A daemon that ends takes no guest.
-                let _ = handle.orders.send(order).await;
+                // It can be written when the guest comes. Nobody waits: a peer may say this as often as it likes.
+                let _ = handle.orders.try_send(order);
             }
         });
     }

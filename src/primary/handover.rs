@@ -6,7 +6,7 @@
 //!   checkpoints go on        ◀───────────── Prepared ───
 //!   rounds until little is dirty
 //!   a checkpoint ───────────────────────────────────────▶ durable, fed to the process
-//!   ── Last(epoch) ─────────────────────────────────────▶ (nothing changes)
+//!   ── Last(epoch, generation) ─────────────────────────▶ (nothing changes)
 //!   pause ─ last cut ─ parts ───────────────────────────▶ proven: restored, stands still
 //!   record: given away        (the guest is ours)         durable
 //!   ── Take(epoch, generation) ── point of no return ───▶ if that is durable: generation raised, runs

@@ -136,8 +136,8 @@ impl<S: Store> Replica<S> {
         Ok(())
     }
 
-    /// As [`claim`](Self::claim), for a guest that its owner gives away under this number. Nothing on the disk keeps others
-    /// from the copy yet: until [`settled`](Self::settled) nobody opens a session, whatever the guest's
+    /// As [`claim`](Self::claim), for a guest that its owner gives away under this number. Nothing on the disk
+    /// keeps others from the copy yet: until [`settled`](Self::settled) nobody opens a session, whatever the guest's
     /// record says.
     pub fn take(
         &mut self,

@@ -87,7 +87,6 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         source.frame(chunks(&all, &content), |part| parts.push(part))?;
         commit(&mut journal, &parts)?;
         content.truncate(count * PAGE_SIZE);
-        // The first copy goes into the base with the first fold.
         let mut before = (0, 0);
         for number in 0..=2 * frames {
             let pages = change.pages(count, of, &mut numbers);
@@ -95,6 +94,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
             parts.clear();
             source.frame(chunks(&pages, &content), |part| parts.push(part))?;
             commit(&mut journal, &parts)?;
+            // By now the first copy has gone into the base.
             if number == frames {
                 before = counted(&journal);
             }

@@ -251,8 +251,8 @@ impl Unbooted {
         self.started(command, None).await
     }
 
-    /// Builds the machine in a saved state; it stands still until it is resumed. `ram` is a file with all RAM regions one
-    /// after the other; it is mapped privately and must not change any more.
+    /// Builds the machine in a saved state; it stands still until it is resumed. `ram` is a file with all RAM
+    /// regions one after the other; it is mapped privately and must not change any more.
     ///
     /// If something was restored ahead it has to be the same: this is an error otherwise.
     pub async fn restore(
@@ -298,8 +298,8 @@ impl Unbooted {
         }
     }
 
-    /// The same as [`restore`](Self::restore), with memory that the process reads itself while the guest runs, from where `source` says
-    /// to it. Rounds and cuts fail until all of it is there.
+    /// As [`restore`](Self::restore), with memory that the process reads itself while the guest runs, from
+    /// where `source` says to it. Rounds and cuts fail until all of it is there.
     pub async fn restore_from(
         self,
         spec: &MachineSpec,
