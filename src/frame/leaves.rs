@@ -16,7 +16,7 @@ use std::ops::Range;
 use blake3::IncrementCounter;
 use blake3::platform::Platform;
 
-use super::tree::ImageTree;
+use super::tree::{BELOW, ImageTree};
 use crate::page::PAGE_SIZE;
 
 const CHUNK: usize = 1024;
@@ -26,8 +26,11 @@ const CV: usize = 32;
 /// Pages of one call: as many as fit the widest registers.
 pub(super) const GROUP: usize = 4;
 
-/// Nodes of one call: as many blocks as the widest registers hash at once.
+/// Pairs of one call: as many blocks as the widest registers hash at once.
 const PAIRS: usize = 16;
+
+/// Nodes that are made together: the last pairs of all of them fill one call.
+const GROUPS: usize = 16;
 
 /// blake3's key words when there is no key.
 const IV: [u32; 8] = [
@@ -127,23 +130,71 @@ pub(super) fn of_run(
     }
 }
 
-/// Calls `each` with the number and the value of these nodes, each of which has two of the values below
-/// it. Many at once, wherever they are: unlike leaves, they do not depend on their position.
-pub(super) fn of_pairs(below: &[[u8; CV]], nodes: &[usize], mut each: impl FnMut(usize, [u8; CV])) {
-    let platform = Platform::detect();
-    let (pairs, _) = below.as_chunks::<2>();
-    for some in nodes.chunks(PAIRS) {
-        let mut inputs = [&[0; 2 * CV]; PAIRS];
-        for (input, node) in inputs.iter_mut().zip(some) {
-            *input = pairs[*node].as_flattened().try_into().expect("two values");
-        }
-        let mut values = [0; PAIRS * CV];
-        let (inputs, once) = (&inputs[..some.len()], IncrementCounter::No);
-        platform.hash_many(inputs, &IV, 0, once, PARENT, 0, 0, &mut values);
-        for (node, value) in some.iter().zip(values.as_chunks().0) {
-            each(*node, *value);
+/// Nodes that are made of eight others, or of the fewer last ones: gathered, and made many at once.
+#[derive(Default)]
+pub(super) struct Groups {
+    numbers: Vec<usize>,
+    values: Vec<[u8; CV]>,
+}
+
+impl Groups {
+    /// Takes the number of a node, after those before it. `each` gets numbers and values of nodes that are
+    /// made.
+    pub fn add(&mut self, number: usize, below: &[[u8; CV]], each: impl FnMut(usize, [u8; CV])) {
+        self.numbers.push(number);
+        let group = &below[number * BELOW..];
+        self.values
+            .extend_from_slice(&group[..group.len().min(BELOW)]);
+        if self.numbers.len() == GROUPS {
+            self.finish(each);
         }
     }
+
+    /// The nodes that were taken and not made yet.
+    pub fn finish(&mut self, mut each: impl FnMut(usize, [u8; CV])) {
+        // Groups are full but for the last one, which is carried to the same height.
+        while self.values.len() > self.numbers.len() {
+            halve(&mut self.values);
+        }
+        for (number, value) in self.numbers.drain(..).zip(self.values.drain(..)) {
+            each(number, value);
+        }
+    }
+}
+
+/// The two nodes of which the root is made that has all of these, two or more, below it.
+pub(super) fn two(nodes: &[[u8; CV]]) -> ([u8; CV], [u8; CV]) {
+    let mut nodes = nodes.to_vec();
+    while nodes.len() > 2 {
+        halve(&mut nodes);
+    }
+    (nodes[0], nodes[1])
+}
+
+/// The next height: neighbours are paired, and an odd last one is carried up. Inner nodes do not depend on
+/// their position.
+fn halve(nodes: &mut Vec<[u8; CV]>) {
+    let platform = Platform::detect();
+    let mut pairs = 0;
+    while 2 * pairs + 1 < nodes.len() {
+        let mut out = [0; PAIRS * CV];
+        let some = nodes[2 * pairs..].as_chunks::<2>().0;
+        let some = &some[..some.len().min(PAIRS)];
+        let mut inputs = [&[0; 2 * CV]; PAIRS];
+        for (input, pair) in inputs.iter_mut().zip(some) {
+            *input = pair.as_flattened().try_into().expect("two values");
+        }
+        let count = some.len();
+        let (inputs, once) = (&inputs[..count], IncrementCounter::No);
+        platform.hash_many(inputs, &IV, 0, once, PARENT, 0, 0, &mut out);
+        nodes[pairs..pairs + count].copy_from_slice(&out.as_chunks().0[..count]);
+        pairs += count;
+    }
+    if nodes.len() % 2 == 1 {
+        nodes[pairs] = nodes[nodes.len() - 1];
+        pairs += 1;
+    }
+    nodes.truncate(pairs);
 }
 
 /// Values of the parents of these values.

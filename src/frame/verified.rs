@@ -2,6 +2,7 @@
 //! and decode it and another apply it.
 
 use std::ops::Range;
+use std::thread;
 
 use super::batch::{Batch, Decompressor};
 use super::error::FrameError;
@@ -11,6 +12,9 @@ use crate::page::RegionId;
 
 /// Most bytes of decoded batches of one part. What is more is decoded when it is applied.
 const DECODED_BYTES_MAX: usize = 32 << 20;
+
+/// Smallest part that another thread verifies: hashing takes as long as several threads to begin.
+const SHARED_BYTES: usize = 512 << 10;
 
 /// See the module. `B` is what holds the bytes.
 #[derive(Debug)]
@@ -35,6 +39,35 @@ impl<B: AsRef<[u8]>> VerifiedPart<B> {
             Ok(judged) => Ok(Self { bytes, judged }),
             Err(error) => Err((error, bytes)),
         }
+    }
+
+    /// As [`verify`](Self::verify), while `work` is done with the same bytes. Nobody knows yet what they
+    /// are then.
+    pub fn verify_beside<T>(
+        bytes: B,
+        work: impl FnOnce(&[u8]) -> T,
+    ) -> (Result<Self, (FrameError, B)>, T) {
+        let shared = bytes.as_ref();
+        let judge = || PartView::verify(shared).map(PartView::into_judged);
+        let (judged, done) = thread::scope(|scope| {
+            let other = match shared.len() {
+                SHARED_BYTES.. => thread::Builder::new().spawn_scoped(scope, judge).ok(),
+                _ => None,
+            };
+            let done = work(shared);
+            // A host that has no room for a thread does without.
+            let judged = match other.map(thread::ScopedJoinHandle::join) {
+                Some(Ok(judged)) => judged,
+                Some(Err(panic)) => std::panic::resume_unwind(panic),
+                None => judge(),
+            };
+            (judged, done)
+        });
+        let part = match judged {
+            Ok(judged) => Ok(Self { bytes, judged }),
+            Err(error) => Err((error, bytes)),
+        };
+        (part, done)
     }
 
     /// The part, to read.

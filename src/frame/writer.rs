@@ -51,6 +51,10 @@ pub struct FrameStart {
 /// Worst case of one more page: its content, its row, the header of a batch it may open.
 const PAGE_COST: usize = PAGE_SIZE + ROW_BYTES + BATCH_HEADER_BYTES;
 
+/// Most bytes of pages that go into the last part. That one is written when all pages of the frame were
+/// applied and their root is proven; others are on the disk by then.
+const LAST_BYTES: usize = 256 << 10;
+
 /// After this many batches in a row that hardly shrank, only every [`PROBE_EVERY`]th is compressed.
 const POOR_BATCHES: u32 = 4;
 const PROBE_EVERY: u32 = 8;
@@ -412,7 +416,8 @@ impl FrameWriter {
         self.settle(0);
         // A manifest that does not fit gets a part of its own, which may be over the wished size.
         let need = self.projected() + stored.bytes.len() + FOOTER_BYTES;
-        if need > self.part_bytes && !self.rows.is_empty() {
+        let alone = !self.merged && self.projected() > LAST_BYTES;
+        if (need > self.part_bytes && !self.rows.is_empty()) || alone {
             self.seal();
         }
         let header = self.header(true);

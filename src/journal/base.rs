@@ -283,7 +283,7 @@ impl<S: Store> Base<S> {
                 start = end;
             }
         }
-        Ok((leaves.len() >= 2).then(|| ImageTree::from_leaves(&leaves).root()))
+        Ok((leaves.len() >= 2).then(|| ImageTree::from_leaves(leaves).root()))
     }
 
     /// Bytes on the disk.

@@ -17,7 +17,7 @@ use super::recover;
 use super::segment::{Lane, Loc};
 use super::store::Store;
 use crate::clock::Timestamp;
-use crate::frame::{FrameCheck, PartHeader, PartView};
+use crate::frame::{FrameCheck, FrameError, PartHeader, PartView, VerifiedPart};
 use crate::ids::{Epoch, Generation, ImageRoot, JournalId};
 use crate::page::{Layout, RegionId};
 
@@ -69,25 +69,47 @@ impl Pending {
 }
 
 impl<S: Store> Journal<S> {
-    /// Writes a part that is not the frame's last. Its header is compared with the journal; that its
-    /// bytes are sound, the view shows. Not durable yet. Part 0 begins a frame and gives up an unfinished one.
+    /// Writes a part that is not the frame's last, and verifies it meanwhile, with `check` besides; gives
+    /// it back. Its header is compared with the journal before it is written; what turns out not to be
+    /// sound is void. Not durable yet. Part 0 begins a frame and gives up an unfinished one.
     ///
-    /// After an error other than [`JournalError::Poisoned`] the frame is given up and the history as
-    /// it was.
-    pub fn write_part(&mut self, part: &PartView<'_>) -> Result<(), JournalError> {
+    /// After [`JournalError::Frame`] the frame may go on with another part in this one's place. After
+    /// any other error but [`JournalError::Poisoned`] it is given up and the history as it was.
+    pub fn write_part<B: AsRef<[u8]> + Send + Sync>(
+        &mut self,
+        bytes: B,
+        check: impl FnOnce(&PartView<'_>) -> Result<(), FrameError>,
+    ) -> Result<VerifiedPart<B>, JournalError> {
         self.writable("writing a frame")?;
-        let written = self.write_part_inner(part);
-        self.settle(written)
+        let header = PartHeader::parse(bytes.as_ref())?;
+        let begun = self.check_part(&header);
+        self.settle(begun)?;
+        let (part, written) = VerifiedPart::verify_beside(bytes, |bytes| self.append(bytes));
+        let loc = self.settle(written)?;
+        let sound = part.map_err(|(error, _)| error);
+        let sound = sound.and_then(|part| check(&part.view()).map(|()| part));
+        let part = match sound {
+            Ok(part) => part,
+            Err(error) => {
+                self.segments.release(loc);
+                return Err(error.into());
+            }
+        };
+        let admitted = self.admit(&part.view());
+        if admitted.is_err() {
+            self.segments.release(loc);
+        }
+        self.settle(admitted)?;
+        self.pending.as_mut().expect("admitted").parts.push(loc);
+        Ok(part)
     }
 
-    fn write_part_inner(&mut self, part: &PartView<'_>) -> Result<(), JournalError> {
-        if part.header().last {
-            return Err(order(part.header(), "the last part is given to commit"));
+    /// What can be said of a part that is not the last before it is verified.
+    fn check_part(&self, header: &PartHeader) -> Result<(), JournalError> {
+        if header.last {
+            return Err(order(header, "the last part is given to commit"));
         }
-        self.admit(part)?;
-        let loc = self.append(part.bytes())?;
-        self.pending.as_mut().expect("admitted").parts.push(loc);
-        Ok(())
+        self.check_header(header)
     }
 
     /// Writes the last part and makes the frame durable with one sync; returns the new point. `now` is

@@ -72,6 +72,6 @@ impl<'l, 't> Runs<'l, 't> {
             ImageTree::leaves_of(start, &ZEROS[..run], |at, leaf| leaves[at] = leaf);
             start += run.max(1);
         }
-        Ok(ImageTree::from_leaves(&self.leaves).root())
+        Ok(ImageTree::from_leaves(self.leaves).root())
     }
 }

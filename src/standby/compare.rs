@@ -13,8 +13,9 @@
 
 use std::sync::{Arc, Mutex};
 
+use super::error::ReplicaError;
 use super::ground::{self, Leftover};
-use super::replica::{Replica, ReplicaError, SessionId};
+use super::replica::{Replica, SessionId};
 use super::session::{SessionEnd, lock};
 use crate::clock::Env;
 use crate::frame::{DiskFingerprints, FINGERPRINT_PAGES_MAX, Fingerprint, fingerprint};

@@ -18,8 +18,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::error::ReplicaError;
 use super::image::Image;
-use super::replica::{Replica, ReplicaError};
+use super::replica::Replica;
 use crate::bitmap::PageSet;
 use crate::frame::{Manifest, PageImage};
 use crate::ids::Epoch;

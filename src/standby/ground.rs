@@ -15,7 +15,8 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use super::replica::{Replica, ReplicaError, SessionId};
+use super::error::ReplicaError;
+use super::replica::{Replica, SessionId};
 use super::session::lock;
 use crate::clock::Env;
 use crate::ids::{Epoch, ImageRoot};

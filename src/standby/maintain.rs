@@ -1,6 +1,7 @@
 //! Retention of a copy's history, between commits.
 
-use super::replica::{Replica, ReplicaError};
+use super::error::ReplicaError;
+use super::replica::Replica;
 use crate::clock::Timestamp;
 use crate::journal::Store;
 

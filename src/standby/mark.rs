@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::replica::{Replica, ReplicaError, SessionId};
+use super::error::ReplicaError;
+use super::replica::{Replica, SessionId};
 use crate::clock::Timestamp;
 use crate::ids::{Epoch, GroupMark};
 use crate::journal::{CONSISTENT, JournalError, RecoveryPoint, Store};

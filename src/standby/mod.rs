@@ -1,7 +1,7 @@
 //! The standby role: takes frames of guests that run elsewhere and makes them durable.
 //!
 //! ```text
-//!  Part 0..n-2  ──▶ verify ─▶ journal.write_part      (written, not yet synced)
+//!  Part 0..n-2  ──▶ journal.write_part                (written, verified meanwhile, not yet synced)
 //!  Part n-1     ──▶ verify ─▶ apply all to the image ─▶ root equal? ─▶ journal.commit ─▶ Ack
 //!                                                        │ no            │ failed
 //!                                                        ▼               ▼
@@ -22,6 +22,7 @@
 //! Not here: who may write which guest (the daemon's `lookup` decides), retention's schedule.
 
 mod compare;
+mod error;
 mod follow;
 mod ground;
 mod image;
@@ -35,12 +36,13 @@ mod session;
 mod tests;
 mod warm;
 
+pub use error::ReplicaError;
 pub use follow::{Follower, Lost, Told};
 pub use ground::Leftover;
 pub use image::{Image, ImageError};
 pub use mark::GroupPoint;
 pub use promote::{Claimed, Lent, Promotion, Shown};
-pub use replica::{Receipt, Replica, ReplicaError, ReplicaOptions, ReplicaStatus, SessionId};
+pub use replica::{Receipt, Replica, ReplicaOptions, ReplicaStatus, SessionId};
 pub use seed::{LayError, SeedError, SeedInfo, read_seed};
 pub use session::{Lookup, Refusal, SessionEnd, serve};
 pub use warm::{WarmUp, WarmedUp};

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
+use super::error::ReplicaError;
 use super::image::Image;
-use super::replica::{Replica, ReplicaError, SessionId};
+use super::replica::{Replica, SessionId};
 use crate::frame::Manifest;
 use crate::ids::{Epoch, Generation};
 use crate::journal::{Directions, JournalError, Lease, RecoveryPoint, Store};

@@ -4,19 +4,19 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
+use super::error::ReplicaError;
 use super::follow::{Teller, Watched};
-use super::image::{Image, ImageError};
+use super::image::Image;
 use super::mark::GroupPoint;
 use super::promote::Shown;
 use crate::clock::Timestamp;
-use crate::frame::{FrameCheck, FrameError, PageImage, PartView, VerifiedPart};
+use crate::frame::{FrameCheck, FrameError, PageImage, PartHeader, PartView, VerifiedPart};
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot};
 use crate::journal::{
     Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention,
     Store,
 };
 use crate::metrics::GuestMetrics;
-use crate::metrics::labels::JournalOp;
 use crate::page::Layout;
 use crate::wire::message::{Newest, Open, Opened, RefuseReason};
 
@@ -33,81 +33,6 @@ pub struct ReplicaOptions {
     pub retention: Retention,
     /// Most pages of RAM of a guest: what this host can hold. A peer's word sizes allocations.
     pub ram_pages_max: u64,
-}
-
-/// Why a copy cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ReplicaError {
-    /// The journal.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// The image.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// A frame of the peer.
-    #[error("the peer sent a bad frame: {0}")]
-    Frame(#[from] FrameError),
-    /// The journal's newest point does not give the image that it promises.
-    #[error(
-        "recovery point #{epoch} is damaged: its image has root {found}, {expected} was recorded; choose an older point and run `lifeboat journal check`"
-    )]
-    Root {
-        /// The point.
-        epoch: Epoch,
-        /// What it should be.
-        expected: ImageRoot,
-        /// What it is.
-        found: ImageRoot,
-    },
-    /// There is nothing to resume.
-    #[error("guest {0} has no recovery point{1} here")]
-    NoPoint(GuestId, String),
-    /// What ran here last.
-    #[error("what is left of the guest at this site cannot be read: {0}")]
-    Leftover(std::io::Error),
-    /// More pages than are compared.
-    #[error(
-        "a guest of {pages} pages is more than can be compared ({})",
-        crate::frame::FINGERPRINT_PAGES_MAX
-    )]
-    TooLarge {
-        /// Its pages.
-        pages: u64,
-    },
-    /// The session was replaced by a newer one, or the copy was promoted.
-    #[error("this session no longer owns the guest's copy, whose generation is {generation}")]
-    Stale {
-        /// The copy's generation now.
-        generation: Generation,
-    },
-}
-
-impl ReplicaError {
-    /// True if the copy is of no use until it is opened anew.
-    pub fn needs_reopen(&self) -> bool {
-        matches!(
-            self,
-            Self::Journal(JournalError::Poisoned { .. } | JournalError::Io { .. })
-        )
-    }
-
-    /// True if a stored checkpoint is damaged, while the journal as such works.
-    pub fn is_damage(&self) -> bool {
-        matches!(
-            self,
-            Self::Root { .. }
-                | Self::Frame(_)
-                | Self::Journal(JournalError::Corrupt { .. } | JournalError::Frame(_))
-        )
-    }
-
-    /// What to count a failure of maintenance as.
-    pub fn operation(&self) -> JournalOp {
-        match self {
-            Self::Journal(JournalError::NoSpace { .. }) => JournalOp::Space,
-            _ => JournalOp::Maintain,
-        }
-    }
 }
 
 /// What becomes of a part.
@@ -458,26 +383,35 @@ impl<S: Store> Replica<S> {
     }
 
     fn take_part(&mut self, bytes: Vec<u8>, now: Timestamp) -> Result<Receipt, ReplicaError> {
-        let part = VerifiedPart::verify(bytes).map_err(|(error, _)| error)?;
-        let view = part.view();
-        if view.header().part == 0 {
+        let header = PartHeader::parse(&bytes)?;
+        if header.part == 0 {
             // A frame that was begun and not ended is void: the source lost interest in it.
             self.drop_frame();
         }
-        view.check_layout(self.session_layout())?;
         let mut incoming = self.incoming.take().unwrap_or_else(|| Incoming {
             check: FrameCheck::new(),
             kept: Some(Vec::new()),
             parts: 0,
             bytes: 0,
         });
-        incoming.check.add(&view)?;
-        if view.footer().is_some() {
-            return self.last_part(incoming, &view, now);
+        let layout = self.image.as_ref();
+        let layout = layout.expect("an open session has an image").layout();
+        let mut check = |view: &PartView<'_>| {
+            view.check_layout(layout)?;
+            incoming.check.add(view)
+        };
+        if header.last {
+            let part = VerifiedPart::verify(bytes).map_err(|(error, _)| error)?;
+            check(&part.view())?;
+            return self.last_part(incoming, &part.view(), now);
         }
-        self.journal.write_part(&view)?;
+        let written = self.journal.write_part(bytes, check);
+        let part = written.map_err(|error| match error {
+            JournalError::Frame(error) => ReplicaError::Frame(error),
+            other => other.into(),
+        })?;
         incoming.parts += 1;
-        incoming.bytes += view.bytes().len();
+        incoming.bytes += part.view().bytes().len();
         if incoming.bytes > KEEP_BYTES {
             incoming.kept = None;
         }

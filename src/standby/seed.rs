@@ -14,7 +14,8 @@
 
 use std::io::{self, Read};
 
-use super::replica::{Replica, ReplicaError, SessionId};
+use super::error::ReplicaError;
+use super::replica::{Replica, SessionId};
 use crate::frame::{FrameCheck, FrameError, HEADER_BYTES, Manifest, PartHeader, PartView};
 use crate::ids::{Epoch, GuestId, ImageRoot};
 use crate::journal::{Laying, Store};

@@ -7,9 +7,10 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 
 use super::compare;
+use super::error::ReplicaError;
 use super::ground::Leftover;
 use super::promote::Shown;
-use super::replica::{Receipt, Replica, ReplicaError, SessionId};
+use super::replica::{Receipt, Replica, SessionId};
 use crate::clock::{Env, Timestamp};
 use crate::ids::{Epoch, Generation, GroupMark, GuestId, SiteId};
 use crate::journal::Store;

@@ -7,8 +7,9 @@
 //!                                                                     has that point and no image
 //! ```
 
+use super::error::ReplicaError;
 use super::image::Image;
-use super::replica::{Replica, ReplicaError, ReplicaOptions};
+use super::replica::{Replica, ReplicaOptions};
 use crate::ids::GuestId;
 use crate::journal::{Catalogue, Held, RecoveryPoint, RecoveryReport, Store};
 
