@@ -24,8 +24,8 @@ use crate::frame::{FrameError, PageImage, PartView, Row, RowKind};
 use crate::ids::Epoch;
 use crate::page::{PAGE_SIZE, PageAddr};
 
-/// Bytes of frames that one step folds.
-pub(super) const STEP_BYTES: u64 = 64 << 20;
+/// Bytes of frames that one step folds: a commit that comes meanwhile waits for it.
+const STEP_BYTES: u64 = 8 << 20;
 
 /// A fold between F1 and F4.
 pub(super) struct Fold {

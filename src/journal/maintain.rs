@@ -5,7 +5,7 @@
 //!        └─ fold ──┘    └ merge ┘  └─┘  └─ wait ─┘           R recent, N newest
 //! ```
 //!
-//! * Surplus points before the oldest wanted one are folded into the base, in batches.
+//! * Surplus points before the oldest wanted one are folded into the base, many at a time.
 //! * A run of surplus points that ends at a point wanted by a tier is merged into that point.
 //! * A run that ends at a recent point is still growing: of it, frames that stand for similarly many
 //!   epochs are merged a batch at a time, so that a page is rewritten a logarithmic number of times.
@@ -22,7 +22,6 @@ use std::ops::RangeInclusive;
 
 use super::catalogue::FrameInfo;
 use super::error::JournalError;
-use super::fold::STEP_BYTES;
 use super::open::Journal;
 use super::reading::{read_part, verify_frame};
 use super::recover;
@@ -37,11 +36,19 @@ use crate::ids::Epoch;
 /// Page contents that are merged at once; bounds the memory that it takes (256 MiB).
 const MERGE_PAGES_MAX: u64 = 64 << 10;
 
+/// Bytes of frames that are merged at once.
+const MERGE_BYTES_MAX: u64 = 64 << 20;
+
 /// Size of merged parts, if segments are not smaller.
 const MERGE_PART_BYTES: u64 = 4 << 20;
 
-/// Batches of one fold: bounds what is folded again after a crash.
-const FOLD_BATCHES: usize = 8;
+/// So many times as many points as are worth a fold are folded at once at most: bounds what is folded again
+/// after a crash.
+const FOLD_TIMES: usize = 4;
+
+/// Bytes of frames that are worth a fold though they are fewer: those of a segment, as a rule. What is less
+/// gives no room back.
+const FOLD_BYTES: u64 = 64 << 20;
 
 /// What one step of maintenance did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +85,8 @@ pub struct Maintained {
 }
 
 impl<S: Store> Journal<S> {
-    /// Does one bounded step of maintenance (about a batch of frames or 64 MiB). The newest point and
+    /// Does one bounded step of maintenance (about a batch of frames that are merged, or 8 MiB of
+    /// such as are folded). The newest point and
     /// pinned points are never touched. `now` is this host's wall clock.
     ///
     /// After [`JournalError::NoSpace`] nothing is damaged; the base image could not grow. After
@@ -203,15 +211,15 @@ impl<S: Store> Journal<S> {
     /// The newest point of those that are to be folded now.
     fn fold_target(&self, verdicts: &[Keep]) -> Option<Epoch> {
         let surplus = verdicts.iter().take_while(|k| **k == Keep::Surplus).count();
-        let batch = self.options.batch;
+        let points = self.options.fold;
         let bytes: u64 = self.frames[..surplus].iter().map(|f| f.bytes).sum();
-        let enough = surplus >= batch || bytes >= STEP_BYTES || self.pressed;
+        let enough = surplus >= points || bytes >= FOLD_BYTES || self.pressed;
         if surplus == 0 || !enough {
             return None;
         }
         let mut taken = 0;
         let mut sum = 0;
-        while taken < surplus.min(FOLD_BATCHES * batch) && (taken == 0 || sum < 4 * STEP_BYTES) {
+        while taken < surplus.min(FOLD_TIMES * points) && (taken == 0 || sum < 4 * FOLD_BYTES) {
             sum += self.frames[taken].bytes;
             taken += 1;
         }
@@ -247,7 +255,7 @@ impl<S: Store> Journal<S> {
         let linked = |pair: &[FrameInfo]| pair[1].prev_epoch == pair[0].epoch;
         frames.windows(2).all(linked)
             && frames.len() <= self.options.batch
-            && frames.iter().map(|f| f.bytes).sum::<u64>() <= STEP_BYTES
+            && frames.iter().map(|f| f.bytes).sum::<u64>() <= MERGE_BYTES_MAX
             && frames.iter().map(|f| f.pages).sum::<u64>() <= MERGE_PAGES_MAX
     }
 

@@ -103,8 +103,11 @@ pub struct JournalOptions {
     pub segment_bytes: u64,
     /// Bytes of the file system that segments leave free, for base pages and for others.
     pub min_free_bytes: u64,
-    /// Frames that are folded or merged together, 2 or more. Higher: fewer rewrites, more space.
+    /// Frames that are merged together, 2 or more. Higher: fewer rewrites, more space.
     pub batch: usize,
+    /// Frames that are worth a fold, however small they are; 1 or more. Higher: more of their pages changed
+    /// again meanwhile, and are written to the base once; more space.
+    pub fold: usize,
     /// Catalogue rows are made durable by [`Journal::tick`] after this many commits,
     pub flush_commits: usize,
     /// or when the oldest of them is this old.
@@ -123,6 +126,7 @@ impl Default for JournalOptions {
             segment_bytes: 64 << 20,
             min_free_bytes: 1 << 30,
             batch: 8,
+            fold: 64,
             flush_commits: 16,
             flush_after: Duration::from_millis(250),
             read_only: false,

@@ -466,6 +466,9 @@ fn check_options(options: &JournalOptions) -> Result<(), JournalError> {
             "segment_bytes is a multiple of 4096 from 512 KiB to 2 GiB",
         ));
     }
+    if options.fold < 1 {
+        return Err(JournalError::Options("fold is 1 or more"));
+    }
     if options.batch < 2 {
         return Err(JournalError::Options("batch is 2 or more"));
     }

@@ -84,6 +84,7 @@ pub(super) fn copy_kept(retention: Retention) -> (Replica<MemStore>, SessionId, 
     let options = ReplicaOptions {
         journal: JournalOptions {
             batch: 2,
+            fold: 2,
             ..JournalOptions::default()
         },
         retention,

@@ -196,6 +196,7 @@ pub fn replica_options() -> ReplicaOptions {
             segment_bytes: 2 << 20,
             min_free_bytes: 0,
             batch: 3,
+            fold: 3,
             flush_commits: 4,
             ..JournalOptions::default()
         },

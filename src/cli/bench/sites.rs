@@ -3,7 +3,9 @@
 //!
 //! Figures are the guests' own as `lifeboat status` shows them, sampled for some seconds: the pause
 //! of the recent checkpoints (its median and 99th percentile), and the age of the newest durable
-//! point. Guests never rest; they run at the lowest priority.
+//! point. A commit (its last write and the sync) is the mean of what the standby measured meanwhile. In the
+//! end the standby's daemon is killed, and the time is taken from the start of another one until that knows
+//! all points. Guests never rest; they run at the lowest priority.
 //!
 //! Memory is what a daemon has of its own: not the images (they are in memfds of their own), and
 //! the shadow is switched off.
@@ -53,12 +55,13 @@ async fn fleet(bench: &mut Bench, guests: u32, memory_mib: u64) -> anyhow::Resul
         .dir
         .path()
         .join(format!("sites-{guests}-{memory_mib}"));
-    let fleet = Fleet::start(&dir, guests, memory_mib).await?;
+    let mut fleet = Fleet::start(&dir, guests, memory_mib).await?;
     let (settle, during) = match bench.quick {
         true => (Duration::ZERO, Duration::from_secs(1)),
         false => (SETTLE, MEASURE),
     };
     sleep(settle).await;
+    let commits = fleet.commits().await?;
     let (mut exposures, mut memory) = (Vec::new(), [0f64; 2]);
     let until = Instant::now() + during;
     while Instant::now() < until {
@@ -79,6 +82,9 @@ async fn fleet(bench: &mut Bench, guests: u32, memory_mib: u64) -> anyhow::Resul
         pauses(|guest| guest.pause_p50_seconds),
         pauses(|guest| guest.pause_p99_seconds),
     );
+    let [count, seconds] = fleet.commits().await?;
+    let commit = (seconds - commits[1]) / (count - commits[0]).max(1.0);
+    let recovery = fleet.recover().await?.as_secs_f64();
     drop(fleet);
     std::fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
     let plural = if guests == 1 { "" } else { "s" };
@@ -98,6 +104,9 @@ async fn fleet(bench: &mut Bench, guests: u32, memory_mib: u64) -> anyhow::Resul
     bench.push(row("pause", Unit::Seconds, [p50, p99, p99]));
     let ages = [age.median(), age.at(0.9), age.at(0.99)];
     bench.push(row("age of the newest durable point", Unit::Seconds, ages));
+    bench.push(row("commit, mean", Unit::Seconds, [commit; 3]));
+    let what = "a killed standby's points are known again";
+    bench.push(row(what, Unit::Seconds, [recovery; 3]));
     for (whose, bytes) in ["primary", "standby"].into_iter().zip(memory) {
         let what = format!("memory of the {whose}'s daemon");
         let row = row(&what, Unit::Size, [bytes; 3]);

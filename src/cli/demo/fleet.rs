@@ -7,13 +7,15 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use tokio::time::{Instant, sleep};
 
-use super::process::{Leftovers, Site};
+use super::process::{Leftovers, Site, kill};
 use super::workspace::{Machine, Workspace};
 use crate::control::types::{GuestStatus, ProtectRequest};
+use crate::ids::{Epoch, GuestId};
 
 /// Time for one guest's first copy and first point, for each guest.
 const PROTECTED_WITHIN: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(50);
+const SHORT_POLL: Duration = Duration::from_millis(2);
 
 /// See the module. Its processes end with it.
 pub(in crate::cli) struct Fleet {
@@ -71,6 +73,50 @@ impl Fleet {
     /// The guests, as the site says where they run.
     pub(in crate::cli) async fn guests(&self) -> anyhow::Result<Vec<GuestStatus>> {
         Ok(self.a.client.status().await?.guests)
+    }
+
+    /// Number of commits at the standby so far, and seconds that their writes and syncs took.
+    pub(in crate::cli) async fn commits(&self) -> anyhow::Result<[f64; 2]> {
+        let text = self.b.client.metrics().await?;
+        let sum = |name: &str| -> f64 {
+            text.lines()
+                .filter(|line| line.split('{').next() == Some(name))
+                .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+                .sum()
+        };
+        let name = "lifeboat_journal_sync_seconds";
+        Ok([sum(&format!("{name}_count")), sum(&format!("{name}_sum"))])
+    }
+
+    /// Kills the standby's daemon; returns the time from the start of another one until that knows all
+    /// points that this one had.
+    pub(in crate::cli) async fn recover(&mut self) -> anyhow::Result<Duration> {
+        let before = self.points().await?;
+        kill(&[self.b.pid().context("the standby's daemon has ended")?]);
+        self.b.reap().await?;
+        let started = Instant::now();
+        self.b = Site::start(&self.b.files).await?;
+        loop {
+            let now = self.points().await?;
+            let known = |(guest, epoch): &(GuestId, Epoch)| {
+                now.iter()
+                    .any(|(other, newest)| other == guest && newest >= epoch)
+            };
+            if before.iter().all(known) {
+                return Ok(started.elapsed());
+            }
+            if started.elapsed() > PROTECTED_WITHIN {
+                bail!("the standby has {now:?} of {before:?}");
+            }
+            sleep(SHORT_POLL).await;
+        }
+    }
+
+    /// The newest points at the standby.
+    async fn points(&self) -> anyhow::Result<Vec<(GuestId, Epoch)>> {
+        let guests = self.b.client.status().await?.guests;
+        let point = |guest: GuestStatus| Some((guest.name, guest.last_point?.epoch));
+        Ok(guests.into_iter().filter_map(point).collect())
     }
 
     /// Process ids of the daemons: where the guests run, and of the standby.

@@ -153,7 +153,7 @@ async fn tell(options: &DemoOptions, voice: Voice, verdict: &mut Verdict) -> any
         "two sites on loopback, with a CA of their own, in {}",
         workspace.root().display()
     ));
-    let (a, b) = tokio::try_join!(Site::start(&workspace.a), Site::start(&workspace.b))?;
+    let (mut a, b) = tokio::try_join!(Site::start(&workspace.a), Site::start(&workspace.b))?;
     a.client.guest_start(&guest, false).await?;
     let info = a.client.console(&guest).await?;
     let mut before = Console::open(info.socket).await.context("no console")?;

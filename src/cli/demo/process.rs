@@ -86,7 +86,7 @@ impl Site {
     }
 
     /// Reaps the daemon after it was killed.
-    pub(super) async fn reap(mut self) -> anyhow::Result<()> {
+    pub(super) async fn reap(&mut self) -> anyhow::Result<()> {
         timeout(END_WITHIN, self.child.wait())
             .await
             .context("a killed daemon does not go away")??;

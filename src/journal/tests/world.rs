@@ -223,6 +223,7 @@ pub fn options() -> JournalOptions {
         segment_bytes: 768 << 10,
         min_free_bytes: 0,
         batch: 3,
+        fold: 3,
         flush_commits: 4,
         ..JournalOptions::default()
     }

@@ -64,6 +64,7 @@ impl World {
         let options = ReplicaOptions {
             journal: JournalOptions {
                 batch: 2,
+                fold: 2,
                 ..JournalOptions::default()
             },
             retention: Retention {

@@ -74,7 +74,7 @@ pub(super) async fn tell(
         "two sites on loopback, with a CA of their own, in {}",
         workspace.root().display()
     ));
-    let (a, b) = tokio::try_join!(Site::start(&workspace.a), Site::start(&workspace.b))?;
+    let (mut a, b) = tokio::try_join!(Site::start(&workspace.a), Site::start(&workspace.b))?;
     a.client.guest_start(&guest, false).await?;
     voice.say("site-a attached to QEMU; the guest is protected now");
     let run = a.client.protect(&guest, &ProtectRequest::default()).await?;
