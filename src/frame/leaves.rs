@@ -162,13 +162,13 @@ impl Groups {
     }
 }
 
-/// The two nodes of which the root is made that has all of these, two or more, below it.
-pub(super) fn two(nodes: &[[u8; CV]]) -> ([u8; CV], [u8; CV]) {
+/// The first height above these nodes, or their own, that has at most `width` of them.
+pub(super) fn above(nodes: &[[u8; CV]], width: usize) -> Vec<[u8; CV]> {
     let mut nodes = nodes.to_vec();
-    while nodes.len() > 2 {
+    while nodes.len() > width {
         halve(&mut nodes);
     }
-    (nodes[0], nodes[1])
+    nodes
 }
 
 /// The next height: neighbours are paired, and an odd last one is carried up. Inner nodes do not depend on

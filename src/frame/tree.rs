@@ -126,8 +126,15 @@ impl ImageTree {
             groups.finish(|i, node| nodes[i] = node);
         }
         let top = self.levels.last().expect("a tree has leaves");
-        let (left, right) = leaves::two(top);
-        ImageRoot(*merge_subtrees_root(&left, &right, Mode::Hash).as_bytes())
+        let top = leaves::above(top, 2);
+        ImageRoot(*merge_subtrees_root(&top[0], &top[1], Mode::Hash).as_bytes())
+    }
+
+    /// The node above these leaves: some power of two of them from a multiple of it on, or the last of the
+    /// image from there. Nodes of all such groups, two or more, are the leaves of a tree of the same root.
+    /// Panics without a leaf.
+    pub fn node(leaves: &[[u8; 32]]) -> [u8; 32] {
+        leaves::above(leaves, 1)[0]
     }
 
     /// The leaves, in the order of the image.
@@ -160,6 +167,22 @@ mod tests {
             let image: Vec<u8> = (0..pages * PAGE_SIZE).map(|i| (i / 1000) as u8).collect();
             let root = tree_of(&image).root();
             assert_eq!(root.0, *blake3::hash(&image).as_bytes(), "{pages} pages");
+        }
+    }
+
+    #[test]
+    fn nodes_of_groups_give_the_same_root() {
+        for pages in 2..=70 {
+            let image: Vec<u8> = (0..pages * PAGE_SIZE).map(|i| (i / 900) as u8).collect();
+            let mut tree = tree_of(&image);
+            for group in [1, 2, 4, 16, 32] {
+                let groups = tree.leaves().chunks(group);
+                let nodes: Vec<_> = groups.map(ImageTree::node).collect();
+                if nodes.len() >= 2 {
+                    let root = ImageTree::from_leaves(nodes).root();
+                    assert_eq!(root, tree.root(), "{pages} pages in groups of {group}");
+                }
+            }
         }
     }
 

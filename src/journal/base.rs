@@ -4,6 +4,7 @@
 //!  base.rN   page i of region N at i * 4096; sparse
 //!  base.cN   leaf of page i at i * 32: zeros   = the page is all zeros, whatever base.rN holds
 //!                                      else    = blake3 leaf of the page at its position
+//!  base.n    node above each 256 leaves of the RAM, derived from base.cN       (nodes.rs)
 //! ```
 //!
 //! RAM leaves are those of the image root ([`ImageTree`]), so the base's RAM can be verified against a
@@ -18,7 +19,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::error::JournalError;
 use super::store::{Access, Store, StoreFile};
 use crate::frame::ImageTree;
-use crate::ids::ImageRoot;
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
 pub(super) const LEAF_BYTES: usize = 32;
@@ -70,7 +70,7 @@ fn content_name(region: usize) -> String {
     format!("base.r{region}")
 }
 
-fn leaves_name(region: usize) -> String {
+pub(super) fn leaves_name(region: usize) -> String {
     format!("base.c{region}")
 }
 
@@ -82,34 +82,45 @@ pub(super) fn place(addr: PageAddr) -> String {
     )
 }
 
+/// Opens a file of so many bytes. If it does not exist or has not, it is made so if `writable`, and
+/// `created` is set: its name is not durable yet. Else that is an error.
+pub(super) fn open_file<S: Store>(
+    store: &S,
+    name: &str,
+    bytes: u64,
+    writable: bool,
+    created: &mut bool,
+) -> Result<S::File, JournalError> {
+    let file = match store.open(name, Access::Cached, writable) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && writable => {
+            *created = true;
+            store.create(name, Access::Cached)
+        }
+        other => other,
+    }
+    .map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => JournalError::corrupt(name, "the file is missing"),
+        _ => JournalError::io("open", name, e),
+    })?;
+    let len = file.size().map_err(|e| JournalError::io("size", name, e))?;
+    if len != bytes && writable {
+        *created = true;
+        file.set_len(bytes)
+            .and_then(|()| file.sync_data())
+            .map_err(|e| JournalError::io("extend", name, e))?;
+    } else if len != bytes {
+        let why = format!("it has {len} of {bytes} bytes");
+        return Err(JournalError::corrupt(name, why));
+    }
+    Ok(file)
+}
+
 impl<S: Store> Base<S> {
     /// Opens the files. Those that do not exist are created if `writable`, else they are an error.
     pub fn open(store: &S, layout: &Layout, writable: bool) -> Result<Self, JournalError> {
         let mut created = false;
-        let mut open = |name: &str, bytes: u64| -> Result<S::File, JournalError> {
-            let file = match store.open(name, Access::Cached, writable) {
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound && writable => {
-                    created = true;
-                    store.create(name, Access::Cached)
-                }
-                other => other,
-            }
-            .map_err(|e| match e.kind() {
-                std::io::ErrorKind::NotFound => JournalError::corrupt(name, "the file is missing"),
-                _ => JournalError::io("open", name, e),
-            })?;
-            let len = file.size().map_err(|e| JournalError::io("size", name, e))?;
-            if len != bytes && writable {
-                created = true;
-                file.set_len(bytes)
-                    .and_then(|()| file.sync_data())
-                    .map_err(|e| JournalError::io("extend", name, e))?;
-            } else if len != bytes {
-                let why = format!("it has {len} of {bytes} bytes");
-                return Err(JournalError::corrupt(name, why));
-            }
-            Ok(file)
-        };
+        let mut open =
+            |name: &str, bytes: u64| open_file(store, name, bytes, writable, &mut created);
         let mut regions = Vec::new();
         let mut ram = 0;
         for (number, region) in layout.regions().iter().enumerate() {
@@ -142,6 +153,12 @@ impl<S: Store> Base<S> {
             .map(|(i, pages)| (RegionId(i as u16), pages))
     }
 
+    /// The RAM regions: position of the first page in the RAM image, and pages.
+    pub fn ram(&self) -> impl Iterator<Item = (RegionId, u64, u32)> {
+        let ram = self.regions[..self.ram_regions].iter().enumerate();
+        ram.map(|(i, r)| (RegionId(i as u16), r.first_leaf, r.pages))
+    }
+
     fn region(&self, id: RegionId) -> &RegionFiles<S::File> {
         &self.regions[usize::from(id.0)]
     }
@@ -156,23 +173,25 @@ impl<S: Store> Base<S> {
 
     fn read_leaves(&self, id: RegionId, range: PageRange) -> Result<Vec<[u8; 32]>, JournalError> {
         let mut leaves = Vec::new();
-        self.leaves_into(id, range, &mut leaves)?;
+        self.more_leaves(id, range, &mut leaves)?;
         Ok(leaves)
     }
 
-    fn leaves_into(
+    /// Puts the leaves of a range behind others, as they are stored.
+    pub fn more_leaves(
         &self,
         id: RegionId,
         range: PageRange,
         leaves: &mut Vec<[u8; LEAF_BYTES]>,
     ) -> Result<(), JournalError> {
-        leaves.resize(range.len() as usize, NO_LEAF);
+        let before = leaves.len();
+        leaves.resize(before + range.len() as usize, NO_LEAF);
         let name = leaves_name(usize::from(id.0));
         self.region(id)
             .leaves
             .read_at(
                 u64::from(range.start) * LEAF_BYTES as u64,
-                leaves.as_flattened_mut(),
+                leaves[before..].as_flattened_mut(),
             )
             .map_err(|e| JournalError::corrupt(name, format!("it cannot be read: {e}")))
     }
@@ -194,11 +213,22 @@ impl<S: Store> Base<S> {
         chunk: &mut Chunk,
     ) -> Result<(), JournalError> {
         chunk.start = range.start;
-        self.leaves_into(id, range, &mut chunk.leaves)?;
+        chunk.leaves.clear();
+        self.more_leaves(id, range, &mut chunk.leaves)?;
+        self.read_content(id, all, chunk)
+    }
+
+    /// The same for a chunk that has its leaves.
+    pub fn read_content(
+        &self,
+        id: RegionId,
+        all: bool,
+        chunk: &mut Chunk,
+    ) -> Result<(), JournalError> {
         chunk.content.truncate(0);
         if all || chunk.leaves.iter().any(|leaf| *leaf != NO_LEAF) {
             chunk.content.resize(chunk.leaves.len() * PAGE_SIZE, 0);
-            let offset = u64::from(range.start) * PAGE_SIZE as u64;
+            let offset = u64::from(chunk.start) * PAGE_SIZE as u64;
             let name = content_name(usize::from(id.0));
             self.region(id)
                 .content
@@ -264,28 +294,6 @@ impl<S: Store> Base<S> {
         }
     }
 
-    /// Root of the RAM image, from the leaves alone. `None` for a single page, which has no tree.
-    pub fn ram_root(&self) -> Result<Option<ImageRoot>, JournalError> {
-        let zero_page = [0; PAGE_SIZE];
-        let mut leaves: Vec<[u8; LEAF_BYTES]> = Vec::new();
-        for (number, region) in self.regions[..self.ram_regions].iter().enumerate() {
-            let mut start = 0;
-            while start < region.pages {
-                let end = (start + CHUNK_PAGES * 16).min(region.pages);
-                for leaf in self.read_leaves(RegionId(number as u16), PageRange { start, end })? {
-                    let position = leaves.len();
-                    leaves.push(if leaf == NO_LEAF {
-                        ImageTree::leaf(position, &zero_page)
-                    } else {
-                        leaf
-                    });
-                }
-                start = end;
-            }
-        }
-        Ok((leaves.len() >= 2).then(|| ImageTree::from_leaves(leaves).root()))
-    }
-
     /// Bytes on the disk.
     pub fn allocated(&self) -> u64 {
         self.regions
@@ -336,6 +344,8 @@ pub(super) struct Writer<'a, S: Store> {
     pub written: u64,
     /// Pages whose stored content was needed but is damaged.
     pub damaged: BTreeSet<PageAddr>,
+    /// Groups of leaves (see `nodes.rs`) that were written to.
+    pub touched: BTreeSet<usize>,
 }
 
 impl<'a, S: Store> Writer<'a, S> {
@@ -346,6 +356,7 @@ impl<'a, S: Store> Writer<'a, S> {
             resumed,
             written: 0,
             damaged: BTreeSet::new(),
+            touched: BTreeSet::new(),
         }
     }
 
@@ -405,13 +416,27 @@ impl<'a, S: Store> Writer<'a, S> {
                 // What was never written stays a hole.
                 if self.resumed || leaf != NO_LEAF {
                     let addr = PageAddr { page, ..addr };
-                    self.base.write(addr, &[0; PAGE_SIZE], &NO_LEAF)?;
-                    self.written += PAGE_SIZE as u64;
+                    self.write(addr, &[0; PAGE_SIZE], &[NO_LEAF])?;
                 }
             }
             start = range.end;
         }
         Ok(())
+    }
+
+    fn write(
+        &mut self,
+        addr: PageAddr,
+        content: &[u8],
+        leaves: &[[u8; LEAF_BYTES]],
+    ) -> Result<(), JournalError> {
+        let pages = PageRange {
+            start: addr.page,
+            end: addr.page + leaves.len() as u32,
+        };
+        self.touched.extend(self.base.groups_of(addr.region, pages));
+        self.written += content.len() as u64;
+        self.base.write(addr, content, leaves.as_flattened())
     }
 
     /// Writes all changed pages, adjacent ones together. Not durable yet.
@@ -420,13 +445,13 @@ impl<'a, S: Store> Writer<'a, S> {
         let (mut content, mut leaves) = (Vec::new(), Vec::new());
         for (addr, page) in std::mem::take(&mut self.cache) {
             let joins = run.is_some_and(|start| {
-                let pages = (leaves.len() / LEAF_BYTES) as u32;
+                let pages = leaves.len() as u32;
                 start.region == addr.region
                     && start.page + pages == addr.page
                     && pages < CHUNK_PAGES
             });
             if let Some(start) = run.filter(|_| !joins) {
-                self.base.write(start, &content, &leaves)?;
+                self.write(start, &content, &leaves)?;
                 content.clear();
                 leaves.clear();
             }
@@ -434,11 +459,10 @@ impl<'a, S: Store> Writer<'a, S> {
                 run = Some(addr);
             }
             content.extend_from_slice(&page[..]);
-            leaves.extend_from_slice(&self.base.leaf(addr, &page));
-            self.written += PAGE_SIZE as u64;
+            leaves.push(self.base.leaf(addr, &page));
         }
         if let Some(start) = run {
-            self.base.write(start, &content, &leaves)?;
+            self.write(start, &content, &leaves)?;
         }
         Ok(())
     }

@@ -133,7 +133,8 @@ impl<S: Store> Journal<S> {
     }
 
     /// Verifies everything that the history rests on: superblocks, all parts of all frames, the chain,
-    /// the marks, every base page, the root of the base's RAM. Reports each finding and goes on.
+    /// the marks, every base page, the root of the base's RAM. Reports each finding and goes on. Not
+    /// `base.n`: nobody believes it, and the next fold puts it right.
     /// `progress` is called often.
     pub fn check(
         &self,

@@ -3,7 +3,8 @@
 //! ```text
 //!  F1  superblock: floor = to                 from now on the points up to `to` are gone
 //!  F2  pages of the frames base_epoch..to  -> base.rN, base.cN       bounded steps
-//!  F3  sync base.rN, base.cN
+//!  F3  nodes above the leaves written      -> base.n                 bounded steps (nodes.rs)
+//!      sync base.rN, base.cN, base.n
 //!  F4  superblock: base_epoch = to, base_root
 //!  F5  the frames' places are free
 //! ```
@@ -11,17 +12,18 @@
 //! A crash or error between F1 and F4 is healed by doing F2 again from the start: rows are zeros, whole
 //! pages and copy runs, which give the new content whether a page holds the old one, the new one or a
 //! torn mix. A fold that was done again is proven before F4: the root of the base's RAM, computed from
-//! the leaves, must be the root of `to`.
+//! the leaves, must be the root of `to`. So all nodes are made then.
 
 use std::io;
 
 use super::base::{self, Base, Writer};
 use super::error::{JournalError, is_full};
+use super::nodes::Renewal;
 use super::open::Journal;
 use super::reading::read_part;
 use super::store::Store;
 use crate::frame::{FrameError, PageImage, PartView, Row, RowKind};
-use crate::ids::Epoch;
+use crate::ids::{Epoch, ImageRoot};
 use crate::page::{PAGE_SIZE, PageAddr};
 
 /// Bytes of frames that one step folds: a commit that comes meanwhile waits for it.
@@ -35,16 +37,25 @@ pub(super) struct Fold {
     part: usize,
     /// The base may hold what an interrupted attempt left.
     resumed: bool,
+    renewal: Renewal,
 }
 
 impl Fold {
-    pub fn resumed(to: Epoch) -> Self {
+    fn new(to: Epoch, resumed: bool) -> Self {
         Self {
             to,
             frame: 0,
             part: 0,
-            resumed: true,
+            resumed,
+            renewal: match resumed {
+                true => Renewal::of_all(),
+                false => Renewal::default(),
+            },
         }
+    }
+
+    pub fn resumed(to: Epoch) -> Self {
+        Self::new(to, true)
     }
 }
 
@@ -114,12 +125,7 @@ impl<S: Store> Journal<S> {
             && (base != Epoch(0) || !self.has_base_files());
         let resumed = !clean;
         self.write_super(|s| s.floor = to)?;
-        self.fold = Some(Fold {
-            to,
-            frame: 0,
-            part: 0,
-            resumed,
-        });
+        self.fold = Some(Fold::new(to, resumed));
         self.refresh_points();
         Ok(())
     }
@@ -131,7 +137,8 @@ impl<S: Store> Journal<S> {
             .is_ok_and(|names| names.iter().any(|n| n.starts_with("base.")))
     }
 
-    /// One bounded step of F2, or F3 to F5. True when the fold is done.
+    /// One bounded step of F2, or of the nodes; with the last of these comes all to F5. True when the fold
+    /// is done.
     pub(super) fn fold_step(&mut self) -> Result<bool, JournalError> {
         let Some(fold) = self.fold.take() else {
             return Ok(true);
@@ -196,24 +203,43 @@ impl<S: Store> Journal<S> {
         }
         writer.flush()?;
         self.counters.base_bytes += writer.written;
+        fold.renewal.touch(writer.touched);
         if self.frames[fold.frame].epoch <= fold.to {
             return Ok(Some(fold));
         }
-        self.counters.base_syncs += base.sync()?;
-        self.finish_fold(&fold, &base)?;
-        Ok(None)
-    }
-
-    fn finish_fold(&mut self, fold: &Fold, base: &Base<S>) -> Result<(), JournalError> {
         let folded = &self.frames[fold.frame - 1];
         assert_eq!(folded.epoch, fold.to, "a fold ends with its last frame");
         let root = folded.root;
-        if fold.resumed && base.ram_root()?.is_some_and(|found| found != root) {
-            return Err(JournalError::corrupt(
-                "the base image",
-                "its RAM has another root than the point that was folded last",
-            ));
+        match fold.renewal.step(&self.store, &base, root)? {
+            None => return Ok(Some(fold)),
+            Some(true) => {}
+            Some(false) if fold.resumed => {
+                return Err(JournalError::corrupt(
+                    "the base image",
+                    "its RAM has another root than the point that was folded last",
+                ));
+            }
+            // Rot, which `check` finds too. Points that need what it damaged are refused.
+            Some(false) => tracing::warn!(
+                guest = %self.super_.guest,
+                "leaves of the base image are damaged: they have another root than what was folded last"
+            ),
         }
+        self.finish_fold(&fold, &base, root)?;
+        Ok(None)
+    }
+
+    /// F3 to F5, when the nodes are made.
+    fn finish_fold(
+        &mut self,
+        fold: &Fold,
+        base: &Base<S>,
+        root: ImageRoot,
+    ) -> Result<(), JournalError> {
+        self.counters.base_syncs += base.sync()?;
+        let (bytes, syncs) = fold.renewal.write(&self.store, base)?;
+        self.counters.base_bytes += bytes;
+        self.counters.base_syncs += syncs;
         let to = fold.to;
         self.write_super(|s| {
             s.base_epoch = to;

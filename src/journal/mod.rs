@@ -4,6 +4,7 @@
 //!  super.0 super.1   who, which journal, generation, where the base stands     (superblock.rs)
 //!  seg.NNNNNN        frames as they came over the wire; merged frames; marks   (segment.rs)
 //!  base.rN base.cN   flat image of region N, one leaf hash per page            (base.rs)
+//!  base.n            one hash per 256 leaves of RAM: makes a reader quick      (nodes.rs)
 //!  catalog/          sled: rows that make opening fast                         (catalogue.rs, sled.rs)
 //!
 //!  part ──> verify ──> append ──┐                     oldest <──── history ────> newest
@@ -18,8 +19,8 @@
 //!
 //! * A recovery point is a whole frame whose chain of frames reaches down to the base (or to a full
 //!   frame). It is in the history only after a sync of the segment that holds its footer returned.
-//! * The segments and superblocks are the truth. The catalogue is a hint that may be lost, stale or
-//!   wrong without harm.
+//! * The segments and superblocks are the truth. The catalogue and `base.n` are hints that may be lost,
+//!   stale or wrong without harm.
 //! * Frames of the newest point are never folded or overwritten; pinned points are never merged or
 //!   folded away. Only the standby's own retention shortens history.
 //! * Nothing that is read from the disk is used before its checksum was verified: frames by the
@@ -50,6 +51,7 @@ mod maintain;
 mod mark;
 mod marks;
 mod mem;
+mod nodes;
 mod open;
 mod page_index;
 mod reader;

@@ -5,6 +5,7 @@
 //!   the journal's process                      the reader's
 //!   Journal::directions ──▶ Directions ──────▶ PointReader::open    the rows of all parts:
 //!                           + Lease            │                    where is the content of a page?
+//!                                              │                    and the nodes of the base: base.n
 //!                                              ├─ page     one page: its rows, oldest first, on top of
 //!                                              │           a base page or of zeros
 //!                                              ├─ recent   what changed last: the guest's working set
@@ -17,8 +18,10 @@
 //!   one.
 //! * Where a page is has to be verified before the first one is handed out: with a row that was lost an
 //!   older content of its page would be sound. So the rows of every part, which are read alone, must have
-//!   the hash that the journal noted when it verified the part, and the root of the base's leaves is
-//!   compared.
+//!   the hash that the journal noted when it verified the part, and the root of the base is that of the
+//!   nodes above its leaves (`nodes.rs`): 32 bytes for each MiB of RAM. A leaf is compared with its node
+//!   when it is wanted, along with all leaves below that, even if it says that its page is zeros. Only if
+//!   there are no such nodes, all leaves are read before the first page.
 //! * That all of it together is what the primary had, its root, is known only at the end of
 //!   [`all`](PointReader::all). Each part was compared with it when it became durable.
 //! * The journal's files must stay as they are meanwhile. The [`Lease`] says so to their owner, even if
@@ -28,11 +31,12 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::ahead;
-use super::base::{self, Base, CHUNK_PAGES, Stored};
+use super::base::{self, Stored};
 use super::catalogue::FrameInfo;
 use super::dir::DirStore;
 use super::directions::Directions;
 use super::error::JournalError;
+use super::nodes::{Groups, Proven};
 use super::page_index::Index;
 use super::reading::{Bytes, verify_parts};
 use super::replay::Loaded;
@@ -43,8 +47,7 @@ use crate::frame::{
     BLOCK, Content, Decompressor, FrameError, PartHeader, PartView, Row, VerifiedPart, apply_delta,
     rows_hash, rows_in,
 };
-use crate::ids::ImageRoot;
-use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
+use crate::page::{Layout, PAGE_SIZE, PageAddr, RegionId};
 
 /// Bytes of parts that are kept: 64 MiB.
 const KEPT_BYTES: usize = 64 << 20;
@@ -70,7 +73,7 @@ struct PartPlace {
 /// See the module.
 pub struct PointReader<S: Store = DirStore> {
     directions: Directions,
-    base: Option<Base<S>>,
+    base: Option<Proven<S>>,
     files: BTreeMap<u32, S::File>,
     parts: Vec<PartPlace>,
     index: Index,
@@ -85,6 +88,8 @@ pub struct PageCache {
     parts: VecDeque<(usize, VerifiedPart<Bytes>)>,
     /// The same: number of the batch.
     batches: VecDeque<(u32, Vec<u8>)>,
+    /// Leaves of the base.
+    groups: Groups,
 }
 
 /// The rows of a part that were read ahead.
@@ -163,7 +168,7 @@ impl<S: Store> PointReader<S> {
         lease: Option<Lease>,
     ) -> Result<Self, JournalError> {
         let base = match directions.base {
-            Some(root) => Some(base_of(store, &directions.layout, root)?),
+            Some(root) => Some(Proven::open(store, &directions.layout, root)?),
             None => None,
         };
         let mut files = BTreeMap::new();
@@ -235,7 +240,7 @@ impl<S: Store> PointReader<S> {
     ) -> Result<bool, JournalError> {
         let (zeroed, rows) = self.index.find(addr);
         let whole = rows.first().is_some_and(|row| row.is_whole());
-        let mut some = whole || (!zeroed && self.base_page(addr, into)?);
+        let mut some = whole || (!zeroed && self.base_page(cache, addr, into)?);
         if !some && !rows.is_empty() {
             into.fill(0);
             some = true;
@@ -254,17 +259,18 @@ impl<S: Store> PointReader<S> {
     }
 
     /// False if it is zeros.
-    fn base_page(&self, addr: PageAddr, into: &mut [u8; PAGE_SIZE]) -> Result<bool, JournalError> {
+    fn base_page(
+        &self,
+        cache: &mut PageCache,
+        addr: PageAddr,
+        into: &mut [u8; PAGE_SIZE],
+    ) -> Result<bool, JournalError> {
         let Some(base) = &self.base else {
             // What a full frame does not have is zero.
             return Ok(false);
         };
-        let range = PageRange {
-            start: addr.page,
-            end: addr.page + 1,
-        };
-        let chunk = base.read(addr.region, range, false)?;
-        match base.judge(addr.region, &chunk, 0) {
+        let chunk = base.page(&mut cache.groups, addr)?;
+        match base.base().judge(addr.region, &chunk, 0) {
             Stored::Zero => Ok(false),
             Stored::Page(page) => {
                 *into = *page;
@@ -395,23 +401,20 @@ impl<S: Store> PointReader<S> {
         }
     }
 
-    fn ram(&self) -> impl Iterator<Item = (RegionId, u32)> {
-        let regions = self.layout().iter().take(self.layout().ram_regions());
-        regions.map(|(id, region)| (id, region.pages))
-    }
-
     fn all_of_base(
         &self,
-        base: &Base<S>,
+        base: &Proven<S>,
         out: &mut Runs<'_, '_>,
         open: &mut HashMap<PageAddr, Box<[u8; PAGE_SIZE]>>,
     ) -> Result<(), JournalError> {
-        for (region, pages) in self.ram() {
-            let chunks = pages.div_ceil(CHUNK_PAGES);
+        for (region, ..) in base.base().ram() {
+            let groups = base.groups_of(region);
             ahead::in_order(
-                chunks as usize,
-                ahead::threads(chunks > 1),
-                |number, loaded: &mut Loaded| loaded.read(base, region, pages, number),
+                groups.len(),
+                ahead::threads(groups.len() > 1),
+                |number, loaded: &mut Loaded| {
+                    loaded.read_group(base, region, groups.start + number)
+                },
                 |_, loaded| {
                     loaded.each(region, |addr, page, damaged| {
                         let (zeroed, rows) = self.index.find(addr);
@@ -509,18 +512,6 @@ impl<S: Store> PointReader<S> {
                 Ok(())
             }
         }
-    }
-}
-
-/// The base, whose leaves are those of an image with this root: one that was lost would be a page of zeros.
-fn base_of<S: Store>(store: &S, layout: &Layout, root: ImageRoot) -> Result<Base<S>, JournalError> {
-    let base = Base::open(store, layout, false)?;
-    match base.ram_root()?.is_none_or(|found| found == root) {
-        true => Ok(base),
-        false => Err(JournalError::corrupt(
-            "the base image",
-            "its RAM has another root than the superblock says",
-        )),
     }
 }
 

@@ -15,6 +15,7 @@ use super::ahead;
 use super::base::{self, Base, CHUNK_PAGES, Chunk, Run};
 use super::catalogue::FrameInfo;
 use super::error::JournalError;
+use super::nodes::Proven;
 use super::open::Journal;
 use super::reading::for_each_part;
 use super::store::Store;
@@ -108,6 +109,8 @@ pub(super) fn wanted_regions(image: &dyn PageImage) -> [bool; REGIONS_MAX] {
 pub(super) struct Loaded {
     chunk: Chunk,
     runs: Vec<Run>,
+    /// Room.
+    leaves: Vec<[u8; base::LEAF_BYTES]>,
 }
 
 impl Loaded {
@@ -123,6 +126,18 @@ impl Loaded {
         let end = (start + CHUNK_PAGES).min(pages);
         base.read_into(region, PageRange { start, end }, false, &mut self.chunk)?;
         base.judge_all(region, &self.chunk, &mut self.runs);
+        Ok(())
+    }
+
+    /// The same for what a region has of a group, whose leaves are proven.
+    pub fn read_group<S: Store>(
+        &mut self,
+        base: &Proven<S>,
+        region: RegionId,
+        group: usize,
+    ) -> Result<(), JournalError> {
+        base.read_group(region, group, &mut self.leaves, &mut self.chunk)?;
+        base.base().judge_all(region, &self.chunk, &mut self.runs);
         Ok(())
     }
 
@@ -161,7 +176,7 @@ pub(super) fn load_base<S: Store>(
             ahead::threads(chunks > 1),
             |number, loaded: &mut Loaded| {
                 loaded.read(base, region, pages, number)?;
-                let Loaded { chunk, runs } = loaded;
+                let Loaded { chunk, runs, .. } = loaded;
                 let (contents, _) = chunk.content.as_chunks::<PAGE_SIZE>();
                 let put = |run: &Run| match &sink {
                     Some(sink) => {
@@ -172,7 +187,7 @@ pub(super) fn load_base<S: Store>(
                 };
                 runs.iter().try_for_each(put).map_err(image_failed)
             },
-            |_, Loaded { chunk, runs }| {
+            |_, Loaded { chunk, runs, .. }| {
                 let (contents, _) = chunk.content.as_chunks::<PAGE_SIZE>();
                 for run in runs {
                     let addr = |index: usize| PageAddr {

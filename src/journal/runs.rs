@@ -61,17 +61,23 @@ impl<'l, 't> Runs<'l, 't> {
 
     /// The root of what was pushed, and zeros.
     pub fn finish(mut self) -> Result<ImageRoot, JournalError> {
-        static ZEROS: [[u8; PAGE_SIZE]; RUN_PAGES] = [[0; PAGE_SIZE]; RUN_PAGES];
         self.flush()?;
-        let leaves = &mut self.leaves;
-        let mut start = 0;
-        while start < leaves.len() {
-            let rest = &leaves[start..];
-            let run = rest.iter().take_while(|leaf| **leaf == NO_LEAF).count();
-            let run = run.min(RUN_PAGES);
-            ImageTree::leaves_of(start, &ZEROS[..run], |at, leaf| leaves[at] = leaf);
-            start += run.max(1);
-        }
+        fill_zeros(0, &mut self.leaves);
         Ok(ImageTree::from_leaves(self.leaves).root())
+    }
+}
+
+/// Puts the leaves of zero pages where there is [`NO_LEAF`]. The first of `leaves` is at position `first`
+/// of the image.
+pub(super) fn fill_zeros(first: usize, leaves: &mut [[u8; 32]]) {
+    static ZEROS: [[u8; PAGE_SIZE]; RUN_PAGES] = [[0; PAGE_SIZE]; RUN_PAGES];
+    let mut start = 0;
+    while start < leaves.len() {
+        let rest = &leaves[start..];
+        let run = rest.iter().take_while(|leaf| **leaf == NO_LEAF).count();
+        let run = run.min(RUN_PAGES);
+        let put = |at, leaf| leaves[at - first] = leaf;
+        ImageTree::leaves_of(first + start, &ZEROS[..run], put);
+        start += run.max(1);
     }
 }

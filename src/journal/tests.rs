@@ -4,6 +4,7 @@ mod crash;
 mod dir;
 mod features;
 mod ground;
+mod nodes;
 mod reader;
 mod rest;
 mod rot;

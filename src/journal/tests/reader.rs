@@ -13,7 +13,7 @@ use crate::journal::{
 };
 use crate::page::{PAGE_SIZE, PageAddr};
 
-fn reader(world: &mut World, epoch: Epoch) -> Result<PointReader<MemStore>, JournalError> {
+pub fn reader(world: &mut World, epoch: Epoch) -> Result<PointReader<MemStore>, JournalError> {
     let directions = world.journal().directions_in(PathBuf::new(), epoch)?;
     let bytes = directions.to_bytes();
     let directions = crate::journal::Directions::from_bytes(&bytes).unwrap();
@@ -33,7 +33,7 @@ fn all(reader: &PointReader<MemStore>) -> Result<BTreeMap<PageAddr, Vec<u8>>, Jo
     Ok(pages)
 }
 
-fn same(reader: &PointReader<MemStore>, image: &Image, what: &str) {
+pub fn same(reader: &PointReader<MemStore>, image: &Image, what: &str) {
     let pages = all(reader).unwrap();
     let mut cache = PageCache::default();
     for at in 0..PAGES {
