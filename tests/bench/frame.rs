@@ -211,7 +211,7 @@ fn pages(c: &mut Criterion) {
     group.bench_function("root after one page of 64 MiB", |b| {
         b.iter_batched_ref(
             || {
-                let mut tree = ImageTree::from_leaves(&leaves);
+                let mut tree = ImageTree::from_leaves(leaves.clone());
                 tree.root();
                 tree.set(77, [1; 32]);
                 tree
