@@ -37,7 +37,7 @@ use crate::page::{Layout, PageAddr, PageRange, RegionId};
 pub(super) const NAME: &str = "base.n";
 /// Leaves of a group: a power of two. Fewer in tests, whose small guests are to have several groups.
 pub(super) const GROUP: usize = if cfg!(test) { 64 } else { 256 };
-/// Groups whose nodes one step of a fold makes: a few milliseconds, twelve if all of their pages are zeros.
+/// Groups whose nodes one step of a fold makes: a few milliseconds, twenty if all of their pages are zeros.
 const STEP_GROUPS: usize = if cfg!(test) { 1 } else { 64 };
 /// Groups that are made by one thread at a time.
 const PIECE_GROUPS: usize = 16;

@@ -518,8 +518,8 @@ fn a_fold_that_is_cut_off_anywhere_leaves_no_wrong_nodes() {
     let mut ripe = World::new(3);
     // Over no base, then over one.
     for _ in 0..2 {
-        for commit in 0..42 {
-            ripe.commit(20, commit == 0).unwrap();
+        for _ in 0..42 {
+            ripe.commit(20, ripe.newest.is_none()).unwrap();
         }
         let mut calm = ripe.fork(1);
         let before = calm.store.counts().changes;
