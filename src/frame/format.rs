@@ -223,6 +223,15 @@ impl PartHeader {
             | flag(self.references, FLAG_REFERENCES)
     }
 
+    /// An error if a part with this header has another size than `bytes`.
+    pub fn check_size(&self, bytes: &[u8]) -> Result<(), FrameError> {
+        let (need, have) = (self.part_bytes as usize, bytes.len());
+        match need == have {
+            true => Ok(()),
+            false => Err(FrameError::Length { need, have }),
+        }
+    }
+
     pub(super) fn rows_at(&self) -> u64 {
         HEADER_BYTES as u64 + u64::from(self.batch_bytes)
     }

@@ -118,12 +118,7 @@ impl<'a> PartView<'a> {
     /// rows. One pass over the bytes; nothing is decoded. `bytes` is exactly the part.
     pub fn verify(bytes: &'a [u8]) -> Result<Self, FrameError> {
         let header = PartHeader::parse(bytes)?;
-        if bytes.len() != header.part_bytes as usize {
-            return Err(FrameError::Length {
-                need: header.part_bytes as usize,
-                have: bytes.len(),
-            });
-        }
+        header.check_size(bytes)?;
         let damaged = |why| FrameError::Damaged {
             epoch: header.epoch,
             part: header.part,

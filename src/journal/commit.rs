@@ -82,6 +82,8 @@ impl<S: Store> Journal<S> {
     ) -> Result<VerifiedPart<B>, JournalError> {
         self.writable("writing a frame")?;
         let header = PartHeader::parse(bytes.as_ref())?;
+        // What is written before it is verified has at least the size of a part.
+        header.check_size(bytes.as_ref())?;
         let begun = self.check_part(&header);
         self.settle(begun)?;
         let (part, written) = VerifiedPart::verify_beside(bytes, |bytes| self.append(bytes));

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::world::{World, commit, guest, options, write};
 use crate::clock::Timestamp;
+use crate::frame::BLOCK;
 use crate::ids::{Epoch, Generation, JournalId};
 use crate::journal::{
     CONSISTENT, Faults, Journal, JournalError, JournalOptions, MemCatalogue, MemStore, Retention,
@@ -89,6 +90,33 @@ fn frames_that_do_not_belong_are_refused_and_change_nothing() {
         write(world.journal(), &flipped).unwrap_err(),
         JournalError::Frame(_)
     ));
+
+    // A part of another size than its header says, after a sound one: nothing of it is written, and the
+    // frame goes on with the right one.
+    write(world.journal(), &parts[0]).unwrap();
+    let before = world.journal().stat().written_segment_bytes;
+    for size in [
+        0,
+        1,
+        200,
+        5000,
+        BLOCK,
+        parts[1].len() - 1,
+        parts[1].len() + BLOCK,
+    ] {
+        let mut odd = parts[1].clone();
+        odd.resize(size, 0);
+        let error = write(world.journal(), &odd).unwrap_err();
+        assert!(matches!(error, JournalError::Frame(_)), "{size}: {error}");
+    }
+    assert_eq!(world.journal().stat().written_segment_bytes, before);
+    let mut unsound = parts[1].clone();
+    unsound[5000] ^= 1;
+    let error = write(world.journal(), &unsound).unwrap_err();
+    assert!(matches!(error, JournalError::Frame(_)), "{error}");
+    write(world.journal(), &parts[1]).unwrap();
+    assert_eq!(world.journal().pending_parts(), 2);
+    world.journal().abort();
     world.resync();
     assert_eq!(world.newest, newest);
     world.verify();
