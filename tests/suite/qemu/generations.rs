@@ -14,7 +14,7 @@ use lifeboat::guest::RunState;
 use lifeboat::metrics::labels::Role;
 
 use super::daemon::{Ends, WEB, protected_pair, web};
-use super::kills::protected;
+use super::kills::kept;
 use super::vm::{Vm, qemus, workspace};
 use crate::harness::kill_now;
 use crate::kills::{Dice, number};
@@ -41,10 +41,7 @@ fn a_guest_goes_to_and_fro_by_failovers() {
                 1 => (&mut pair.a, &mut pair.b),
                 _ => (&mut pair.b, &mut pair.a),
             };
-            // Whatever it says by now is in the next recovery points.
-            let newest = protected(from, None);
-            let said = vm.progress(None);
-            protected(from, Some(newest.next()));
+            let said = kept(from, &vm);
             let more = Duration::from_micros(dice.below(KILL_WITHIN_US));
             std::thread::sleep(more);
             let guest = web(from).pid.expect("it runs");

@@ -12,7 +12,7 @@ use serde_json::json;
 use tokio::time::{sleep, timeout};
 
 use super::daemon::{Ends, WEB, protected_pair, web};
-use super::vm::{Vm, qemus, workspace};
+use super::vm::{Said, Vm, qemus, workspace};
 use crate::harness::site::Site;
 use crate::harness::{WITHIN, kill_now, wait};
 use crate::kills::{Dice, number};
@@ -95,6 +95,15 @@ pub fn protected(site: &Site, after: Option<Epoch>) -> Epoch {
     })
 }
 
+/// What the guest has said last, and a recovery point after it.
+pub fn kept(site: &Site, vm: &Vm) -> Said {
+    let said = vm.progress(None);
+    // A checkpoint may have been on its way when we read that: it may be older, the next one is not.
+    let newest = protected(site, None);
+    protected(site, Some(newest.next()));
+    said
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_daemon_never_harms_its_guest() {
     for qemu in qemus("a_killed_daemon_never_harms_its_guest") {
@@ -152,9 +161,7 @@ async fn a_killed_daemon_never_harms_its_guest() {
         println!("{kills} kills: the guest was paused after {paused}, for {longest:?} at most");
 
         // And what is protected after all that is the guest.
-        let said = vm.said().last().copied();
-        let said = vm.progress(said);
-        protected(&pair.a, Some(newest.next()));
+        let said = kept(&pair.a, &vm);
         kill_now(&[pair.a.pid()]);
         pair.a.reap();
         vm.kill();

@@ -201,6 +201,7 @@ fn a_failover_to_a_warm_qemu_takes_milliseconds() {
         ends.0.set(Some(fourth));
 
         let newest = vm.progress(None);
+        let (_, epoch) = fed(&pair.b, None, epoch);
         fed(&pair.b, None, Epoch(epoch.0 + 3));
         let ran = failover(&mut pair, &mut vm, &[]);
         println!("{}", steps(&ran));
