@@ -177,7 +177,7 @@ impl<G: Guest> Builder<'_, G> {
         finished
             .parts
             .into_iter()
-            .for_each(|part| self.queue.push(ToStandby::Part(part)));
+            .for_each(|part| self.queue.push(ToStandby::Part(part.into())));
         if marked {
             self.queue.push(ToStandby::Mark { epoch });
         }
@@ -365,7 +365,7 @@ impl<G: Guest> Builder<'_, G> {
             let parts = coder.push(chunk, ship.clone(), codec, spent).await;
             parts
                 .into_iter()
-                .for_each(|part| self.queue.push(ToStandby::Part(part)));
+                .for_each(|part| self.queue.push(ToStandby::Part(part.into())));
             if taking == Taking::Round {
                 let backlog = self.queue.bytes() as u64;
                 let progress = Progress {

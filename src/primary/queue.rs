@@ -129,7 +129,7 @@ mod tests {
     #[tokio::test]
     async fn bytes_count_until_the_next_message_is_asked_for() {
         let queue = SendQueue::new(8192);
-        queue.push(ToStandby::Part(vec![0; 4096]));
+        queue.push(ToStandby::Part(vec![0; 4096].into()));
         queue.push(ToStandby::Abandon { epoch: Epoch(1) });
         assert!(matches!(queue.next().await, ToStandby::Part(_)));
         assert_eq!((queue.bytes(), queue.free()), (4096, 4096));
@@ -153,8 +153,8 @@ mod tests {
     #[tokio::test]
     async fn a_full_queue_makes_rounds_wait_and_nothing_else() {
         let queue = std::sync::Arc::new(SendQueue::new(4096));
-        queue.push(ToStandby::Part(vec![0; 4096]));
-        queue.push(ToStandby::Part(vec![0; 4096]));
+        queue.push(ToStandby::Part(vec![0; 4096].into()));
+        queue.push(ToStandby::Part(vec![0; 4096].into()));
         let waiter = tokio::spawn({
             let queue = queue.clone();
             async move { queue.wait_for_room(1).await }

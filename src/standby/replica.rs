@@ -18,6 +18,7 @@ use crate::journal::{
 };
 use crate::metrics::GuestMetrics;
 use crate::page::Layout;
+use crate::wire::body::Body;
 use crate::wire::message::{Newest, Open, Opened, RefuseReason};
 
 /// Frames up to this size are kept in memory until they are applied; larger ones are read back from
@@ -90,7 +91,7 @@ pub struct ReplicaStatus {
 pub(super) struct Incoming {
     check: FrameCheck,
     /// The parts, until together they are too many.
-    kept: Option<Vec<VerifiedPart<Vec<u8>>>>,
+    kept: Option<Vec<VerifiedPart<Body>>>,
     parts: u32,
     bytes: usize,
 }
@@ -367,10 +368,11 @@ impl<S: Store> Replica<S> {
     pub fn part(
         &mut self,
         session: SessionId,
-        bytes: Vec<u8>,
+        bytes: impl Into<Body>,
         now: Timestamp,
     ) -> Result<Receipt, ReplicaError> {
         self.own(session)?;
+        let bytes = bytes.into();
         self.status
             .send_modify(|s| s.received_bytes += bytes.len() as u64);
         let result = self.take_part(bytes, now);
@@ -382,7 +384,7 @@ impl<S: Store> Replica<S> {
         result
     }
 
-    fn take_part(&mut self, bytes: Vec<u8>, now: Timestamp) -> Result<Receipt, ReplicaError> {
+    fn take_part(&mut self, bytes: Body, now: Timestamp) -> Result<Receipt, ReplicaError> {
         let header = PartHeader::parse(&bytes)?;
         if header.part == 0 {
             // A frame that was begun and not ended is void: the source lost interest in it.

@@ -15,6 +15,7 @@ use crate::clock::{Env, Timestamp};
 use crate::ids::{Epoch, Generation, GroupMark, GuestId, SiteId};
 use crate::journal::Store;
 use crate::page::Layout;
+use crate::wire::body::Body;
 use crate::wire::facts::Facts;
 use crate::wire::handshake::{self, Introduction};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
@@ -370,7 +371,7 @@ async fn part<S: Store>(
     opened: &mut OpenSession<S>,
     site: &SiteId,
     tx: &mut impl LinkTx<ToPrimary>,
-    bytes: Vec<u8>,
+    bytes: Body,
 ) -> Result<(), SessionEnd> {
     let (session, generation) = (opened.session, opened.generation);
     let (owner, now) = (opened.replica.clone(), env.now());

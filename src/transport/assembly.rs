@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
+use crate::wire::body::Body;
 use crate::wire::codec::{Header, WireError};
 use crate::wire::stripe::{PIECE_BYTES, PIECES_MAX, Piece, misplaced, piece_range};
 
@@ -41,7 +42,7 @@ struct State {
 
 struct Unfinished {
     header: Header,
-    body: Vec<u8>,
+    body: Body,
     /// A bit for each piece that has not come.
     missing: u64,
 }
@@ -78,7 +79,7 @@ impl Assembly {
         &self,
         number: u64,
         header: Header,
-        body: Vec<u8>,
+        body: Body,
     ) -> Result<(), WireError> {
         assert_eq!(body.len(), header.body_bytes(), "the body of this header");
         let mut state = self.lock();
@@ -118,7 +119,7 @@ impl Assembly {
     }
 
     /// The oldest message, when it is whole. Cancel-safe; waits for ever if there is none.
-    pub(super) async fn front(&self) -> Result<(Header, Vec<u8>), Torn> {
+    pub(super) async fn front(&self) -> Result<(Header, Body), Torn> {
         self.wait(|state| {
             let front = state.messages.front()?;
             if front.missing == 0 {
@@ -164,6 +165,6 @@ fn place(state: &mut State, piece: &Piece) -> Option<Result<(), WireError>> {
         return Some(Err(misplaced("it came twice")));
     }
     message.missing &= !bit;
-    message.body[range].copy_from_slice(piece.bytes());
+    message.body.bytes_mut()[range].copy_from_slice(piece.bytes());
     Some(Ok(()))
 }

@@ -193,5 +193,5 @@ pub(super) async fn read_one<M: Message>(
     let header = Header::parse::<M>(&header)?;
     let mut body = vec![0; header.body_bytes()];
     stream.read_exact(&mut body).await.map_err(broken)?;
-    Ok(M::decode(header, body)?)
+    Ok(M::decode(header, body.into())?)
 }

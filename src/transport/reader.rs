@@ -20,6 +20,7 @@ use super::assembly::{AHEAD, Torn};
 use super::failure;
 use super::session::{LINGER, Link, SPARE_BYTES_MIN};
 use super::stats::Heard;
+use crate::wire::body::Body;
 use crate::wire::codec::{Header, Message, WireError};
 use crate::wire::limits::HEADER_BYTES;
 use crate::wire::link::LinkError;
@@ -30,9 +31,9 @@ pub(super) struct Reader<S> {
     stream: S,
     dead_after: Duration,
     heard: Arc<Heard>,
-    spares: Option<mpsc::Receiver<Vec<u8>>>,
+    spares: Option<mpsc::Receiver<Body>>,
     /// Of the last piece.
-    kept: Vec<u8>,
+    kept: Body,
 }
 
 impl<S: AsyncRead + Unpin> Reader<S> {
@@ -42,12 +43,12 @@ impl<S: AsyncRead + Unpin> Reader<S> {
             dead_after,
             heard,
             spares: None,
-            kept: Vec::new(),
+            kept: Body::default(),
         }
     }
 
     /// With memory that the role gives back.
-    pub(super) fn with_spares(mut self, spares: mpsc::Receiver<Vec<u8>>) -> Self {
+    pub(super) fn with_spares(mut self, spares: mpsc::Receiver<Body>) -> Self {
         self.spares = Some(spares);
         self
     }
@@ -66,11 +67,10 @@ impl<S: AsyncRead + Unpin> Reader<S> {
         }
         let header = Header::parse::<M>(&header)?;
         let bytes = header.body_bytes();
-        let mut body = self.memory(bytes);
-        body.clear();
+        let mut body = Body::with_room(bytes, self.memory(bytes));
         while body.len() < bytes {
             let mut rest = (&mut self.stream).take((bytes - body.len()) as u64);
-            let read = rest.read_buf(&mut body);
+            let read = rest.read_buf(body.end());
             if alive(read, self.dead_after, &self.heard).await? == 0 {
                 return Err(torn());
             }
@@ -78,19 +78,16 @@ impl<S: AsyncRead + Unpin> Reader<S> {
         Ok(M::decode(header, body)?)
     }
 
-    /// Memory with room for `bytes`, which are within the bounds of a message; there may be anything
-    /// in it.
-    fn memory(&mut self, bytes: usize) -> Vec<u8> {
-        if bytes >= SPARE_BYTES_MIN {
-            if self.kept.capacity() >= bytes {
-                return std::mem::take(&mut self.kept);
-            }
-            let spare = self.spares.as_mut().and_then(|s| s.try_recv().ok());
-            if let Some(spare) = spare.filter(|spare| spare.capacity() >= bytes) {
-                return spare;
-            }
+    /// Memory that may serve for a body of `bytes`.
+    fn memory(&mut self, bytes: usize) -> Body {
+        if bytes < SPARE_BYTES_MIN {
+            return Body::default();
         }
-        Vec::with_capacity(bytes)
+        if self.kept.capacity() >= bytes {
+            return std::mem::take(&mut self.kept);
+        }
+        let spare = self.spares.as_mut().and_then(|s| s.try_recv().ok());
+        spare.unwrap_or_default()
     }
 }
 
@@ -218,8 +215,8 @@ impl<S: AsyncRead + Unpin, M: Message> Incoming<S, M> {
             },
             Carried::Striped { number, header } => {
                 self.hand_out_to(AHEAD - 1, lingered).await?;
-                let mut body = self.reader.memory(header.body_bytes());
-                body.resize(header.body_bytes(), 0);
+                let bytes = header.body_bytes();
+                let body = Body::of_size(bytes, self.reader.memory(bytes));
                 assembly.announce(number, header, body)?;
             }
             Carried::Piece(piece) => {
@@ -250,7 +247,7 @@ impl<S: AsyncRead + Unpin, M: Message> Incoming<S, M> {
 }
 
 async fn hand_out<M: Message>(
-    whole: Result<(Header, Vec<u8>), Torn>,
+    whole: Result<(Header, Body), Torn>,
     queue: &mpsc::Sender<M>,
 ) -> Result<(), LinkError> {
     let (header, body) = whole.map_err(|Torn| torn())?;

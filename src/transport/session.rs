@@ -36,6 +36,7 @@ use super::stats::{Heard, LinkStats};
 use super::writer::{Messages, Nothing, Pieces, Writer};
 use crate::clock::Env;
 use crate::throttle::Throttle;
+use crate::wire::body::{ALIGN, Body};
 use crate::wire::codec::{Encoded, Message};
 use crate::wire::limits::PART_BYTES_MAX;
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
@@ -72,7 +73,7 @@ pub struct TlsTx<M> {
 /// The receiving half of a link.
 pub struct TlsRx<M> {
     queue: mpsc::Receiver<M>,
-    spares: mpsc::Sender<Vec<u8>>,
+    spares: mpsc::Sender<Body>,
     link: Arc<Link>,
 }
 
@@ -124,8 +125,8 @@ impl<M: Message> LinkRx<M> for TlsRx<M> {
         }
     }
 
-    fn recycle(&mut self, part: Vec<u8>) {
-        if (SPARE_BYTES_MIN..=PART_BYTES_MAX).contains(&part.capacity()) {
+    fn recycle(&mut self, part: Body) {
+        if (SPARE_BYTES_MIN..PART_BYTES_MAX + ALIGN).contains(&part.capacity()) {
             // Full: there are enough.
             let _ = self.spares.try_send(part);
         }

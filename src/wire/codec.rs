@@ -22,6 +22,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::body::Body;
 use super::facts;
 use super::limits::{self, Bounds, HEADER_BYTES};
 use super::message::{Opened, Readiness, ToPrimary, ToStandby};
@@ -171,7 +172,7 @@ pub trait Message: Sized + Send + 'static {
     fn encode(self) -> Result<Encoded, WireError>;
 
     /// Reads the body that follows `header`.
-    fn decode(header: Header, body: Vec<u8>) -> Result<Self, WireError>;
+    fn decode(header: Header, body: Body) -> Result<Self, WireError>;
 
     /// A sign of life in this direction.
     fn beat(beat: Beat) -> Self;
@@ -243,7 +244,7 @@ impl Message for ToStandby {
                 (kind::HELLO, to_body(&hello))
             }
             Self::Open(open) => (kind::OPEN, to_body(&open)),
-            Self::Part(part) => (kind::PART, part),
+            Self::Part(part) => (kind::PART, part.into_vec()),
             Self::Abandon { epoch } => (kind::ABANDON, to_body(&epoch)),
             Self::Ping { nonce, at } => (kind::PING, to_body(&(nonce, at))),
             Self::Close => (kind::CLOSE, Vec::new()),
@@ -257,7 +258,7 @@ impl Message for ToStandby {
         encoded::<Self>(kind, body)
     }
 
-    fn decode(header: Header, body: Vec<u8>) -> Result<Self, WireError> {
+    fn decode(header: Header, body: Body) -> Result<Self, WireError> {
         Ok(match header.kind {
             kind::HELLO => Self::Hello(extensible(header, &body)?),
             kind::OPEN => Self::Open(exact(header, &body)?),
@@ -385,7 +386,7 @@ impl Message for ToPrimary {
         encoded::<Self>(kind, body)
     }
 
-    fn decode(header: Header, body: Vec<u8>) -> Result<Self, WireError> {
+    fn decode(header: Header, body: Body) -> Result<Self, WireError> {
         Ok(match header.kind {
             kind::HELLO_REPLY => Self::Hello(extensible(header, &body)?),
             kind::OPENED => {

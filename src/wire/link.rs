@@ -16,6 +16,7 @@ use std::fmt;
 use std::future::Future;
 use std::time::Duration;
 
+use super::body::Body;
 use super::codec::WireError;
 use super::message::{ToPrimary, ToStandby};
 
@@ -38,7 +39,7 @@ pub trait LinkRx<M>: Send + 'static {
 
     /// Gives back the memory of a part that is done with, for a part to come. Not needed, but
     /// fresh megabytes for each part cost page faults. A link may ignore it.
-    fn recycle(&mut self, part: Vec<u8>) {
+    fn recycle(&mut self, part: Body) {
         drop(part);
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::body::Body;
 use super::facts::Facts;
 use super::version::Versions;
 use crate::clock::Timestamp;
@@ -175,7 +176,7 @@ pub enum ToStandby {
     /// Second message: which guest.
     Open(Open),
     /// One part of a frame, as `frame` made it.
-    Part(Vec<u8>),
+    Part(Body),
     /// The rest of this epoch's frame will not come; forget its parts.
     Abandon {
         /// The epoch.

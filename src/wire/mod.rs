@@ -17,6 +17,7 @@
 //! One link carries one guest, over one TLS connection or several ([`stripe`]). Every message is an 8-byte header and a body ([`codec`]); what a
 //! peer may send is bounded before anything is allocated ([`limits`]).
 
+pub mod body;
 pub mod codec;
 pub mod facts;
 pub mod handshake;

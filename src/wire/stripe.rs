@@ -23,6 +23,7 @@
 //! whole messages on streams in turns (a checkpoint of one part would gain nothing, and a slow stream
 //! hold up the others), numbers on small messages.
 
+use super::body::Body;
 use super::codec::{Beat, Encoded, Header, Message, WireError, encoded, kind};
 use super::limits::{Bounds, HEADER_BYTES, PART_BYTES_MAX};
 
@@ -66,7 +67,7 @@ pub struct Piece {
     pub number: u64,
     /// Where its bytes begin in the body.
     pub offset: usize,
-    body: Vec<u8>,
+    body: Body,
 }
 
 impl Piece {
@@ -76,7 +77,7 @@ impl Piece {
     }
 
     /// The memory, for the next one.
-    pub fn into_memory(self) -> Vec<u8> {
+    pub fn into_memory(self) -> Body {
         self.body
     }
 
@@ -140,7 +141,7 @@ impl<M: Message> Message for Carried<M> {
                 let body = [&number.to_le_bytes()[..], &header.to_bytes()].concat();
                 (kind::STRIPED, body)
             }
-            Self::Piece(piece) => (kind::PIECE, piece.body),
+            Self::Piece(piece) => (kind::PIECE, piece.body.into_vec()),
             Self::Join(join) => {
                 let body = [&join.link[..], &[join.index], &join.proof].concat();
                 (kind::JOIN, body)
@@ -149,7 +150,7 @@ impl<M: Message> Message for Carried<M> {
         encoded::<Self>(kind, body)
     }
 
-    fn decode(header: Header, body: Vec<u8>) -> Result<Self, WireError> {
+    fn decode(header: Header, body: Body) -> Result<Self, WireError> {
         assert_eq!(body.len(), header.body_bytes(), "the body of this header");
         Ok(match header.kind() {
             kind::STRIPED => {
@@ -221,7 +222,7 @@ mod tests {
     type Down = Carried<ToStandby>;
 
     fn part_header(bytes: usize) -> Header {
-        let part = ToStandby::Part(vec![0; bytes]).encode().unwrap();
+        let part = ToStandby::Part(vec![0; bytes].into()).encode().unwrap();
         Header::parse::<ToStandby>(&part.header).unwrap()
     }
 

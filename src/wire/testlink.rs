@@ -34,5 +34,5 @@ pub(crate) fn decode<M: Message>(bytes: &[u8]) -> Result<M, super::codec::WireEr
     let (header, body) = bytes.split_at(HEADER_BYTES);
     let header = Header::parse::<M>(header.try_into().expect("eight bytes"))?;
     assert_eq!(header.body_bytes(), body.len(), "one whole message");
-    M::decode(header, body.to_vec())
+    M::decode(header, body.into())
 }

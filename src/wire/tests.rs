@@ -52,10 +52,10 @@ fn the_bytes_of_version_1_do_not_change() {
 fn a_part_is_moved_not_copied() {
     let part = vec![1; 8192];
     let at = part.as_ptr();
-    let Encoded { header, body } = ToStandby::Part(part).encode().unwrap();
+    let Encoded { header, body } = ToStandby::Part(part.into()).encode().unwrap();
     assert_eq!(body.as_ptr(), at);
     let header = Header::parse::<ToStandby>(&header).unwrap();
-    let ToStandby::Part(part) = ToStandby::decode(header, body).unwrap() else {
+    let ToStandby::Part(part) = ToStandby::decode(header, body.into()).unwrap() else {
         panic!("no part");
     };
     assert_eq!(part.as_ptr(), at);
@@ -146,7 +146,7 @@ fn bytes_after_the_fields_are_for_hellos_and_refusals_only() {
         let kind = body.header[4];
         let length = body.body.len() as u32;
         let header = Header::parse::<M>(&header(length, kind, 0))?;
-        M::decode(header, body.body)
+        M::decode(header, body.body.into())
     }
     for (name, message) in to_standby() {
         match name {
@@ -173,7 +173,10 @@ fn bytes_after_the_fields_are_for_hellos_and_refusals_only() {
 fn names_and_layouts_are_checked_by_decoding() {
     let bad = |body: Vec<u8>, kind| {
         let header = Header::parse::<ToStandby>(&header(body.len() as u32, kind, 0)).unwrap();
-        matches!(ToStandby::decode(header, body), Err(WireError::Body { .. }))
+        matches!(
+            ToStandby::decode(header, body.into()),
+            Err(WireError::Body { .. })
+        )
     };
     let hello = postcard::to_stdvec(&((1u16, 1u16), "../etc", "build", 5u64)).unwrap();
     assert!(bad(hello, 1), "site with a path");
@@ -215,7 +218,7 @@ fn long_texts_are_cut_and_a_large_open_is_refused_by_the_sender() {
         ToStandby::Open(open).encode(),
         Err(WireError::Length { kind: 2, .. })
     ));
-    assert!(ToStandby::Part(vec![0; 4097]).encode().is_err());
+    assert!(ToStandby::Part(vec![0; 4097].into()).encode().is_err());
 }
 
 proptest! {
@@ -230,11 +233,11 @@ proptest! {
         let good = header(body.len() as u32, kind, 0);
         if let Ok(header) = Header::parse::<ToStandby>(&good) {
             prop_assert!(header.body_bytes() <= PART_BYTES_MAX);
-            let _ = ToStandby::decode(header, body.clone());
+            let _ = ToStandby::decode(header, body.clone().into());
         }
         if let Ok(header) = Header::parse::<ToPrimary>(&good) {
             prop_assert!(header.body_bytes() <= super::limits::TEXT_MESSAGE_BYTES_MAX);
-            let _ = ToPrimary::decode(header, body);
+            let _ = ToPrimary::decode(header, body.into());
         }
     }
 
@@ -256,9 +259,9 @@ proptest! {
         }
         let good = header(body.len() as u32, kind, 0);
         if let Ok(header) = Header::parse::<ToStandby>(&good) {
-            let _ = ToStandby::decode(header, body);
+            let _ = ToStandby::decode(header, body.into());
         } else if let Ok(header) = Header::parse::<ToPrimary>(&good) {
-            let _ = ToPrimary::decode(header, body);
+            let _ = ToPrimary::decode(header, body.into());
         }
     }
 }

@@ -34,6 +34,7 @@ use crate::journal::{
 };
 use crate::page::Layout;
 use crate::standby::{Image, Receipt, Replica, ReplicaOptions, SessionId};
+use crate::wire::body::Body;
 use crate::wire::message::Open;
 
 /// Who owns the guest.
@@ -178,7 +179,7 @@ impl Alone {
     }
 
     /// Makes a frame durable; seconds of the whole and of its writes and flushes.
-    fn commit(&mut self, parts: &[Vec<u8>]) -> anyhow::Result<(f64, f64)> {
+    fn commit(&mut self, parts: &[Body]) -> anyhow::Result<(f64, f64)> {
         let before = self.spent.load(Ordering::Relaxed);
         let started = Instant::now();
         let (last, first) = parts.split_last().context("a frame has parts")?;
@@ -216,7 +217,7 @@ impl Standby {
     }
 
     /// Takes a frame; seconds until it may be acknowledged.
-    fn take(&mut self, layout: &Layout, parts: Vec<Vec<u8>>) -> anyhow::Result<f64> {
+    fn take(&mut self, layout: &Layout, parts: Vec<Body>) -> anyhow::Result<f64> {
         let session = match self.session {
             Some(session) => session,
             None => {
@@ -255,7 +256,7 @@ struct Steps {
     root: f64,
 }
 
-fn steps(image: &mut Image, parts: &[Vec<u8>]) -> anyhow::Result<Steps> {
+fn steps(image: &mut Image, parts: &[Body]) -> anyhow::Result<Steps> {
     let started = Instant::now();
     let views: Result<Vec<_>, _> = parts.iter().map(|part| PartView::verify(part)).collect();
     let (views, verified) = (views?, Instant::now());
@@ -269,6 +270,11 @@ fn steps(image: &mut Image, parts: &[Vec<u8>]) -> anyhow::Result<Steps> {
     })
 }
 
+/// A part as a link brings it.
+fn received(part: &[u8]) -> Body {
+    part.into()
+}
+
 /// Frames of one guest, one after the other, for a copy with this journal.
 struct Frames {
     source: Source,
@@ -276,21 +282,24 @@ struct Frames {
 }
 
 impl Frames {
-    fn new(of: u32, dirty: u32, journal: JournalId) -> anyhow::Result<(Self, Vec<Vec<u8>>)> {
+    fn new(of: u32, dirty: u32, journal: JournalId) -> anyhow::Result<(Self, Vec<Body>)> {
         let mut frames = Self {
             source: Source::new(of, Codec::Lz4, journal, OWNER)?,
             dirty: Dirty::new(dirty, of, Change::Whole),
         };
         let mut parts = Vec::new();
         let all = frames.dirty.all();
-        frames.source.frame(all, |part| parts.push(part))?;
+        frames
+            .source
+            .frame(all, |part| parts.push(received(&part)))?;
         Ok((frames, parts))
     }
 
-    fn next(&mut self) -> anyhow::Result<Vec<Vec<u8>>> {
+    fn next(&mut self) -> anyhow::Result<Vec<Body>> {
         let mut parts = Vec::new();
         let next = self.dirty.next();
-        self.source.frame(next, |part| parts.push(part))?;
+        self.source
+            .frame(next, |part| parts.push(received(&part)))?;
         Ok(parts)
     }
 }
@@ -316,7 +325,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let mut frame_bytes = 0;
     for sample in 0..=bench.samples(200) {
         let parts = frames.next()?;
-        let bytes: usize = parts.iter().map(Vec::len).sum();
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
         let mut content = AlignedBuf::new(bytes);
         parts.iter().fold(0, |at, part| {
             content[at..at + part.len()].copy_from_slice(part);

@@ -133,7 +133,7 @@ impl Linked {
     async fn send(&mut self, parts: Vec<Vec<u8>>) -> anyhow::Result<f64> {
         let started = Instant::now();
         for part in parts {
-            self.tx.send(ToStandby::Part(part)).await?;
+            self.tx.send(ToStandby::Part(part.into())).await?;
         }
         self.arrived.recv().await.context("the far end is gone")?;
         Ok(started.elapsed().as_secs_f64())

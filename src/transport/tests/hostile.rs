@@ -109,8 +109,13 @@ async fn a_refusal_arrives_although_the_primary_is_sending() {
     for _ in 0..10 {
         let (dialed, mut accepted) = tokio::join!(greet(&dialer, &a), answer(&mut standby, &b));
         let ((mut tx, mut rx), _) = dialed.unwrap();
-        let flood =
-            async move { while tx.send(ToStandby::Part(vec![7; 1 << 20])).await.is_ok() {} };
+        let flood = async move {
+            while tx
+                .send(ToStandby::Part(vec![7; 1 << 20].into()))
+                .await
+                .is_ok()
+            {}
+        };
         let flood = tokio::spawn(flood);
         soon(accepted.rx.recv()).await.unwrap();
         let refusal = ToPrimary::Refused {

@@ -26,7 +26,7 @@ async fn a_good_pair_exchanges_messages_both_ways() {
     let sizes = [4096, 16 << 20, 8192, 1 << 20, 4096];
     let send = async {
         for (i, bytes) in sizes.into_iter().enumerate() {
-            tx.send(ToStandby::Part(vec![i as u8; bytes]))
+            tx.send(ToStandby::Part(vec![i as u8; bytes].into()))
                 .await
                 .unwrap();
         }

@@ -101,7 +101,7 @@ pub(super) async fn exchange(
         round = round.wrapping_add(1);
         let part = vec![round; 4 << 20];
         let (sent, part) =
-            soon(async { tokio::join!(tx.send(ToStandby::Part(part)), rx.recv()) }).await;
+            soon(async { tokio::join!(tx.send(ToStandby::Part(part.into())), rx.recv()) }).await;
         sent.unwrap();
         let ToStandby::Part(part) = part.unwrap() else {
             panic!("no part");
@@ -280,7 +280,9 @@ async fn streams_that_may_not_join_are_refused_and_reported() {
     assert!(text.contains("does not join"), "{text}");
     assert_eq!(standby.refused().await.failure, HandshakeFailure::Protocol);
     // None of it touched the link: its stream still brings pieces.
-    let part = ToStandby::Part(vec![9; 2 * PIECE_BYTES]).encode().unwrap();
+    let part = ToStandby::Part(vec![9; 2 * PIECE_BYTES].into())
+        .encode()
+        .unwrap();
     let header = crate::wire::codec::Header::parse::<ToStandby>(&part.header).unwrap();
     let striped = Carried::<ToStandby>::Striped { number: 0, header };
     let bytes = striped.encode().unwrap().to_bytes();
@@ -291,7 +293,7 @@ async fn streams_that_may_not_join_are_refused_and_reported() {
         member.write_all(&vec![9; PIECE_BYTES]).await.unwrap();
     }
     let part = soon(accepted.rx.recv()).await;
-    assert_eq!(part, Ok(ToStandby::Part(vec![9; 2 * PIECE_BYTES])));
+    assert_eq!(part, Ok(ToStandby::Part(vec![9; 2 * PIECE_BYTES].into())));
     // After the link's end there is nothing to join, and nobody to blame.
     drop((first, member, accepted));
     soon(async {

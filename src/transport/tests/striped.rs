@@ -98,7 +98,7 @@ fn random_message(random: &mut impl FnMut(u64) -> u64) -> ToStandby {
         chunk[0] = random(256) as u8;
         chunk[511] = random(256) as u8;
     }
-    ToStandby::Part(part)
+    ToStandby::Part(part.into())
 }
 
 #[tokio::test]
@@ -141,7 +141,9 @@ async fn messages_arrive_as_from_a_queue_and_all_before_the_end() {
 async fn the_memory_of_striped_parts_comes_back() {
     let ((mut tx, _rx), (_tx2, mut rx2)) = over(plain(3, 1 << 16), None).await;
     for _ in 0..5 {
-        tx.send(ToStandby::Part(vec![3; 1 << 20])).await.unwrap();
+        tx.send(ToStandby::Part(vec![3; 1 << 20].into()))
+            .await
+            .unwrap();
         soon(rx2.recv()).await.unwrap();
     }
     soon(async {
@@ -160,7 +162,7 @@ async fn a_stream_that_breaks_ends_the_link_with_its_reason() {
         let ((mut tx, mut rx), (_tx2, mut rx2)) = over(pairs, None).await;
         let sender = tokio::spawn(async move {
             for i in (0..=u8::MAX).cycle() {
-                if let Err(error) = tx.send(ToStandby::Part(vec![i; 1 << 20])).await {
+                if let Err(error) = tx.send(ToStandby::Part(vec![i; 1 << 20].into())).await {
                     return error;
                 }
                 // What goes over the other stream meanwhile takes time too.
@@ -193,9 +195,13 @@ async fn a_silent_stream_is_a_dead_peer() {
         let pairs = vec![tokio::io::duplex(1 << 14), ending(bytes, false)];
         let ((mut tx, mut rx), (_tx2, mut rx2)) = over(pairs, None).await;
         let begun = Instant::now();
-        tokio::spawn(
-            async move { while tx.send(ToStandby::Part(vec![1; 1 << 20])).await.is_ok() {} },
-        );
+        tokio::spawn(async move {
+            while tx
+                .send(ToStandby::Part(vec![1; 1 << 20].into()))
+                .await
+                .is_ok()
+            {}
+        });
         let receive = async {
             loop {
                 if let Err(error) = rx2.recv().await {
@@ -217,9 +223,11 @@ async fn idle_streams_stay_up() {
     let ((mut tx, mut rx), (_tx2, mut rx2)) = over(plain(4, 1 << 14), None).await;
     let early = timeout(TIMES.dead_after * 50, rx.recv()).await;
     assert!(early.is_err(), "{early:?}");
-    tx.send(ToStandby::Part(vec![5; 4 << 20])).await.unwrap();
+    tx.send(ToStandby::Part(vec![5; 4 << 20].into()))
+        .await
+        .unwrap();
     let part = soon(rx2.recv()).await;
-    assert_eq!(part, Ok(ToStandby::Part(vec![5; 4 << 20])));
+    assert_eq!(part, Ok(ToStandby::Part(vec![5; 4 << 20].into())));
 }
 
 #[tokio::test(start_paused = true)]
@@ -227,7 +235,9 @@ async fn a_slow_role_bounds_what_all_streams_bring() {
     let ((mut tx, mut rx), (_tx2, mut rx2)) = over(plain(4, 1 << 14), None).await;
     let sender = tokio::spawn(async move {
         for i in 0..30u8 {
-            tx.send(ToStandby::Part(vec![i; 1 << 20])).await.unwrap();
+            tx.send(ToStandby::Part(vec![i; 1 << 20].into()))
+                .await
+                .unwrap();
         }
         tx
     });
@@ -243,7 +253,7 @@ async fn a_slow_role_bounds_what_all_streams_bring() {
     assert!(!sender.is_finished());
     for i in 0..30u8 {
         let part = rx2.recv().await.unwrap();
-        assert!(part == ToStandby::Part(vec![i; 1 << 20]), "{i}");
+        assert!(part == ToStandby::Part(vec![i; 1 << 20].into()), "{i}");
     }
     drop(soon(sender).await.unwrap());
 }
@@ -288,13 +298,15 @@ async fn a_slow_stream_holds_up_little_and_loses_nothing() {
     let ((mut tx, _rx), (_tx2, mut rx2)) = over(pairs, None).await;
     let sender = tokio::spawn(async move {
         for i in 0..40u8 {
-            tx.send(ToStandby::Part(vec![i; 2 << 20])).await.unwrap();
+            tx.send(ToStandby::Part(vec![i; 2 << 20].into()))
+                .await
+                .unwrap();
         }
     });
     let begun = Instant::now();
     for i in 0..40u8 {
         let part = rx2.recv().await.unwrap();
-        assert!(part == ToStandby::Part(vec![i; 2 << 20]), "{i}");
+        assert!(part == ToStandby::Part(vec![i; 2 << 20].into()), "{i}");
     }
     sender.await.unwrap();
     assert_eq!(rx2.recv().await, Err(LinkError::Closed));
@@ -317,13 +329,15 @@ async fn streams_add_up_where_each_connection_is_limited() {
         let begun = Instant::now();
         let send = async {
             for i in 0..5u8 {
-                tx.send(ToStandby::Part(vec![i; 4 << 20])).await.unwrap();
+                tx.send(ToStandby::Part(vec![i; 4 << 20].into()))
+                    .await
+                    .unwrap();
             }
         };
         let receive = async {
             for i in 0..5u8 {
                 let part = rx2.recv().await.unwrap();
-                assert!(part == ToStandby::Part(vec![i; 4 << 20]));
+                assert!(part == ToStandby::Part(vec![i; 4 << 20].into()));
             }
         };
         tokio::join!(send, receive);
@@ -344,7 +358,9 @@ async fn a_limit_of_the_bandwidth_is_one_for_all_streams() {
     let begun = Instant::now();
     let send = async {
         for _ in 0..5 {
-            tx.send(ToStandby::Part(vec![1; 2 << 20])).await.unwrap();
+            tx.send(ToStandby::Part(vec![1; 2 << 20].into()))
+                .await
+                .unwrap();
         }
     };
     let receive = async {
@@ -365,7 +381,11 @@ async fn a_refusal_arrives_although_all_streams_are_full() {
     for _ in 0..5 {
         let ((mut tx, mut rx), (mut tx2, mut rx2)) = over(plain(3, 1 << 14), None).await;
         let flood = tokio::spawn(async move {
-            while tx.send(ToStandby::Part(vec![7; 2 << 20])).await.is_ok() {}
+            while tx
+                .send(ToStandby::Part(vec![7; 2 << 20].into()))
+                .await
+                .is_ok()
+            {}
         });
         soon(rx2.recv()).await.unwrap();
         let refusal = ToPrimary::Refused {
@@ -391,9 +411,11 @@ fn piece(number: u64, offset: usize, bytes: usize) -> Piece {
 }
 
 fn announced(assembly: &Assembly, number: u64, bytes: usize) -> bool {
-    let part = ToStandby::Part(vec![0; bytes]).encode().unwrap();
+    let part = ToStandby::Part(vec![0; bytes].into()).encode().unwrap();
     let header = Header::parse::<ToStandby>(&part.header).unwrap();
-    assembly.announce(number, header, vec![0; bytes]).is_ok()
+    assembly
+        .announce(number, header, vec![0; bytes].into())
+        .is_ok()
 }
 
 #[tokio::test]
@@ -443,7 +465,7 @@ async fn pieces_that_do_not_fit_are_refused() {
 /// A peer that breaks the rules on a stream ends the link.
 #[tokio::test]
 async fn what_may_not_come_on_a_stream_ends_the_link() {
-    let part = ToStandby::Part(vec![0; STRIPED_BYTES_MIN])
+    let part = ToStandby::Part(vec![0; STRIPED_BYTES_MIN].into())
         .encode()
         .unwrap();
     let header = Header::parse::<ToStandby>(&part.header).unwrap();

@@ -36,7 +36,7 @@ pub(super) fn to_standby() -> Vec<(&'static str, ToStandby)> {
                 running: true,
             }),
         ),
-        ("part", ToStandby::Part(vec![0xa5; 4096])),
+        ("part", ToStandby::Part(vec![0xa5; 4096].into())),
         ("abandon", ToStandby::Abandon { epoch: Epoch(300) }),
         ("ping", ToStandby::Ping { nonce: 7, at: AT }),
         ("close", ToStandby::Close),
