@@ -228,6 +228,7 @@ impl<'a, S: Store> Recovery<'a, S> {
                     guest: &self.super_.guest,
                     journal: self.super_.journal,
                     known: if thorough { &none } else { &self.headers },
+                    thorough,
                 };
                 scan.run(&mut found);
             }

@@ -45,15 +45,18 @@ pub(super) struct Scan<'a, S: Store> {
     pub journal: JournalId,
     /// Headers that were just read.
     pub known: &'a BTreeMap<Loc, PartHeader>,
+    /// To the end of the segment, whatever its high water is.
+    pub thorough: bool,
 }
 
 /// Why reading ahead ended: there is something to look at, or the disk failed.
 struct At(u64);
 
 impl<S: Store> Scan<'_, S> {
-    /// Looks at all of it, to its end: a failed sync may have left a hole of zeros before what counts.
+    /// Looks at all of it up to the high water: a failed sync may have left a hole of zeros before what
+    /// counts.
     pub fn run(&self, found: &mut Found) {
-        let end = self.segments.segment_bytes();
+        let end = self.end();
         let mut block = AlignedBuf::new(BLOCK);
         let mut offset = DATA_AT;
         while offset < end {
@@ -69,7 +72,8 @@ impl<S: Store> Scan<'_, S> {
                             .unreadable
                             .push(self.loc(offset, BLOCK as u64).to_string());
                         // The rest of a file that was cut would fail block by block; a bad sector is rare.
-                        if self.read_block(end - BLOCK as u64).is_err() {
+                        let last = self.segments.segment_bytes() - BLOCK as u64;
+                        if self.read_block(last).is_err() {
                             return;
                         }
                         offset += BLOCK as u64;
@@ -81,6 +85,21 @@ impl<S: Store> Scan<'_, S> {
                 Some(bytes) => offset + bytes,
                 None => self.next_after(offset + BLOCK as u64, end),
             };
+        }
+    }
+
+    fn end(&self) -> u64 {
+        let (all, high_water) = (
+            self.segments.segment_bytes(),
+            self.segments.high_water(self.number),
+        );
+        let beyond = self.loc(high_water, 0)..=self.loc(all, u64::from(u32::MAX));
+        // A mark that does not know of a part that is there is not to be believed.
+        let wrong = self.known.range(beyond).next().is_some();
+        if self.thorough || wrong {
+            all
+        } else {
+            high_water
         }
     }
 

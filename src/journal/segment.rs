@@ -3,6 +3,7 @@
 //! ```text
 //!  seg.NNNNNN
 //!     0 magic "LBSEGMT1"  8 version u32  12 number u32  16 journal 16  32 sequence u64  40 crc32c
+//!  2048 sequence u64  8 high water u64  16 crc32c
 //!  4096 frame parts and marks records, back to back, each a multiple of 4 KiB
 //!
 //!             prepare (zeros, header)            append ...                 room runs out
@@ -20,6 +21,11 @@
 //!   a [`Loc`] with an older number is void, whatever bytes lie there.
 //! * When an append leaves a segment for the next one, the old one is synced first: a sync of the
 //!   lane's segment makes everything appended to the lane durable.
+//! * Nothing was written at or behind the high water in the segment's present life, unless the mark of that
+//!   was not durable yet: then what is there is not either. It is written before what goes beyond it, an
+//!   eighth of a segment ahead, and made durable by the same sync. So a scan ends there; without a mark (a
+//!   segment of an older program, or damage) it reads all. The mark has a sector of its own: a write of the
+//!   block that is torn leaves the header as it was.
 //! * Commits and maintenance append to separate lanes, because merged frames live much longer.
 //!
 //! The files are prepared a few megabytes at a time by [`Segments::prepare`], between commits.
@@ -47,6 +53,11 @@ const PREPARE_STEP: usize = 8 << 20;
 const MAGIC: [u8; 8] = *b"LBSEGMT1";
 const VERSION: u32 = 1;
 const CRC_AT: usize = 40;
+/// Where the mark of the high water lies.
+const MARK_AT: usize = 2048;
+const MARK_BYTES: usize = 20;
+/// The mark is this part of a segment ahead.
+const MARKS: u64 = 8;
 
 /// Place of a part or marks record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -95,7 +106,7 @@ pub(super) fn is_segment(name: &str) -> bool {
     file_number(name).is_some()
 }
 
-fn pack_header(number: u32, journal: JournalId, sequence: u64) -> Vec<u8> {
+fn pack_header(number: u32, journal: JournalId, sequence: u64, high_water: u64) -> Vec<u8> {
     let mut block = vec![0; BLOCK];
     block[..8].copy_from_slice(&MAGIC);
     block[8..12].copy_from_slice(&VERSION.to_le_bytes());
@@ -104,19 +115,35 @@ fn pack_header(number: u32, journal: JournalId, sequence: u64) -> Vec<u8> {
     block[32..40].copy_from_slice(&sequence.to_le_bytes());
     let crc = crc32c::crc32c(&block[..CRC_AT]);
     block[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+    block[MARK_AT..MARK_AT + MARK_BYTES].copy_from_slice(&pack_mark(sequence, high_water));
     block
 }
 
-/// The sequence number, if this is the header of that segment.
-fn parse_header(block: &[u8], number: u32, journal: JournalId) -> Option<u64> {
-    let sequence = u64::from_le_bytes(block[32..40].try_into().expect("8 bytes"));
-    (block == pack_header(number, journal, sequence)).then_some(sequence)
+fn pack_mark(sequence: u64, high_water: u64) -> [u8; MARK_BYTES] {
+    let mut mark = [0; MARK_BYTES];
+    mark[..8].copy_from_slice(&sequence.to_le_bytes());
+    mark[8..16].copy_from_slice(&high_water.to_le_bytes());
+    let crc = crc32c::crc32c(&mark[..16]);
+    mark[16..].copy_from_slice(&crc.to_le_bytes());
+    mark
+}
+
+/// The sequence number, if this is the header of that segment; and the high water, if there is a mark of it
+/// in this life.
+fn parse_header(block: &[u8], number: u32, journal: JournalId) -> Option<(u64, Option<u64>)> {
+    let u64_at = |at: usize| u64::from_le_bytes(block[at..at + 8].try_into().expect("8 bytes"));
+    let (sequence, high_water) = (u64_at(32), u64_at(MARK_AT + 8));
+    let header = pack_header(number, journal, sequence, high_water);
+    let marked = block[MARK_AT..] == header[MARK_AT..];
+    (block[..MARK_AT] == header[..MARK_AT]).then_some((sequence, marked.then_some(high_water)))
 }
 
 struct Segment<F> {
     file: F,
     /// `None` if the header is unusable: what a scan finds in it has sequence number 0.
     sequence: Option<u64>,
+    /// All that was written in this life lies before it.
+    high_water: u64,
     /// Things in it that must stay.
     live: u32,
 }
@@ -210,7 +237,9 @@ impl<S: Store> Segments<S> {
                     why: format!("only {len} of its {segment_bytes} bytes are there and readable"),
                 });
             }
-            let sequence = parse_header(&block, number, journal);
+            let header = parse_header(&block, number, journal);
+            let sequence = header.map(|(sequence, _)| sequence);
+            let high_water = header.and_then(|(_, high_water)| high_water);
             all.next_sequence = all.next_sequence.max(sequence.unwrap_or(0) + 1);
             let live = 0;
             all.files.insert(
@@ -218,6 +247,9 @@ impl<S: Store> Segments<S> {
                 Segment {
                     file,
                     sequence,
+                    high_water: high_water
+                        .filter(|at| *at <= segment_bytes && at.is_multiple_of(BLOCK as u64))
+                        .unwrap_or(segment_bytes),
                     live,
                 },
             );
@@ -237,6 +269,11 @@ impl<S: Store> Segments<S> {
 
     pub fn segment_bytes(&self) -> u64 {
         self.segment_bytes
+    }
+
+    /// Where a scan of a segment may end.
+    pub fn high_water(&self, number: u32) -> u64 {
+        self.files[&number].high_water
     }
 
     /// The lowest sequence number of a segment that is written or will be.
@@ -328,17 +365,28 @@ impl<S: Store> Segments<S> {
         let cursor = self.lanes[lane as usize].as_mut().expect("set above");
         let segment = self.files.get_mut(&cursor.segment).expect("a lane's file");
         let name = file_name(cursor.segment);
+        let sequence = segment.sequence.expect("a lane's segment has a header");
+        let end = cursor.offset + bytes.len() as u64;
+        if end > segment.high_water {
+            let ahead = (self.segment_bytes / MARKS).next_multiple_of(BLOCK as u64);
+            let high_water = (end + ahead).min(self.segment_bytes);
+            let header = pack_header(cursor.segment, self.journal, sequence, high_water);
+            if let Err(error) = segment.file.write_at(0, &header) {
+                return Err(self.write_error(store, &name, error));
+            }
+            segment.high_water = high_water;
+        }
         if let Err(error) = segment.file.write_at(cursor.offset, bytes) {
             return Err(self.write_error(store, &name, error));
         }
         let loc = Loc {
-            sequence: segment.sequence.expect("a lane's segment has a header"),
+            sequence,
             segment: cursor.segment,
             offset: u32::try_from(cursor.offset).expect("below the largest segment"),
             len: u32::try_from(bytes.len()).expect("below the largest segment"),
         };
         segment.live += 1;
-        cursor.offset += bytes.len() as u64;
+        cursor.offset = end;
         cursor.unsynced = true;
         self.written += bytes.len() as u64;
         Ok(loc)
@@ -454,6 +502,7 @@ impl<S: Store> Segments<S> {
         let segment = Segment {
             file,
             sequence: None,
+            high_water: self.segment_bytes,
             live: 0,
         };
         self.files.insert(number, segment);
@@ -483,7 +532,7 @@ impl<S: Store> Segments<S> {
     /// Gives a free segment a new life.
     fn activate(&mut self, store: &S, number: u32) -> Result<(), JournalError> {
         let sequence = self.next_sequence;
-        let header = pack_header(number, self.journal, sequence);
+        let header = pack_header(number, self.journal, sequence, DATA_AT);
         let segment = self.files.get_mut(&number).expect("a free segment");
         assert_eq!(
             segment.live, 0,
@@ -492,7 +541,7 @@ impl<S: Store> Segments<S> {
         if let Err(error) = segment.file.write_at(0, &header) {
             return Err(self.write_error(store, &file_name(number), error));
         }
-        segment.sequence = Some(sequence);
+        (segment.sequence, segment.high_water) = (Some(sequence), DATA_AT);
         self.sync_segment(number)?;
         self.next_sequence += 1;
         self.ready.insert(number);

@@ -3,7 +3,7 @@
 use crate::frame::BLOCK;
 use crate::ids::JournalId;
 use crate::journal::segment::{DATA_AT, Lane, Loc, Segments};
-use crate::journal::{Faults, JournalError, MemStore, Store};
+use crate::journal::{Access, Faults, JournalError, MemStore, Store, StoreFile};
 
 const BYTES: u64 = 16 * BLOCK as u64;
 
@@ -39,6 +39,60 @@ fn segments_are_recycled_and_old_places_become_void() {
         let mut back = vec![0; 4 * BLOCK];
         assert!(open(&store).read(*loc, &mut back).unwrap());
         assert_eq!(back, vec![*i; 4 * BLOCK]);
+    }
+}
+
+/// At every instant of a life, and however a crash tears what was not synced: what is durable lies below
+/// the mark, and the header is there. The mark is not far ahead, and comes back with the segment.
+#[test]
+fn what_is_durable_lies_below_the_high_water() {
+    for seed in 0..200u64 {
+        let store = MemStore::new();
+        let mut segments = open(&store);
+        let mut synced = DATA_AT;
+        for i in 0..14 {
+            let loc = segments.append(&store, Lane::Commit, &[1; BLOCK]).unwrap();
+            let high_water = segments.high_water(loc.segment);
+            assert!((loc.end()..=loc.end() + BYTES / 8).contains(&high_water));
+            if (seed >> (i % 8)) & 1 == 1 {
+                segments.sync(Lane::Commit).unwrap();
+                synced = loc.end();
+            }
+            let other = store.fork();
+            other.crash(seed * 16 + i);
+            let after = open(&other);
+            assert_eq!(after.iter().collect::<Vec<_>>(), [(0, Some(1))]);
+            assert!(after.high_water(0) >= synced, "seed {seed}, append {i}");
+            assert!(after.high_water(0) <= high_water);
+        }
+        assert_eq!(open(&store).high_water(0), segments.high_water(0));
+    }
+}
+
+/// Without a mark, with one of an earlier life, or with one that is none, all is looked at.
+#[test]
+fn a_mark_that_is_damaged_or_old_is_none() {
+    let store = MemStore::new();
+    let mut segments = open(&store);
+    let loc = segments.append(&store, Lane::Commit, &[1; BLOCK]).unwrap();
+    let file = store.open("seg.000000", Access::Blocks, true).unwrap();
+    let mut marked = vec![0; BLOCK];
+    file.read_at(0, &mut marked).unwrap();
+    let with = |mark: &[u8]| {
+        let mut block = marked.clone();
+        block[2048..][..mark.len()].copy_from_slice(mark);
+        file.write_at(0, &block).unwrap();
+        let segments = open(&store);
+        assert_eq!(segments.iter().collect::<Vec<_>>(), [(0, Some(1))]);
+        segments.high_water(0)
+    };
+    assert_eq!(with(&[]), segments.high_water(0));
+    assert!(with(&[]) < BYTES && with(&[]) >= loc.end());
+    assert_eq!(with(&[0; 20]), BYTES, "an older program's");
+    for bit in 0..20 * 8 {
+        let mut mark = marked[2048..][..20].to_vec();
+        mark[bit / 8] ^= 1 << (bit % 8);
+        assert_eq!(with(&mark), BYTES, "bit {bit}");
     }
 }
 
