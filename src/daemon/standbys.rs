@@ -4,15 +4,17 @@
 //! by the operator's questions. After its journal failed it is dropped and opened anew.
 //!
 //! A copy is there before its image is: a failover reads memory while the guest runs, and waits for
-//! nothing. Images are made one after the other, and sessions wait for theirs.
+//! nothing. When the daemon starts all copies are opened, a few at a time; then images are made, one after
+//! the other, and sessions wait for theirs.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
 
 use super::groups::kept;
 use crate::clock::{Env, Timestamp};
@@ -24,6 +26,10 @@ use crate::standby::{Replica, ReplicaError, ReplicaOptions, ReplicaStatus};
 
 /// Time between two looks for work of retention.
 const MAINTAIN_EVERY: Duration = Duration::from_millis(250);
+/// Copies that are opened at a time.
+const OPENINGS_MAX: usize = 4;
+/// How long images wait for all copies to be open when the daemon starts.
+const IMAGES_WAIT: Duration = Duration::from_secs(5);
 /// Most steps of retention of one copy at a time.
 const STEPS_MAX: usize = 8;
 
@@ -41,8 +47,10 @@ struct Inner {
     metrics: Metrics,
     config: RwLock<Arc<SiteConfig>>,
     copies: Mutex<BTreeMap<GuestId, Copy>>,
-    /// Only one copy is opened at a time: opening may take a while and much memory.
-    opening: tokio::sync::Mutex<()>,
+    /// Each copy is opened once.
+    opening: Mutex<BTreeMap<GuestId, Arc<tokio::sync::Mutex<()>>>>,
+    /// Only so many copies are opened at a time: opening may take a while, and memory.
+    openings: Semaphore,
     /// Only one image is made at a time: it takes all processors, and much memory.
     warming: tokio::sync::Mutex<()>,
 }
@@ -74,7 +82,8 @@ impl Standbys {
             metrics,
             config: RwLock::new(config),
             copies: Mutex::default(),
-            opening: tokio::sync::Mutex::default(),
+            opening: Mutex::default(),
+            openings: Semaphore::new(OPENINGS_MAX),
             warming: tokio::sync::Mutex::default(),
         };
         Self {
@@ -132,21 +141,48 @@ impl Standbys {
     /// Opens the journals that exist, so that images are ready before they are needed. A journal
     /// that cannot be opened is shown in the status; the others go on.
     pub async fn open_all(&self) {
-        for guest in self.guests() {
-            if self.directory(&guest).exists()
-                && let Err(error) = self.copy(&guest).await
-            {
-                tracing::error!(%guest, error, "the guest's journal cannot be used");
-            }
+        // What there is to resume is known first: a failover needs no image.
+        let images = self.inner.warming.lock().await;
+        let exist = |guest: &GuestId| self.directory(guest).exists();
+        let mut all = JoinSet::new();
+        for guest in self.guests().into_iter().filter(exist) {
+            let copies = self.clone();
+            all.spawn(async move {
+                if let Err(error) = copies.copy(&guest).await {
+                    tracing::error!(%guest, error, "the guest's journal cannot be used");
+                }
+            });
         }
+        let mut opened = async || {
+            while let Some(opened) = all.join_next().await {
+                opened.expect("nothing of it panics");
+            }
+        };
+        let soon = timeout(IMAGES_WAIT, opened()).await;
+        drop(images);
+        if soon.is_err() {
+            opened().await;
+        }
+    }
+
+    /// Waits until nobody else opens this copy.
+    async fn opening(&self, guest: &GuestId) -> OwnedMutexGuard<()> {
+        let lock = {
+            let opening = self.inner.opening.lock();
+            let mut opening = opening.unwrap_or_else(PoisonError::into_inner);
+            opening.entry(guest.clone()).or_default().clone()
+        };
+        lock.lock_owned().await
     }
 
     /// The open copy of a guest; opens (or creates) it.
     pub async fn copy(&self, guest: &GuestId) -> Result<Shared, String> {
-        let _one = self.inner.opening.lock().await;
+        let _one = self.opening(guest).await;
         if let Some(Copy::Open { replica, .. }) = self.copies().get(guest) {
             return Ok(replica.clone());
         }
+        let permit = self.inner.openings.acquire().await;
+        let _permit = permit.expect("it is never closed");
         let (directory, options, owned) = (self.directory(guest), self.options(), guest.clone());
         let opened = self
             .inner
