@@ -24,7 +24,7 @@
 //!   `dead_after`. A side that gets **no byte** for `dead_after` while it waits for one ends the
 //!   link. A side whose role does not take what arrived is not waiting, and declares nobody dead.
 //! * **Memory**: per link at most one part in each queue and one in each task, and two spare
-//!   buffers at each end (`LinkRx::recycle`, `LinkTx::spent`). With several streams two parts more
+//!   buffers at the end that sends (`LinkTx::spent`). With several streams two parts more
 //!   at each end, and a piece per stream.
 //! * **Order at the end**: what was queued is written, then TLS and TCP are closed in order, and
 //!   what the peer still sends is read and thrown away for two seconds; closing at once

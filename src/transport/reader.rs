@@ -31,7 +31,6 @@ pub(super) struct Reader<S> {
     stream: S,
     dead_after: Duration,
     heard: Arc<Heard>,
-    spares: Option<mpsc::Receiver<Body>>,
     /// Of the last piece.
     kept: Body,
 }
@@ -42,15 +41,8 @@ impl<S: AsyncRead + Unpin> Reader<S> {
             stream,
             dead_after,
             heard,
-            spares: None,
             kept: Body::default(),
         }
-    }
-
-    /// With memory that the role gives back.
-    pub(super) fn with_spares(mut self, spares: mpsc::Receiver<Body>) -> Self {
-        self.spares = Some(spares);
-        self
     }
 
     /// The next message. Not cancel-safe.
@@ -78,16 +70,12 @@ impl<S: AsyncRead + Unpin> Reader<S> {
         Ok(M::decode(header, body)?)
     }
 
-    /// Memory that may serve for a body of `bytes`.
+    /// Memory that may serve for a body of `bytes`: that of the last piece.
     fn memory(&mut self, bytes: usize) -> Body {
-        if bytes < SPARE_BYTES_MIN {
+        if bytes < SPARE_BYTES_MIN || self.kept.capacity() < bytes {
             return Body::default();
         }
-        if self.kept.capacity() >= bytes {
-            return std::mem::take(&mut self.kept);
-        }
-        let spare = self.spares.as_mut().and_then(|s| s.try_recv().ok());
-        spare.unwrap_or_default()
+        std::mem::take(&mut self.kept)
     }
 }
 
@@ -215,8 +203,7 @@ impl<S: AsyncRead + Unpin, M: Message> Incoming<S, M> {
             },
             Carried::Striped { number, header } => {
                 self.hand_out_to(AHEAD - 1, lingered).await?;
-                let bytes = header.body_bytes();
-                let body = Body::of_size(bytes, self.reader.memory(bytes));
+                let body = Body::zeros(header.body_bytes());
                 assembly.announce(number, header, body)?;
             }
             Carried::Piece(piece) => {

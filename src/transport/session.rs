@@ -36,9 +36,7 @@ use super::stats::{Heard, LinkStats};
 use super::writer::{Messages, Nothing, Pieces, Writer};
 use crate::clock::Env;
 use crate::throttle::Throttle;
-use crate::wire::body::{ALIGN, Body};
 use crate::wire::codec::{Encoded, Message};
-use crate::wire::limits::PART_BYTES_MAX;
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
 use crate::wire::message::{ToPrimary, ToStandby};
 
@@ -48,7 +46,7 @@ pub(super) const LINGER: Duration = Duration::from_secs(2);
 /// Pongs that wait to be written; more are not sent (the peer pings faster than it reads).
 pub(super) const PONGS: usize = 8;
 
-/// Buffers of parts that wait for their next use.
+/// Buffers of parts that were sent and wait for their next use.
 const SPARES: usize = 2;
 
 /// Smaller bodies are not worth a spare buffer.
@@ -73,7 +71,6 @@ pub struct TlsTx<M> {
 /// The receiving half of a link.
 pub struct TlsRx<M> {
     queue: mpsc::Receiver<M>,
-    spares: mpsc::Sender<Body>,
     link: Arc<Link>,
 }
 
@@ -122,13 +119,6 @@ impl<M: Message> LinkRx<M> for TlsRx<M> {
                 .reader
                 .clone()
                 .unwrap_or(LinkError::Closed)),
-        }
-    }
-
-    fn recycle(&mut self, part: Body) {
-        if (SPARE_BYTES_MIN..PART_BYTES_MAX + ALIGN).contains(&part.capacity()) {
-            // Full: there are enough.
-            let _ = self.spares.try_send(part);
         }
     }
 }
@@ -210,9 +200,8 @@ where
     let (out_tx, out_rx) = mpsc::channel(Out::QUEUE);
     let (in_tx, in_rx) = mpsc::channel(In::QUEUE);
     let (pong_tx, pong_rx) = mpsc::channel(PONGS);
-    let (spare_tx, spare_rx) = mpsc::channel(SPARES);
     link.stats.link_is_up();
-    let reader = Reader::new(read, link.times.dead_after, first.heard).with_spares(spare_rx);
+    let reader = Reader::new(read, link.times.dead_after, first.heard);
     let incoming = Incoming {
         reader,
         link: link.clone(),
@@ -232,7 +221,6 @@ where
     };
     let rx = TlsRx {
         queue: in_rx,
-        spares: spare_tx,
         link: link.clone(),
     };
     (tx, rx)

@@ -3,7 +3,18 @@
 use std::ops::Deref;
 
 /// What a disk that is written past the page cache wants memory to begin at.
-pub const ALIGN: usize = 4 << 10;
+const ALIGN: usize = 4 << 10;
+
+/// What is needed besides so many bytes for them to be aligned; what is less than a block need not be.
+fn spare(bytes: usize) -> usize {
+    if bytes < ALIGN { 0 } else { ALIGN - 1 }
+}
+
+/// Where so many bytes begin in this memory.
+fn start(memory: &[u8], bytes: usize) -> usize {
+    let aligned = memory.as_ptr().addr().wrapping_neg() % ALIGN;
+    if spare(bytes) == 0 { 0 } else { aligned }
+}
 
 /// Bytes of a body. One that came over a link and has a block at least begins at a multiple of 4 KiB of
 /// memory, so that a part of a frame goes from there to the disk without being copied.
@@ -16,31 +27,21 @@ pub struct Body {
 impl Body {
     /// An empty body with room for `bytes`: in the memory of another if that is enough.
     pub fn with_room(bytes: usize, other: Body) -> Self {
-        let mut body = other.placed(bytes);
-        body.memory.truncate(body.start);
-        body
+        let mut memory = other.memory;
+        let room = bytes + spare(bytes);
+        if memory.capacity() < room {
+            memory = Vec::with_capacity(room);
+        }
+        let start = start(&memory, bytes);
+        memory.resize(start, 0);
+        Self { memory, start }
     }
 
-    /// A body of so many bytes, whatever they are: in the memory of another if that is enough.
-    pub fn of_size(bytes: usize, other: Body) -> Self {
-        let mut body = other.placed(bytes);
-        body.memory.resize(body.start + bytes, 0);
-        body
-    }
-
-    /// The bytes begin where a body of `bytes` should, and there is room for them. What is here is
-    /// something else then.
-    fn placed(self, bytes: usize) -> Self {
-        let mut memory = self.memory;
-        let spare = if bytes < ALIGN { 0 } else { ALIGN - 1 };
-        if memory.capacity() < bytes + spare {
-            memory = Vec::with_capacity(bytes + spare);
-        }
-        let start = memory.as_ptr().addr().wrapping_neg() % ALIGN;
-        let start = if spare == 0 { 0 } else { start };
-        if memory.len() < start {
-            memory.resize(start, 0);
-        }
+    /// So many zeros.
+    pub fn zeros(bytes: usize) -> Self {
+        let mut memory = vec![0; bytes + spare(bytes)];
+        let start = start(&memory, bytes);
+        memory.truncate(start + bytes);
         Self { memory, start }
     }
 
@@ -128,7 +129,6 @@ mod tests {
         ] {
             body = Body::with_room(bytes, body);
             assert!(body.is_empty());
-            let room = body.capacity();
             let at = body.memory.as_ptr();
             body.end().extend((0..bytes).map(|i| i as u8));
             assert!(body.iter().enumerate().all(|(i, b)| *b == i as u8));
@@ -141,10 +141,11 @@ mod tests {
             assert_eq!(body.clone(), body);
             assert_eq!(body.clone().into_vec(), *body);
 
-            body = Body::of_size(bytes, body);
-            assert_eq!((body.len(), body.capacity()), (bytes, room));
-            body.bytes_mut().fill(1);
-            assert!(body.iter().all(|byte| *byte == 1));
+            let mut zeros = Body::zeros(bytes);
+            assert!(zeros.len() == bytes && zeros.iter().all(|byte| *byte == 0));
+            assert!(bytes < ALIGN || zeros.as_ptr().addr().is_multiple_of(ALIGN));
+            zeros.bytes_mut().fill(1);
+            assert!(zeros.iter().all(|byte| *byte == 1));
         }
         assert_eq!(*Body::from(vec![1, 2]), [1, 2]);
     }

@@ -16,7 +16,6 @@ use std::fmt;
 use std::future::Future;
 use std::time::Duration;
 
-use super::body::Body;
 use super::codec::WireError;
 use super::message::{ToPrimary, ToStandby};
 
@@ -36,12 +35,6 @@ pub trait LinkTx<M>: Send + 'static {
 pub trait LinkRx<M>: Send + 'static {
     /// The next message. Cancel-safe.
     fn recv(&mut self) -> impl Future<Output = Result<M, LinkError>> + Send;
-
-    /// Gives back the memory of a part that is done with, for a part to come. Not needed, but
-    /// fresh megabytes for each part cost page faults. A link may ignore it.
-    fn recycle(&mut self, part: Body) {
-        drop(part);
-    }
 }
 
 /// How a primary reaches its standby.

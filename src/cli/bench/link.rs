@@ -112,7 +112,6 @@ impl Linked {
             while let Ok(message) = far.recv().await {
                 if let ToStandby::Part(part) = message {
                     bytes += part.len();
-                    far.recycle(part);
                 }
                 if bytes >= sample_bytes {
                     bytes = 0;
