@@ -125,8 +125,16 @@ impl Fleet {
     }
 }
 
-/// Gives all threads of a process the lowest priority.
+/// Gives all threads of a process the lowest priority, and its session too: where the kernel groups
+/// processes by their sessions (sched(7), autogroup), those of threads count within a session only.
 fn yields(pid: u32) -> anyhow::Result<()> {
+    let group = format!("/proc/{pid}/autogroup");
+    match std::fs::write(&group, "19") {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("{group} cannot be written"));
+        }
+        _ => {}
+    }
     let place = format!("/proc/{pid}/task");
     let threads = std::fs::read_dir(&place).with_context(|| format!("{place} cannot be read"))?;
     for thread in threads {

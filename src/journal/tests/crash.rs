@@ -1,8 +1,9 @@
 //! Crashes, failed syncs and full disks at any place.
 
 use super::world::{Image, World, mutate, retention, write};
+use crate::clock::Timestamp;
 use crate::ids::{Epoch, Generation};
-use crate::journal::{Faults, JournalError, Work};
+use crate::journal::{Access, Faults, JournalError, Store, StoreFile, Work};
 
 /// One random history; faults and crashes in between.
 fn history(seed: u64, steps: usize) {
@@ -139,6 +140,30 @@ fn random_histories_lose_nothing_and_serve_nothing_else() {
     for seed in 0..20 {
         history(seed, 60);
     }
+}
+
+/// Where nothing durable can be, nothing is looked for, as long as the catalogue is there.
+#[test]
+fn a_scan_ends_at_the_high_water() {
+    let mut world = World::new(1);
+    world.commit(20, true).unwrap();
+    world.commit(5, false).unwrap();
+    let durable = world.acked;
+    let later = Timestamp(world.now.0 + 3_600_000_000_000);
+    world.journal().tick(later).unwrap();
+    let parts = world.next_frame(3, false);
+    let [part] = parts.as_slice() else {
+        panic!("a small frame is one part");
+    };
+    let file = world.store.open("seg.000000", Access::Blocks, true);
+    let at = world.options.segment_bytes - part.len() as u64;
+    file.unwrap().write_at(at, part).unwrap();
+
+    let report = world.open().unwrap();
+    assert_eq!((report.newest, report.full_scan), (durable, false));
+    world.catalogue.clear();
+    let report = world.open().unwrap();
+    assert_eq!((report.newest, report.full_scan), (world.epoch, true));
 }
 
 /// A world whose next maintenance steps fold and merge.
