@@ -40,7 +40,7 @@ pub struct Merger {
     content: BTreeMap<PageAddr, Merged>,
     first: Option<PartHeader>,
     full: bool,
-    /// A part had references; so may the merged one.
+    /// Rows of a part had one content; so may those of the merged one.
     references: bool,
     /// The frame that is being fed.
     check: FrameCheck,
@@ -80,7 +80,7 @@ impl Merger {
             self.begin_frame(header)?;
         }
         self.check.add(&part)?;
-        self.references |= header.references;
+        self.references |= shares(&part);
         part.for_each(|addr, content| self.take(addr, content))?;
         if let Some(footer) = part.footer() {
             let manifest = part.manifest()?;
@@ -216,6 +216,14 @@ impl Merger {
             .expect("a manifest that came in a frame fits into one");
         Ok(writer.take_done())
     }
+}
+
+/// True if rows of a part name the same bytes: together they are longer than what is there. (The header
+/// says that only if a row names another batch than its own.)
+fn shares(part: &PartView<'_>) -> bool {
+    let named = part.rows().map(|row| u64::from(row.place().2));
+    let there = part.batches().iter().map(|batch| u64::from(batch.raw_len));
+    named.sum::<u64>() > there.sum()
 }
 
 fn out_of_order(header: &PartHeader, why: &'static str) -> FrameError {

@@ -221,7 +221,8 @@ fn cut_off_failover(step: &str) {
         assert!(report.point.epoch >= acked, "{report:?}");
     } else {
         assert_eq!(again.error(4).reason, Reason::WrongState);
-        assert_eq!(step, "verify", "{again:?}");
+        // The kill may come when the guest has just been let run.
+        assert!(["resume", "verify"].contains(&step), "{again:?}");
     }
     wait("the guest runs here", || runs(&pair.b).then_some(()));
     let generation = pair.at_b().generation;

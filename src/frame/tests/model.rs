@@ -296,6 +296,34 @@ fn a_page_written_under_a_round_is_shipped_by_the_cut() {
     assert_eq!(world.frames.len(), 4);
 }
 
+/// Equal pages next to each other, of which the header does not speak, are stored once by every merge.
+#[test]
+fn what_was_merged_keeps_its_equal_pages() {
+    let mut world = World::new(layout(30, 2, 4), false);
+    world.encoder.set_references(true);
+    world.attempt(&Try {
+        rounds: vec![],
+        writes: (0..20)
+            .map(|i| (i, Write::Noise(u64::from(i / 2))))
+            .collect(),
+        fate: Fate::Delivered,
+        codec: Codec::Lz4,
+    });
+    let merged = merge(&mut world.frames.clone().into_iter(), PART_BYTES_MIN).unwrap();
+    assert!(!PartHeader::parse(&merged[0]).unwrap().references);
+    let places = |part: &Vec<u8>| -> Vec<_> {
+        let part = PartView::verify(part).unwrap();
+        let raw = part.rows().filter(|row| row.kind == RowKind::Raw);
+        raw.map(|row| row.place()).collect()
+    };
+    let mut once = places(&merged[0]);
+    assert_eq!(once.len(), 20);
+    once.dedup();
+    assert_eq!(once.len(), 10);
+    let again = merge(&mut [merged.clone()].into_iter(), PART_BYTES_MIN).unwrap();
+    assert!(again == merged);
+}
+
 #[test]
 fn frames_that_are_no_chain_do_not_merge() {
     let mut world = World::new(layout(80, 1, 1), false);
