@@ -80,7 +80,7 @@ impl Merger {
             self.begin_frame(header)?;
         }
         self.check.add(&part)?;
-        self.references |= shares(&part);
+        self.references |= header.references || shares(&part);
         part.for_each(|addr, content| self.take(addr, content))?;
         if let Some(footer) = part.footer() {
             let manifest = part.manifest()?;

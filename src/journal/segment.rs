@@ -3,7 +3,7 @@
 //! ```text
 //!  seg.NNNNNN
 //!     0 magic "LBSEGMT1"  8 version u32  12 number u32  16 journal 16  32 sequence u64  40 crc32c
-//!  2048 sequence u64  8 high water u64  16 crc32c
+//!  2048 sequence u64  2056 high water u64  2064 crc32c
 //!  4096 frame parts and marks records, back to back, each a multiple of 4 KiB
 //!
 //!             prepare (zeros, header)            append ...                 room runs out
