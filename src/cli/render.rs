@@ -7,7 +7,8 @@ use crate::clock::Timestamp;
 use crate::control::events::HookStatus;
 use crate::control::reports::WarmStatus;
 use crate::control::types::{
-    Done, Exports, GuestStatus, JournalStat, Outcome, PeerStatus, Points, Reloaded, SiteStatus,
+    Done, Exports, GuestStatus, JournalStat, Outcome, PaceStatus, PeerStatus, Points, Reloaded,
+    SiteStatus,
 };
 use crate::guest::RunState;
 use crate::metrics::labels::{GuestState, Label};
@@ -174,6 +175,10 @@ pub fn status(status: &SiteStatus, paint: Paint) -> String {
         for reason in reasons(guest) {
             text += &format!("  {}: {reason}\n", guest.name);
         }
+        let bound = guest.pace.as_ref().and_then(|pace| pace.why.as_ref());
+        if let (Some(why), None) = (bound, &guest.blocked_on) {
+            text += &format!("  {}: bound by {why}\n", guest.name);
+        }
     }
     for group in &status.groups {
         text += &groups::line(group);
@@ -207,6 +212,13 @@ pub(super) fn reasons(guest: &GuestStatus) -> Vec<String> {
         reasons.push(format!("copy at {share:.0} %"));
     }
     reasons.extend(guest.blocked_on.clone());
+    let slowed = guest.pace.as_ref().map(|pace| pace.slowed_ratio);
+    reasons.extend(slowed.filter(|share| *share > 0.0).map(|share| {
+        format!(
+            "slowed down by {:.0} % so that it is replicated in time",
+            share * 100.0
+        )
+    }));
     reasons.extend(guest.warm.as_ref().map(warm));
     reasons.extend(guest.rollback_until.map(|until| {
         format!(
@@ -314,6 +326,13 @@ pub fn guest(guest: &GuestStatus, now: Timestamp, paint: Paint) -> String {
         ),
         ("sent", units::bytes(guest.sent_bytes)),
     ];
+    if let Some(pace) = &guest.pace {
+        rows.push(("checkpoints", checkpoints(pace)));
+        rows.push((
+            "bound by",
+            pace.why.clone().unwrap_or_else(|| "nothing".into()),
+        ));
+    }
     if let Some(sync) = &guest.sync {
         let path = format!("{:?}", sync.path).to_lowercase();
         rows.push(("base by", format!("{path} ({})", sync.reason)));
@@ -345,6 +364,21 @@ pub fn guest(guest: &GuestStatus, now: Timestamp, paint: Paint) -> String {
     rows.extend(guest.pid.map(|pid| ("process", pid.to_string())));
     rows.extend(reasons(guest).into_iter().map(|reason| ("note", reason)));
     facts(&rows)
+}
+
+/// How checkpoints come.
+fn checkpoints(pace: &PaceStatus) -> String {
+    let standby = pace.standby_seconds.map_or(String::new(), |busy| {
+        format!(", standby busy {}", units::seconds(busy))
+    });
+    format!(
+        "each {} ({} planned), paused {:.2} %; made in {}, durable after {}{standby}",
+        or_unknown(pace.period_seconds, units::seconds),
+        units::seconds(pace.interval_seconds),
+        pace.paused_ratio * 100.0,
+        units::seconds(pace.made_seconds),
+        units::seconds(pace.durable_after_seconds),
+    )
 }
 
 /// `lifeboat points`.

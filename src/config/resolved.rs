@@ -176,7 +176,7 @@ pub struct RetentionConfig {
 }
 
 /// How a guest is replicated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ReplicationConfig {
     /// Work that may be lost at most.
     pub rpo_target: Duration,
@@ -192,6 +192,10 @@ pub struct ReplicationConfig {
     pub strategy: CutStrategy,
     /// Keep a copy of the guest's memory to send differences only.
     pub shadow: bool,
+    /// Percent of its time that the guest may be paused for by checkpoints; `None`: no limit.
+    pub pause_budget: Option<f64>,
+    /// Percent of its time that may be taken from the guest so that the RPO target is held; `None`: none.
+    pub slow_guest: Option<f64>,
 }
 
 /// What frames are compressed with.

@@ -129,6 +129,8 @@ table!(
         compression: Maybe<String>,
         strategy: Maybe<String>,
         shadow: Maybe<bool>,
+        pause_budget: Maybe<String>,
+        slow_guest: Maybe<String>,
     }
 );
 table!(
@@ -269,6 +271,8 @@ impl Replication {
             compression: or(self.compression, &below.compression),
             strategy: or(self.strategy, &below.strategy),
             shadow: or(self.shadow, &below.shadow),
+            pause_budget: or(self.pause_budget, &below.pause_budget),
+            slow_guest: or(self.slow_guest, &below.slow_guest),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! `[[guest]]` and replication parameters.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,18 +13,21 @@ use super::schema::{self, Maybe};
 use super::source::Place;
 use super::units;
 use super::validate::{SOCKET_PATH_BYTES_MAX, one_of, parse_as, positive_duration};
-use crate::guest::CutStrategy;
 use crate::guest::qemu::probe::Mode;
+use crate::guest::{CutStrategy, SLOW_PERCENT_MAX};
 use crate::ids::{DiskId, GuestId, SiteId};
 use crate::page::PAGE_SIZE;
 
 /// Smallest and largest memory of a guest.
-const MEMORY_BYTES: std::ops::RangeInclusive<u64> = 4 << 20..=1 << 40;
-const VCPUS: std::ops::RangeInclusive<u32> = 1..=64;
+const MEMORY_BYTES: RangeInclusive<u64> = 4 << 20..=1 << 40;
+const VCPUS: RangeInclusive<u32> = 1..=64;
 /// Below this an interval is all cuts and no guest.
 const CHECKPOINT_MIN: Duration = Duration::from_millis(1);
 /// The most that Linux takes.
 const CMDLINE_BYTES_MAX: usize = 2048;
+/// Percent of a guest's time.
+const PAUSE_BUDGET: RangeInclusive<f64> = 0.1..=50.0;
+const SLOW_GUEST: RangeInclusive<f64> = 1.0..=SLOW_PERCENT_MAX as f64;
 /// One part of a frame.
 const BACKLOG_BYTES_MIN: u64 = 16 << 20;
 
@@ -60,6 +64,12 @@ pub(super) fn replication(
     let compression = check.parsed(&key("compression"), raw.compression, "auto", compression_of);
     let strategy = check.parsed(&key("strategy"), raw.strategy, "auto", strategy_of);
     let shadow = check.plain(&key("shadow"), raw.shadow, true);
+    let budget = check.parsed(&key("pause_budget"), raw.pause_budget, "off", |text| {
+        percent_of(text, PAUSE_BUDGET)
+    });
+    let slow = check.parsed(&key("slow_guest"), raw.slow_guest, "off", |text| {
+        percent_of(text, SLOW_GUEST)
+    });
     let config = ReplicationConfig {
         rpo_target: rpo.value,
         checkpoint_min: min.value,
@@ -68,9 +78,27 @@ pub(super) fn replication(
         compression: compression.value,
         strategy: strategy.value,
         shadow: shadow.value,
+        pause_budget: budget.value,
+        slow_guest: slow.value,
     };
     intervals(check, prefix, &config, [rpo.place, min.place, max.place]);
     config
+}
+
+/// A share of a guest's time in percent, or "off".
+fn percent_of(text: &str, bounds: RangeInclusive<f64>) -> Result<Option<f64>, String> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let number = text.strip_suffix('%').map(str::trim);
+    match number.map(str::parse) {
+        Some(Ok(percent)) if bounds.contains(&percent) => Ok(Some(percent)),
+        _ => Err(format!(
+            "{text:?} is neither \"off\" nor a share from \"{}%\" to \"{}%\"",
+            bounds.start(),
+            bounds.end()
+        )),
+    }
 }
 
 fn compression_of(text: &str) -> Result<Compression, String> {
@@ -235,6 +263,15 @@ fn one(
         }
     };
     let autostart = check.plain(&format!("{prefix}.autostart"), raw.autostart, true);
+    if let Some(slow) = &raw.replication.slow_guest
+        && kind.value == "qemu"
+    {
+        let message = "guests of kind \"qemu\" cannot be slowed down: QEMU can do it only for its own \
+                       migrations";
+        let key = format!("{prefix}.replication.slow_guest");
+        let place = check.place(slow);
+        check.problem(&key, Some(place), message);
+    }
     let replication = replication(
         check,
         &format!("{prefix}.replication"),

@@ -22,7 +22,7 @@ use crate::guest::RunState;
 use crate::guest::network::{GuestNetwork, NetworkName};
 use crate::ids::{Epoch, Generation, GroupId, GuestId, SiteId};
 use crate::metrics::Metrics;
-use crate::metrics::labels::{GuestState, Operation, Role};
+use crate::metrics::labels::{BoundBy, GuestState, Operation, Role};
 
 /// 2026-11-23T09:31:44.900Z
 const NOW: Timestamp = Timestamp(1_795_426_304_900_000_000);

@@ -24,6 +24,7 @@ pub(crate) mod fake;
 #[cfg(test)]
 mod fake_facts;
 pub mod groups;
+pub mod pace;
 mod page;
 pub mod reports;
 pub mod requests;

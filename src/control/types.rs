@@ -15,6 +15,7 @@ pub use super::drills::{
 };
 pub use super::exports::{ExportRequest, ExportStatus, ExportedDisk, Exports};
 pub use super::groups::{GroupMiss, GroupPointStatus, GroupStatus};
+pub use super::pace::PaceStatus;
 pub use super::reports::{
     FailoverReport, JournalCheckReport, JournalRebuildReport, MoveReport, ProtectReport, RunResult,
     SeedLaid, SeedReport, SeedRequest, TakeReport, VerifyReport,
@@ -173,6 +174,9 @@ pub struct GuestStatus {
     pub disk_news: Option<DiskNews>,
     /// Why it waits or is not protected, and what to do, in words.
     pub blocked_on: Option<String>,
+    /// How its checkpoints come lately; `null` where none are made.
+    #[serde(default)]
+    pub pace: Option<PaceStatus>,
     /// What a failover of it would fail of, and what to do, as the standby found out.
     #[serde(default)]
     pub obstacle: Option<String>,

@@ -135,6 +135,8 @@ pub(super) fn primary_options(
         rpo_target: replication.rpo_target,
         interval_min: replication.checkpoint_min,
         interval_max: replication.checkpoint_max,
+        pause_budget: replication.pause_budget.map(|percent| percent / 100.0),
+        slow_max: replication.slow_guest.map_or(0, |percent| percent as u8),
         strategy: replication.strategy,
         compression: match replication.compression {
             Compression::None => primary::Compression::Fixed(Codec::None),

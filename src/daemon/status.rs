@@ -6,8 +6,8 @@ use super::orders::View;
 use super::record::{GuestRecord, Standing};
 use crate::clock::Timestamp;
 use crate::control::types::{
-    DiskNews, DiskSummary, GuestStatus, MachineSummary, PointStatus, Progress, ProgressUnit,
-    SyncPath, SyncStatus,
+    DiskNews, DiskSummary, GuestStatus, MachineSummary, PaceStatus, PointStatus, Progress,
+    ProgressUnit, SyncPath, SyncStatus,
 };
 use crate::guest::RunState;
 use crate::ids::{Generation, GuestId, SiteId};
@@ -15,7 +15,7 @@ use crate::journal::RecoveryPoint;
 use crate::metrics::GuestMetrics;
 use crate::metrics::labels::{GuestState, Role};
 use crate::page::PAGE_SIZE;
-use crate::primary::{self, Acked, Phase, PrimaryStatus};
+use crate::primary::{self, Acked, Pace, Phase, PrimaryStatus};
 use crate::standby::ReplicaStatus;
 use crate::vmm::spec::Boot;
 use crate::wire::message::Readiness;
@@ -38,6 +38,20 @@ pub(super) fn point_status(point: &RecoveryPoint, now: Timestamp) -> PointStatus
 }
 
 /// A checkpoint that the standby acknowledged, as the primary knows it.
+fn pace_status(pace: Pace) -> PaceStatus {
+    PaceStatus {
+        bound_by: pace.bound_by,
+        why: pace.why(),
+        interval_seconds: pace.interval.as_secs_f64(),
+        period_seconds: (!pace.period.is_zero()).then(|| pace.period.as_secs_f64()),
+        durable_after_seconds: pace.latency.as_secs_f64(),
+        made_seconds: pace.made.as_secs_f64(),
+        standby_seconds: pace.standby.map(|busy| busy.as_secs_f64()),
+        paused_ratio: pace.paused,
+        slowed_ratio: f64::from(pace.slowed) / 100.0,
+    }
+}
+
 pub(super) fn acked_status(acked: &Acked, generation: Generation, now: Timestamp) -> PointStatus {
     PointStatus {
         epoch: acked.epoch,
@@ -210,7 +224,8 @@ impl Known<'_> {
         match (self.role(), &self.copy) {
             (Role::Active, _) => self
                 .limited()
-                .or_else(|| self.primary.as_ref()?.blocked_on.clone()),
+                .or_else(|| self.primary.as_ref()?.blocked_on.clone())
+                .or_else(|| self.pace().filter(|_| self.late())?.why()),
             (_, Some(Err(why))) => Some(why.clone()),
             (_, Some(Ok(copy))) if copy.problem.is_some() => copy.problem.clone(),
             (_, Some(Ok(copy))) if !copy.receiving => {
@@ -222,6 +237,12 @@ impl Known<'_> {
             }
             _ => None,
         }
+    }
+
+    /// How checkpoints of a guest that is active here come.
+    fn pace(&self) -> Option<Pace> {
+        let primary = self.primary.as_ref()?;
+        primary.pace.filter(|_| self.role() == Role::Active)
     }
 
     /// The limit of the bandwidth, if it is why the guest is late.
@@ -289,6 +310,10 @@ impl Known<'_> {
         if active {
             self.metrics.set_backlog(primary.backlog_bytes);
         }
+        let pace = self.pace();
+        self.metrics.set_bound_by(pace.map(|pace| pace.bound_by));
+        self.metrics
+            .set_slowed(pace.map_or(0.0, |pace| f64::from(pace.slowed) / 100.0));
         GuestStatus {
             name: self.guest.clone(),
             role,
@@ -332,6 +357,7 @@ impl Known<'_> {
                 .filter(|_| active)
                 .map(|(at, what)| DiskNews { at, what }),
             blocked_on: self.blocked_on(),
+            pace: pace.map(pace_status),
             obstacle: readiness.obstacle,
             differences: readiness.differences,
             command: self.command(),

@@ -99,6 +99,10 @@ impl Guest for AnyGuest {
         any!(self, guest => guest.release().await)
     }
 
+    async fn slow(&mut self, percent: u8, within: Duration) -> Result<bool, GuestError> {
+        any!(self, guest => guest.slow(percent, within).await)
+    }
+
     fn disk_news(&mut self) -> Option<String> {
         any!(self, guest => guest.disk_news())
     }

@@ -55,6 +55,9 @@ pub struct Base {
     pub epoch: Epoch,
 }
 
+/// The most that is taken from a guest's time to slow it down, in percent.
+pub const SLOW_PERCENT_MAX: u8 = 90;
+
 /// What is done when a guest stands still for its last cut.
 pub type Still = Box<dyn FnOnce() + Send>;
 
@@ -254,6 +257,17 @@ pub trait Guest: Send + 'static {
     /// Lets a guest run that stands still since `cut_held`; true if it did so without a break until
     /// now. Others are left as they are.
     fn release(&mut self) -> impl Future<Output = Result<bool, GuestError>> + Send;
+
+    /// Takes so many percent of its time from the guest (0: none), until this is called again, and for at
+    /// most `within`: so it changes less. False if guests of this kind cannot be slowed down.
+    fn slow(
+        &mut self,
+        percent: u8,
+        within: Duration,
+    ) -> impl Future<Output = Result<bool, GuestError>> + Send {
+        let _ = (percent, within);
+        async { Ok(false) }
+    }
 
     /// The next content of the current round or cut; `None` once all of it was handed out.
     /// Chunks may be held while more are asked for, up to the staging bound.

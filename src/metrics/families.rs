@@ -56,6 +56,8 @@ pub(super) struct Families {
     pub(super) guest_generation: IntGaugeVec,
     pub(super) obstructed: IntGaugeVec,
     pub(super) rpo_target: GaugeVec,
+    pub(super) bound_by: IntGaugeVec,
+    pub(super) slowed: GaugeVec,
     pub(super) acked_at: GaugeVec,
     pub(super) durable_at: GaugeVec,
     pub(super) lag: GaugeVec,
@@ -236,6 +238,16 @@ impl Families {
             rpo_target: make.gauges(
                 "lifeboat_guest_rpo_target_seconds",
                 "Work that may be lost at most, as configured.",
+                guest,
+            ),
+            bound_by: make.int_gauges(
+                "lifeboat_replication_bound_by",
+                "1 for what keeps checkpoints from coming as planned, 0 for all else; all 0 without a session.",
+                &["guest", "by"],
+            ),
+            slowed: make.gauges(
+                "lifeboat_guest_slowed_ratio",
+                "Share of its time that is taken from the guest so that the RPO target is held.",
                 guest,
             ),
             acked_at: make.gauges(

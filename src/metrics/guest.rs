@@ -16,8 +16,8 @@ use prometheus::{Gauge, Histogram, IntCounter, IntGauge};
 
 use super::families::Families;
 use super::labels::{
-    CheckpointResult, ConnectResult, GuestState, JournalOp, Label, PageEncoding, PerLabel, Phase,
-    ResyncReason, Role, VerifyResult,
+    BoundBy, CheckpointResult, ConnectResult, GuestState, JournalOp, Label, PageEncoding, PerLabel,
+    Phase, ResyncReason, Role, VerifyResult,
 };
 use crate::clock::Timestamp;
 use crate::ids::{Generation, GuestId, SiteId};
@@ -60,6 +60,8 @@ pub struct GuestMetrics {
     generation: IntGauge,
     obstructed: IntGauge,
     rpo_target: Gauge,
+    bound_by: PerLabel<BoundBy, IntGauge>,
+    slowed: Gauge,
     backlog: IntGauge,
     inflight: IntGauge,
     sent: IntCounter,
@@ -89,6 +91,8 @@ impl GuestMetrics {
             generation: f.guest_generation.with_label_values(&[name]),
             obstructed: f.obstructed.with_label_values(&[name]),
             rpo_target: f.rpo_target.with_label_values(&[name]),
+            bound_by: PerLabel::new(|l| f.bound_by.with_label_values(&[name, l])),
+            slowed: f.slowed.with_label_values(&[name]),
             backlog: f.backlog.with_label_values(&[name]),
             inflight: f.inflight.with_label_values(&[name]),
             sent: f.sent.with_label_values(&[name]),
@@ -157,6 +161,18 @@ impl GuestMetrics {
     /// Work that may be lost at most.
     pub fn set_rpo_target(&self, target: Duration) {
         self.rpo_target.set(target.as_secs_f64());
+    }
+
+    /// What keeps checkpoints from coming as planned; `None` if none are made.
+    pub fn set_bound_by(&self, by: Option<BoundBy>) {
+        for (l, series) in BoundBy::ALL.iter().zip(self.bound_by.iter()) {
+            series.set(i64::from(Some(*l) == by));
+        }
+    }
+
+    /// Share of its time that is taken from the guest.
+    pub fn set_slowed(&self, share: f64) {
+        self.slowed.set(share);
     }
 
     /// The standby acked a checkpoint captured at this time (of the primary's clock).
@@ -364,6 +380,7 @@ impl GuestMetrics {
         }
         labelled::<GuestState, _>(&f.guest_state, name);
         labelled::<Role, _>(&f.guest_role, name);
+        labelled::<BoundBy, _>(&f.bound_by, name);
         for family in [&f.sent, &f.raw] {
             remove(family, &[name]);
         }
@@ -375,6 +392,7 @@ impl GuestMetrics {
         labelled::<VerifyResult, _>(&f.verifications, name);
         for family in [
             &f.rpo_target,
+            &f.slowed,
             &f.acked_at,
             &f.durable_at,
             &f.lag,

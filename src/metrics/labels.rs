@@ -148,6 +148,28 @@ label!(
         Encode = "encode",
         /// Waiting for the standby's ack.
         Ack = "ack",
+        /// Of that, the standby being busy with it.
+        Standby = "standby",
+    }
+);
+
+label!(
+    /// What keeps checkpoints from coming as planned.
+    BoundBy {
+        /// They come as planned.
+        Nothing = "none",
+        /// Making them takes the time that there is: the processors of the guest's host.
+        Processor = "processor",
+        /// What is between the sites.
+        Link = "link",
+        /// The configured limit of what is sent.
+        Bandwidth = "bandwidth",
+        /// Taking them and making them durable.
+        Standby = "standby",
+        /// One of the two; nothing is acknowledged, or not by what.
+        LinkOrStandby = "link_or_standby",
+        /// The guest may not be paused for more of its time.
+        PauseBudget = "pause_budget",
     }
 );
 

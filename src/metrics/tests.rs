@@ -112,6 +112,7 @@ fn names_follow_the_rules() {
         "lifeboat_guest_state",
         "lifeboat_link_up",
         "lifeboat_recovery_points",
+        "lifeboat_replication_bound_by",
         "lifeboat_replication_inflight_checkpoints",
     ];
     for (name, kind) in &types {

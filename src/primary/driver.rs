@@ -69,6 +69,7 @@ pub async fn run<G: Guest, D: Dialer>(
             s.link_up = false;
             s.backlog_bytes = 0;
             s.progress = None;
+            s.pace = None;
             s.blocked_on = Some(format!("the link: {why}"));
             s.last_error = Some(why);
         });
@@ -79,6 +80,7 @@ pub async fn run<G: Guest, D: Dialer>(
     engine.publish(|s| {
         s.link_up = false;
         s.phase = Phase::Connecting;
+        s.pace = None;
     });
     (outcome, engine.guest)
 }

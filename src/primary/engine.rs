@@ -1,13 +1,14 @@
 //! State of the primary role that outlives a link session: the guest, the encoder, what is in flight.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 
 use super::coder::Coder;
 use super::handover::Handover;
-use super::pacing::Pacing;
+use super::pacing::{Done, Pacing, Wanted};
 use super::plan::{Memory, Plan, plan};
 use super::together::Turn;
 use super::{Acked, Asked, Compression, Meters, PrimaryOptions, PrimaryStatus};
@@ -29,6 +30,10 @@ pub(super) struct InFlight {
     pub pages: PageSet,
     pub captured_at: Timestamp,
     pub cut_at: Instant,
+    /// Since the cut before, if that was of the same session.
+    pub period: Option<Duration>,
+    /// Spent on making it.
+    pub made: Duration,
     /// Who asked for it and waits.
     pub asked: Vec<oneshot::Sender<Epoch>>,
 }
@@ -109,11 +114,13 @@ impl<G: Guest> Engine<G> {
             Encoder::new(layout.clone(), encode).expect("without a shadow nothing can fail")
         });
         let base = guest.info().base;
-        let pacing = Pacing::new(
-            options.rpo_target,
-            options.interval_min,
-            options.interval_max,
-        );
+        let pacing = Pacing::new(Wanted {
+            target: options.rpo_target,
+            min: options.interval_min,
+            max: options.interval_max,
+            budget: options.pause_budget,
+            slow_max: options.slow_max,
+        });
         Self {
             coder: Coder::new(env.clone(), encoder),
             env,
@@ -182,8 +189,14 @@ impl<G: Guest> Engine<G> {
         self.last_epoch
     }
 
-    /// All checkpoints up to `epoch` are durable in `journal`.
-    pub async fn durable(&mut self, journal: JournalId, epoch: Epoch) -> Result<(), GuestError> {
+    /// All checkpoints up to `epoch` are durable in `journal`; the standby was busy with that one for
+    /// so long, if it says so.
+    pub async fn durable(
+        &mut self,
+        journal: JournalId,
+        epoch: Epoch,
+        busy: Option<Duration>,
+    ) -> Result<(), GuestError> {
         while self.inflight.front().is_some_and(|f| f.epoch <= epoch) {
             let done = self.inflight.pop_front().expect("the front was just seen");
             let base = Base {
@@ -199,9 +212,17 @@ impl<G: Guest> Engine<G> {
                 let _ = asked.send(done.epoch);
             }
             let latency = done.cut_at.elapsed();
-            self.pacing.durable_after(latency);
+            self.pacing.durable(Done {
+                latency,
+                made: done.made,
+                standby: busy,
+                period: done.period,
+            });
             self.meters.guest.acked(done.captured_at);
             self.meters.guest.phase(MetricPhase::Ack, latency);
+            if let Some(busy) = busy {
+                self.meters.guest.phase(MetricPhase::Standby, busy);
+            }
             self.meters.guest.checkpoint(CheckpointResult::Acked);
             self.meters.guest.set_inflight(self.inflight.len());
             let acked = Acked {
@@ -213,6 +234,36 @@ impl<G: Guest> Engine<G> {
                 s.acked = Some(acked);
                 s.inflight = inflight;
             });
+            self.publish_pace();
+        }
+        Ok(())
+    }
+
+    fn publish_pace(&self) {
+        let limited = self.options.throttle.binds();
+        let pace = self.pacing.pace(limited, Instant::now());
+        self.publish(|s| s.pace = Some(pace));
+    }
+
+    /// A cut that is due cannot be made, or was given back, because what was made before has not gone
+    /// out or is not acknowledged.
+    pub fn stalls(&mut self) {
+        self.pacing.stalls(Instant::now());
+        self.publish_pace();
+    }
+
+    /// Slows the guest down as far as it has to be and may be, or lets it go.
+    pub async fn steer(&mut self) -> Result<(), GuestError> {
+        let newest = self.status.borrow().acked;
+        let Some(newest) = newest else {
+            return Ok(());
+        };
+        let exposure = self.env.now().since(newest.captured_at);
+        let Some((percent, within)) = self.pacing.slow(exposure, Instant::now()) else {
+            return Ok(());
+        };
+        if !self.guest.slow(percent, within).await? {
+            self.pacing.never_slow();
         }
         Ok(())
     }
@@ -230,6 +281,10 @@ impl<G: Guest> Engine<G> {
     pub async fn give_back(&mut self) -> Result<(), GuestError> {
         self.asked.clear();
         self.turn = None;
+        if self.pacing.let_go() {
+            // It would run freely soon in any case.
+            self.guest.slow(0, Duration::ZERO).await?;
+        }
         if self.coder.is_open() || !self.inflight.is_empty() {
             let lost = self.inflight.drain(..).map(|f| f.pages).collect();
             self.coder.reset(lost).await;

@@ -25,13 +25,11 @@ use super::queue::SendQueue;
 use super::session::{Event, SessionEnd};
 use super::{Asked, Compression, Phase, Progress, together};
 use crate::bitmap::PageSet;
-use crate::frame::{Codec, EncodeStats, FINGERPRINT_PAGES_MAX, Fingerprints, FrameStart, Manifest};
+use crate::frame::{Codec, EncodeStats, Fingerprints, FrameStart, Manifest};
 use crate::guest::{Contents, Guest, GuestError, RunState};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::GuestMetrics;
-use crate::metrics::labels::{
-    CheckpointResult, PageEncoding, Phase as MetricPhase, ResyncReason, VerifyResult,
-};
+use crate::metrics::labels::{CheckpointResult, PageEncoding, Phase as MetricPhase, VerifyResult};
 use crate::page::PAGE_SIZE;
 use crate::wire::message::ToStandby;
 
@@ -62,6 +60,8 @@ pub(super) struct Builder<'a, G> {
     pub pointless: bool,
     /// With automatic compression: whether the denser codec is in use; `None` at first.
     pub dense: Option<bool>,
+    /// Spent on the frame that is being made, without the waiting for the link.
+    pub made: Duration,
 }
 
 /// Whether content of the running guest or of a cut is taken.
@@ -83,6 +83,7 @@ impl<G: Guest> Builder<'_, G> {
         let full = plan.as_ref().is_some_and(|p| p.path == SyncPath::Full);
         let audit = plan.as_ref().is_some_and(|p| p.audit);
         let epoch = self.begin(full, known.is_some()).await;
+        self.made = Duration::ZERO;
 
         let everything = full || audit;
         if everything {
@@ -109,6 +110,9 @@ impl<G: Guest> Builder<'_, G> {
             true => None,
             false => self.gather().await?,
         };
+        if !everything && !last {
+            self.engine.steer().await?;
+        }
         let (cut, started) = if last {
             self.last_cut(epoch).await?
         } else {
@@ -120,6 +124,8 @@ impl<G: Guest> Builder<'_, G> {
             };
             (cut, started)
         };
+        self.made += started.elapsed();
+        self.engine.pacing.paused(cut.pause);
         self.engine.meters.guest.pause(cut.pause);
         if let Some(news) = self.engine.guest.disk_news() {
             tracing::error!(guest = %self.engine.options.guest, "{news}");
@@ -156,12 +162,14 @@ impl<G: Guest> Builder<'_, G> {
             machine: info.machine.clone(),
             device_state: cut.device_state.to_bytes(),
         };
+        let finishing = Instant::now();
         let (finished, pages) = self
             .engine
             .coder
             .finish(manifest, cut.captured_at, cut.pause)
             .await
             .map_err(|error| SessionEnd::Lost(error.to_string()))?;
+        self.made += finishing.elapsed();
         self.engine.image_known = true;
         self.engine.repair = None;
         self.first = None;
@@ -192,6 +200,7 @@ impl<G: Guest> Builder<'_, G> {
             ..self.head
         };
         self.engine.sent = Some((epoch, finished.root));
+        let period = self.engine.pacing.cut(started);
         self.engine.inflight.push_back(InFlight {
             epoch,
             cut: cut.id,
@@ -199,6 +208,8 @@ impl<G: Guest> Builder<'_, G> {
             pages,
             captured_at: cut.captured_at,
             cut_at: started,
+            period,
+            made: self.made,
             asked,
         });
         let (inflight, backlog) = (self.engine.inflight.len(), self.queue.bytes() as u64);
@@ -211,75 +222,6 @@ impl<G: Guest> Builder<'_, G> {
             s.blocked_on = None;
         });
         Ok(true)
-    }
-
-    /// If the session begins with a comparison: what the standby has. If it cannot tell, everything
-    /// is sent instead.
-    async fn compare(&mut self) -> Result<Option<Arc<Fingerprints>>, SessionEnd> {
-        let Some(plan) = self.first.as_mut().filter(|p| p.path == SyncPath::Compare) else {
-            return Ok(None);
-        };
-        let reason = plan.reason.clone();
-        let pages = self.engine.guest.info().layout.pages();
-        if pages > FINGERPRINT_PAGES_MAX {
-            self.copy_instead(
-                &reason,
-                &format!("a guest of {pages} pages is too large for it"),
-            );
-            return Ok(None);
-        }
-        let mut known = Fingerprints::new(&self.engine.guest.info().layout);
-        // Without a point there is ground, which gets a number of its own.
-        let asked = match self.head.epoch {
-            Epoch(0) => self.engine.next_epoch(),
-            newest => newest,
-        };
-        self.queue.push(ToStandby::Compare { epoch: asked });
-        while !known.complete() {
-            match self.events.recv().await {
-                Some(Event::Fingerprints { first, pages }) => {
-                    let (pages, rest) = pages.as_chunks();
-                    if pages.is_empty() || !rest.is_empty() || !known.add(first, pages) {
-                        return Err(SessionEnd::lost(
-                            "the standby's fingerprints are out of order",
-                        ));
-                    }
-                }
-                Some(Event::Ground { epoch, root }) => {
-                    if self.head.epoch != Epoch(0) || epoch == Epoch(0) || epoch > asked {
-                        return Err(SessionEnd::lost("the standby's ground has no place"));
-                    }
-                    self.head = Head {
-                        epoch,
-                        root,
-                        ..self.head
-                    };
-                }
-                Some(Event::Incomparable(why)) => {
-                    self.copy_instead(&reason, &why);
-                    return Ok(None);
-                }
-                Some(event) => self.apply(event).await?,
-                None => return Err(SessionEnd::lost("the link's reader ended")),
-            }
-        }
-        if self.head.epoch == Epoch(0) {
-            return Err(SessionEnd::lost("the standby compared with nothing"));
-        }
-        Ok(Some(Arc::new(known)))
-    }
-
-    /// The session sends everything.
-    fn copy_instead(&mut self, reason: &str, why: &str) {
-        let plan = Plan {
-            path: SyncPath::Full,
-            reason: format!("{reason}, and what the standby has cannot be compared: {why}"),
-            audit: true,
-            resync: None,
-        };
-        let shown = (plan.path, plan.reason.clone());
-        self.engine.publish(|s| s.path = Some(shown));
-        self.first = Some(plan);
     }
 
     /// Opens a frame in the encoder.
@@ -312,7 +254,9 @@ impl<G: Guest> Builder<'_, G> {
         };
         let mut before = u64::MAX;
         for _ in 0..ROUNDS_MAX {
+            let started = Instant::now();
             let round = self.engine.guest.round(contents).await?;
+            self.made += started.elapsed();
             let dirty = round.dirty.count();
             let all = contents == Contents::All;
             // What is sent is lost with the frame, and not only what is dirty is sent.
@@ -355,6 +299,7 @@ impl<G: Guest> Builder<'_, G> {
             if taking == Taking::Round {
                 self.wait_for_room(1).await?;
             }
+            let started = Instant::now();
             let Some(chunk) = self.engine.guest.next_chunk().await? else {
                 return Ok(());
             };
@@ -363,6 +308,7 @@ impl<G: Guest> Builder<'_, G> {
             let spent = self.queue.take_spent();
             let coder = &self.engine.coder;
             let parts = coder.push(chunk, ship.clone(), codec, spent).await;
+            self.made += started.elapsed();
             parts
                 .into_iter()
                 .for_each(|part| self.queue.push(ToStandby::Part(part.into())));
@@ -425,6 +371,7 @@ impl<G: Guest> Builder<'_, G> {
                 free >> 20
             )
         };
+        self.engine.stalls();
         self.void(text).await
     }
 
@@ -446,25 +393,10 @@ impl<G: Guest> Builder<'_, G> {
         Ok(())
     }
 
-    /// A first copy was given up: what had arrived of it need not be sent again. It becomes ground, under
-    /// a new number.
-    fn compare_with_rest(&mut self) {
-        let Some(plan) = self.first.as_mut().filter(|_| self.pointless) else {
-            return;
-        };
-        (self.head.epoch, self.head.root) = (Epoch(0), ImageRoot([0; 32]));
-        // Not if everything is sent because it has to be.
-        if plan.resync == Some(ResyncReason::Initial) && plan.path == SyncPath::Full {
-            plan.path = SyncPath::Compare;
-            let shown = (plan.path, plan.reason.clone());
-            self.engine.publish(|s| s.path = Some(shown));
-        }
-    }
-
     /// Applies one message of the standby.
     pub async fn apply(&mut self, event: Event) -> Result<(), SessionEnd> {
         match event {
-            Event::Ack { epoch, root } => {
+            Event::Ack { epoch, root, busy } => {
                 let ours = self.engine.root_of(epoch);
                 if ours.is_some_and(|ours| ours != root) {
                     self.engine.repair = Some(format!(
@@ -472,7 +404,7 @@ impl<G: Guest> Builder<'_, G> {
                     ));
                     return Err(SessionEnd::lost("image roots differ: a full copy follows"));
                 }
-                self.engine.durable(self.head.journal, epoch).await?;
+                self.engine.durable(self.head.journal, epoch, busy).await?;
                 let phase = self.engine.status.borrow().phase;
                 if phase != Phase::Protected {
                     self.engine.publish(|s| s.phase = Phase::Protected);

@@ -27,6 +27,7 @@
 //! Not here: who may own the guest and stopping it (daemon), TLS (transport), the journal (standby).
 
 mod coder;
+mod comparing;
 mod driver;
 mod engine;
 mod epoch;
@@ -52,6 +53,7 @@ use crate::wire::facts::Facts;
 use crate::wire::message::Readiness;
 
 pub use driver::{Ownership, ask_owner, run};
+pub use pacing::Pace;
 pub use plan::SyncPath;
 pub use together::{Barrier, Missed, Turn};
 
@@ -80,6 +82,10 @@ pub struct PrimaryOptions {
     pub interval_min: Duration,
     /// Longest time between two cuts.
     pub interval_max: Duration,
+    /// Share of its time that the guest may be paused for; cuts are further apart if need be.
+    pub pause_budget: Option<f64>,
+    /// Percent of its time that may be taken from the guest so that the RPO target is held.
+    pub slow_max: u8,
     /// How to cut.
     pub strategy: CutStrategy,
     /// Compression of batches.
@@ -267,4 +273,6 @@ pub struct PrimaryStatus {
     pub facts: Option<Arc<(Timestamp, Facts)>>,
     /// What it waits for, in words; `None` when it waits for nothing but the next interval.
     pub blocked_on: Option<String>,
+    /// How its checkpoints come lately; `None` without a session.
+    pub pace: Option<Pace>,
 }

@@ -107,6 +107,7 @@ pub(super) enum Event {
     Ack {
         epoch: Epoch,
         root: ImageRoot,
+        busy: Option<Duration>,
     },
     Mismatch {
         epoch: Epoch,
@@ -245,7 +246,16 @@ fn event(message: ToPrimary) -> Option<Event> {
     Some(match message {
         // The transport's own signs of life; those that reach us say nothing.
         ToPrimary::Pong { .. } => return None,
-        ToPrimary::Ack { epoch, root, .. } => Event::Ack { epoch, root },
+        ToPrimary::Ack {
+            epoch,
+            root,
+            busy_us,
+            ..
+        } => Event::Ack {
+            epoch,
+            root,
+            busy: busy_us.map(Duration::from_micros),
+        },
         ToPrimary::Mismatch { epoch, .. } => Event::Mismatch { epoch },
         ToPrimary::Prepared { refused } => Event::Prepared { refused },
         ToPrimary::Taken { refused, runs_us } => Event::Taken {
@@ -313,6 +323,7 @@ async fn build_inner<G: Guest>(
     orders: &mut Orders,
 ) -> Result<std::convert::Infallible, SessionEnd> {
     let plan = engine.adopt(&opened);
+    engine.pacing.begin();
     tracing::info!(
         guest = %engine.options.guest, path = plan.path.as_str(), reason = plan.reason,
         "session with the standby is up"
@@ -356,6 +367,7 @@ async fn build_inner<G: Guest>(
         first: Some(plan),
         pointless: newest.is_none(),
         dense: None,
+        made: Duration::ZERO,
     };
     let mut next_cut = Instant::now();
     loop {
@@ -370,7 +382,7 @@ async fn build_inner<G: Guest>(
             built => built?,
         };
         next_cut = match built {
-            true => started + builder.engine.pacing.interval(),
+            true => builder.engine.pacing.next(started),
             false => Instant::now() + RETRY_AFTER,
         };
     }
@@ -382,6 +394,7 @@ async fn wait<G: Guest>(
     orders: &mut Orders,
     next_cut: Instant,
 ) -> Result<(), SessionEnd> {
+    let mut noted = false;
     loop {
         let inflight = builder.engine.inflight.len();
         if orders.drain_until.is_some() && inflight == 0 {
@@ -425,23 +438,18 @@ async fn wait<G: Guest>(
             },
             () = sleep_until(due), if may_cut => return Ok(()),
             () = sleep_until(due), if orders.drain_until.is_some() => return Err(SessionEnd::Drained),
-            () = note_waiting(builder.engine, next_cut, inflight), if !room => {}
+            () = sleep_until(next_cut), if !room && !noted => {
+                noted = true;
+                builder.engine.stalls();
+                let what = match limited {
+                    true => "the bandwidth limit of the link",
+                    false => "the link or the standby",
+                };
+                builder.engine.publish(|s| s.blocked_on = Some(format!(
+                    "{what}: {inflight} checkpoints are on their way and not yet durable"
+                )));
+            }
             () = builder.queue.wait_for_room(half), if slot && !room => {}
         }
     }
-}
-
-/// Says in the status that a checkpoint is overdue, once it is.
-async fn note_waiting<G: Guest>(engine: &Engine<G>, next_cut: Instant, inflight: usize) {
-    sleep_until(next_cut).await;
-    let what = match engine.options.throttle.binds() {
-        true => "the bandwidth limit of the link",
-        false => "the standby",
-    };
-    engine.publish(|s| {
-        s.blocked_on = Some(format!(
-            "{what}: {inflight} checkpoints are on their way and not yet durable"
-        ));
-    });
-    std::future::pending().await
 }

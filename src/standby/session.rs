@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::compare;
 use super::error::ReplicaError;
@@ -20,7 +20,7 @@ use crate::wire::facts::Facts;
 use crate::wire::handshake::{self, Introduction};
 use crate::wire::link::{LinkError, LinkRx, LinkTx};
 use crate::wire::message::{Open, Readiness, RefuseReason, ToPrimary, ToStandby};
-use crate::wire::version::VERSION_RUNS;
+use crate::wire::version::{VERSION_BUSY, VERSION_RUNS};
 
 /// An answer to a primary that may not go on.
 #[derive(Debug)]
@@ -121,6 +121,8 @@ struct OpenSession<S: Store> {
     generation: Generation,
     /// The newest checkpoint that came by this session and is durable.
     durable: Option<Epoch>,
+    /// Spent on the parts of the one after it.
+    busy: Duration,
     leftover: Option<Box<dyn Leftover>>,
 }
 
@@ -233,6 +235,7 @@ async fn open<S: Store>(
         version: greeted.version,
         generation,
         durable: None,
+        busy: Duration::ZERO,
         leftover,
     })
 }
@@ -269,6 +272,7 @@ async fn receive<S: Store>(
         match message {
             ToStandby::Part(bytes) => part(env, opened, site, tx, bytes).await?,
             ToStandby::Abandon { .. } => {
+                opened.busy = Duration::ZERO;
                 let (owner, session) = (opened.replica.clone(), opened.session);
                 env.offload(move || lock(&owner).abandon(session))
                     .await
@@ -375,19 +379,24 @@ async fn part<S: Store>(
 ) -> Result<(), SessionEnd> {
     let (session, generation) = (opened.session, opened.generation);
     let (owner, now) = (opened.replica.clone(), env.now());
+    let since = Instant::now();
     let taken = env
         .offload(move || lock(&owner).part(session, bytes, now))
         .await;
+    opened.busy += since.elapsed();
     match taken {
         Ok(Receipt::More) => Ok(()),
         Ok(Receipt::Durable(point)) => {
             let (epoch, root, durable_at) = (point.epoch, point.root, point.durable_at);
             opened.durable = Some(epoch);
+            let busy = std::mem::take(&mut opened.busy);
+            let told = opened.version >= VERSION_BUSY;
             Ok(tx
                 .send(ToPrimary::Ack {
                     epoch,
                     root,
                     durable_at,
+                    busy_us: told.then_some(busy.as_micros() as u64),
                 })
                 .await?)
         }

@@ -17,9 +17,11 @@
 //!   `want`: a kick is never lost.
 //! - The gate opens only when every vCPU is captured, so no opening falls between the two steps.
 //! - The first cause of an end stays.
+//! - vCPUs that stand (`brake.rs`) are no pause: they wait outside the guest, and go to the gate from
+//!   there. What holds for `want` and kicks holds for `standing` too.
 //! - No wait here is endless: a vCPU that does not leave KVM in [`STOP_TIME_MAX`] is a failure.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -100,6 +102,8 @@ pub(crate) struct Gate {
     changed: Condvar,
     /// Copy of `inner.want` for the vCPUs' loop.
     want: AtomicU8,
+    /// vCPUs stand outside the guest although they may run. Changed under the lock.
+    standing: AtomicBool,
     capture_vm: CaptureVm,
 }
 
@@ -121,6 +125,7 @@ impl Gate {
             }),
             changed: Condvar::new(),
             want: AtomicU8::new(Want::Pause as u8),
+            standing: AtomicBool::new(false),
             capture_vm,
         }
     }
@@ -162,6 +167,16 @@ impl Gate {
             if inner.want == Want::Run {
                 self.set_want(&mut inner, Want::Pause);
             }
+        }
+        self.changed.notify_all();
+    }
+
+    /// Makes the vCPUs stand outside the guest, or lets them go on. Does not wait.
+    pub fn stand(&self, standing: bool) {
+        let inner = self.lock();
+        self.standing.store(standing, Ordering::SeqCst);
+        if standing && inner.want == Want::Run {
+            kick_all(&inner);
         }
         self.changed.notify_all();
     }
@@ -290,6 +305,20 @@ impl Gate {
         }
     }
 
+    /// Waits while the calling vCPU is to stand. False if it did: what it is to do may have changed.
+    pub fn may_enter(&self) -> bool {
+        if !self.standing.load(Ordering::SeqCst) {
+            return true;
+        }
+        let stands = |i: &mut Inner| i.want == Want::Run && self.standing.load(Ordering::SeqCst);
+        drop(
+            self.changed
+                .wait_while(self.lock(), stands)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        false
+    }
+
     /// A vCPU thread is there.
     pub fn register(&self, vcpu: usize, kick: Kick) {
         self.lock().slots[vcpu].kick = Some(kick);
@@ -388,6 +417,7 @@ mod tests {
             std::thread::spawn(move || {
                 loop {
                     match gate.want() {
+                        Want::Run if !gate.may_enter() => {}
                         Want::Run => {
                             running.fetch_add(1, Ordering::SeqCst);
                             std::thread::yield_now();
@@ -434,6 +464,32 @@ mod tests {
             assert_eq!(rig.gate.captured(|_, vcpus| vcpus.len()).unwrap(), 3);
             assert_eq!(rig.running.load(Ordering::SeqCst), 0);
         }
+        rig.end();
+    }
+
+    #[test]
+    fn vcpus_that_stand_can_be_paused_and_go_on_afterwards() {
+        let rig = rig(2);
+        rig.gate.resume();
+        for round in 0..50 {
+            rig.gate.stand(true);
+            // All are out of the guest once they had the time for one more turn each.
+            while rig.running.load(Ordering::SeqCst) > 0 {
+                std::thread::yield_now();
+            }
+            if round % 2 == 0 {
+                rig.gate.pause().unwrap();
+                assert_eq!(rig.gate.captured(|_, vcpus| vcpus.len()).unwrap(), 2);
+                rig.gate.resume();
+            }
+            let before = rig.turns.load(Ordering::SeqCst);
+            rig.gate.stand(false);
+            while rig.turns.load(Ordering::SeqCst) == before {
+                std::thread::yield_now();
+            }
+        }
+        // Also when it ends.
+        rig.gate.stand(true);
         rig.end();
     }
 

@@ -23,6 +23,7 @@ use crate::device_state::DeviceState;
 use crate::guest::RunState;
 use crate::page::{Layout, RegionId};
 use crate::vmm::boot::{self, Entry};
+use crate::vmm::brake::Brake;
 use crate::vmm::devices::block;
 use crate::vmm::devices::bus::Bus;
 use crate::vmm::devices::genid::GenId;
@@ -47,6 +48,7 @@ pub struct Machine {
     console: Console,
     vm: Vm,
     gate: Arc<Gate>,
+    brake: Arc<Brake>,
     bus: Arc<Bus>,
     /// Held by whoever changes the run state, so that pause and resume do not interleave.
     control: Mutex<Threads>,
@@ -123,6 +125,7 @@ impl Machine {
             disks,
             console,
             vm,
+            brake: Brake::new(Arc::clone(&gate)),
             gate,
             bus: Arc::new(bus),
             control: Mutex::new(Threads::default()),
@@ -199,6 +202,12 @@ impl Machine {
         let control = self.control();
         self.hold(&control)?;
         self.gate.pause()
+    }
+
+    /// Takes so many percent of their time from the vCPUs (at most 90) until the next call, for at most
+    /// `within` (30 s). An error says that it cannot.
+    pub fn slow(&self, percent: u8, within: Duration) -> std::io::Result<()> {
+        self.brake.order(percent, within)
     }
 
     /// The state of vCPUs and devices. Only while paused.

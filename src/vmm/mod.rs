@@ -7,6 +7,7 @@
 //!     shell.rs     a VM without a guest yet         fill.rs     RAM that comes while the guest runs
 //!     boot/        first state of RAM and vCPUs      state.rs    vCPU and VM state as sections
 //!     gate.rs      where vCPU threads stop           cpuid.rs    what a vCPU is shown
+//!     brake.rs     takes time from vCPUs
 //!     devices/     serial port, virtio block, VM generation ID; console.rs is the host's side of the
 //!                  serial port                       payload/    the demo guest
 //! ```
@@ -29,6 +30,7 @@
 //!   error of KVM, of a device or of the guest ends in a hang or a panic.
 
 pub(crate) mod boot;
+pub(crate) mod brake;
 pub mod console;
 pub(crate) mod cpuid;
 pub mod cut;

@@ -141,6 +141,13 @@ pub enum Command {
         /// vCPUs and devices.
         state: DeviceState,
     },
+    /// Take so much of their time from the vCPUs, until the next of these.
+    Slow {
+        /// Of their time.
+        percent: u8,
+        /// At most for so long.
+        within: Duration,
+    },
 }
 
 /// First message of the guest's process.

@@ -101,7 +101,9 @@ impl Vcpu {
         loop {
             match gate.want() {
                 Want::Run => {
-                    self.enter();
+                    if gate.may_enter() {
+                        self.enter();
+                    }
                 }
                 Want::Pause => {
                     self.complete_access();

@@ -349,7 +349,11 @@ impl Message for ToPrimary {
                 epoch,
                 root,
                 durable_at,
-            } => (kind::ACK, to_body(&(epoch, root, durable_at))),
+                busy_us,
+            } => {
+                let body = to_body(&(epoch, root, durable_at));
+                (kind::ACK, with_time(body, busy_us))
+            }
             Self::Mismatch {
                 epoch,
                 expected,
@@ -363,10 +367,8 @@ impl Message for ToPrimary {
             Self::Incomparable { text } => (kind::INCOMPARABLE, to_body(&cut(text))),
             Self::Prepared { refused } => (kind::PREPARED, to_body(&refused.map(cut))),
             Self::Taken { refused, runs_us } => {
-                let mut body = to_body(&refused.map(cut));
-                // Came later, and only to primaries that know it.
-                body.extend(runs_us.iter().flat_map(|us| us.to_le_bytes()));
-                (kind::TAKEN, body)
+                let body = to_body(&refused.map(cut));
+                (kind::TAKEN, with_time(body, runs_us))
             }
             Self::Readiness(Readiness {
                 obstacle,
@@ -400,11 +402,12 @@ impl Message for ToPrimary {
                 Self::Opened(Opened { ground, ..opened })
             }
             kind::ACK => {
-                let (epoch, root, durable_at) = exact(header, &body)?;
+                let ((epoch, root, durable_at), more) = first(header, &body)?;
                 Self::Ack {
                     epoch,
                     root,
                     durable_at,
+                    busy_us: time(header, more)?,
                 }
             }
             kind::MISMATCH => {
@@ -442,12 +445,7 @@ impl Message for ToPrimary {
             },
             kind::TAKEN => {
                 let (refused, more) = first(header, &body)?;
-                let runs_us = match more {
-                    [] => None,
-                    more => Some(u64::from_le_bytes(
-                        more.try_into().map_err(|_| left(header, more))?,
-                    )),
-                };
+                let runs_us = time(header, more)?;
                 Self::Taken { refused, runs_us }
             }
             kind::READINESS => Self::Readiness(exact(header, &body)?),
@@ -491,6 +489,23 @@ pub(super) fn encoded<M: Message>(kind: u8, body: Vec<u8>) -> Result<Encoded, Wi
     let bounds = M::bounds(kind).expect("every message's kind has bounds");
     let header = Header::bounded(kind, body.len(), bounds)?.to_bytes();
     Ok(Encoded { header, body })
+}
+
+/// A body with a time behind it, which came later, and only to primaries that know it.
+fn with_time(mut body: Vec<u8>, us: Option<u64>) -> Vec<u8> {
+    body.extend(us.iter().flat_map(|us| us.to_le_bytes()));
+    body
+}
+
+/// The time behind a body, if there is one.
+fn time(header: Header, rest: &[u8]) -> Result<Option<u64>, WireError> {
+    match rest {
+        [] => Ok(None),
+        rest => {
+            let bytes = rest.try_into().map_err(|_| left(header, rest))?;
+            Ok(Some(u64::from_le_bytes(bytes)))
+        }
+    }
 }
 
 /// Behind the body of `Opened`: there is ground.

@@ -245,6 +245,9 @@ pub enum ToPrimary {
         root: ImageRoot,
         /// When it became durable, by the standby's clock.
         durable_at: Timestamp,
+        /// For how long the standby was busy with the parts of this epoch and with making them durable,
+        /// in microseconds. From [`VERSION_BUSY`](super::version::VERSION_BUSY) on.
+        busy_us: Option<u64>,
     },
     /// The RAM image on the standby is not what the frame says it must be.
     Mismatch {

@@ -6,6 +6,7 @@
 //! | 2 | 0.1.0 | Group: marks of points that show one instant of several guests |
 //! | 3 | 0.1.0 | Part: rows of a full frame may refer to equal pages before them; Taken: for how long it runs |
 //! | 4 | 0.1.0 | Last: which checkpoint the guest will be offered from |
+//! | 5 | 0.1.0 | Ack: for how long the standby was busy with the checkpoint |
 //!
 //! Both sites name the range that they speak; the highest common version is used. Sites are
 //! upgraded one at a time, standby first, so a release speaks at least the version before its own.
@@ -21,7 +22,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// The newest protocol version that this program speaks. See the table above.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// The oldest protocol version that this program speaks.
 pub const VERSION_OLDEST: u16 = 1;
@@ -37,6 +38,9 @@ pub const VERSION_RUNS: u16 = 3;
 
 /// The first version in which the last checkpoint before an offer is announced.
 pub const VERSION_LAST: u16 = 4;
+
+/// The first version in which a standby says for how long it was busy with a checkpoint.
+pub const VERSION_BUSY: u16 = 5;
 
 /// Name of the protocol in the TLS handshake (ALPN). It changes only if the header or the first
 /// messages do.

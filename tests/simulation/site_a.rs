@@ -53,6 +53,8 @@ pub fn options(
         max_inflight: dice.pick(1..5) as usize,
         round_pages: dice.pick(1..60),
         handshake_max: Duration::from_secs(3),
+        pause_budget: dice.one_in(4).then_some(0.001),
+        slow_max: 0,
     }
 }
 

@@ -8,6 +8,7 @@
 //!   cut_off       a first copy that is cut off goes on where it stopped
 //!   quiesce       checkpoints of applications at rest
 //!   bandwidth     a limit of what is sent over it
+//!   pace          how checkpoints come: what binds, budgets, a guest that is slowed down
 //!   bench         measurements in quick runs, beside QEMU
 //!   events        what happened, kept and told to a program
 //!   kills         random kills; LIFEBOAT_KILLS=200 for a long run, LIFEBOAT_SEED=N to replay one
@@ -57,6 +58,7 @@ mod monitor;
 mod moving;
 mod nbd;
 mod observability;
+mod pace;
 mod package;
 mod page;
 mod plans;

@@ -35,6 +35,17 @@ pub(super) fn guests() -> Vec<GuestStatus> {
         drill_failure: None,
         disk_news: None,
         blocked_on: None,
+        pace: Some(PaceStatus {
+            bound_by: BoundBy::Nothing,
+            why: None,
+            interval_seconds: 1.0,
+            period_seconds: Some(1.0),
+            durable_after_seconds: 0.021,
+            made_seconds: 0.004,
+            standby_seconds: Some(0.006),
+            paused_ratio: 0.0012,
+            slowed_ratio: 0.0,
+        }),
         obstacle: None,
         differences: None,
         command: None,
@@ -64,6 +75,17 @@ pub(super) fn guests() -> Vec<GuestStatus> {
         backlog_bytes: 310 << 20,
         inflight: 8,
         blocked_on: Some("the link is slower than the guest writes".to_owned()),
+        pace: Some(PaceStatus {
+            bound_by: BoundBy::Link,
+            why: Some("the link: a checkpoint each 9000 ms (20 ms planned)".to_owned()),
+            interval_seconds: 0.02,
+            period_seconds: Some(9.0),
+            durable_after_seconds: 32.0,
+            made_seconds: 0.2,
+            standby_seconds: Some(0.3),
+            paused_ratio: 0.0004,
+            slowed_ratio: 0.2,
+        }),
         obstacle: None,
         differences: None,
         command: None,
@@ -84,6 +106,7 @@ pub(super) fn guests() -> Vec<GuestStatus> {
         inflight: 0,
         sync: None,
         last_drill: None,
+        pace: None,
         ..db1.clone()
     };
     let slow1 = GuestStatus {

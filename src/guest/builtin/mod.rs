@@ -456,6 +456,11 @@ impl Guest for BuiltinGuest {
         }
     }
 
+    async fn slow(&mut self, percent: u8, within: Duration) -> Result<bool, GuestError> {
+        self.done(Command::Slow { percent, within }).await?;
+        Ok(true)
+    }
+
     fn disk_news(&mut self) -> Option<String> {
         self.connection.disk_news()
     }

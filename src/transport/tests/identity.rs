@@ -42,6 +42,7 @@ async fn a_good_pair_exchanges_messages_both_ways() {
                 epoch: Epoch(i as u64),
                 root: ImageRoot([i as u8; 32]),
                 durable_at: Timestamp(5),
+                busy_us: None,
             };
             accepted.tx.send(ack).await.unwrap();
         }

@@ -155,6 +155,49 @@ fn a_guest_runs_and_a_pause_really_stops_it() {
 }
 
 #[test]
+fn a_guest_that_is_slowed_down_does_less_until_the_order_lapses() {
+    if no_kvm() {
+        return;
+    }
+    let machine = machine(&[&[Step::Count]], vec![]);
+    machine.resume();
+    until("progress", || counter(&machine, 0) > 0);
+    // What it does in a while; not a wait for anything.
+    let done = |within: Duration| {
+        let before = counter(&machine, 0);
+        std::thread::sleep(within);
+        counter(&machine, 0) - before
+    };
+    let span = Duration::from_millis(200);
+    let mut shares: Vec<f64> = (0..5)
+        .map(|_| {
+            machine.slow(80, 4 * span).unwrap();
+            let slowed = done(span);
+            machine.slow(0, Duration::ZERO).unwrap();
+            slowed as f64 / done(span) as f64
+        })
+        .collect();
+    shares.sort_by(f64::total_cmp);
+    assert!(shares[2] < 0.6, "{shares:?}");
+
+    machine.slow(90, Duration::from_millis(1)).unwrap();
+    until("the end of the order", || !machine.brake.cycles());
+    let before = counter(&machine, 0);
+    until("progress", || counter(&machine, 0) > before);
+    // A pause while it stands, and its end while it is slowed down.
+    machine.slow(90, Duration::from_secs(30)).unwrap();
+    for _ in 0..10 {
+        machine.pause().unwrap();
+        let stopped = counter(&machine, 0);
+        machine.save().unwrap();
+        assert_eq!(counter(&machine, 0), stopped);
+        machine.resume();
+    }
+    machine.stop();
+    until("the end of the thread", || !machine.brake.cycles());
+}
+
+#[test]
 fn the_harvest_is_exactly_what_was_written() {
     if no_kvm() {
         return;

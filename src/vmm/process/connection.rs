@@ -477,6 +477,11 @@ impl Serving {
                 monitor.machine.resume();
                 Ok(Reply::Done)
             }
+            Command::Slow { percent, within } => {
+                let monitor = self.monitor()?;
+                monitor.machine.slow(percent, within).map_err(failed)?;
+                Ok(Reply::Done)
+            }
             Command::Run => {
                 self.monitor()?.machine.resume();
                 let at = SystemClock.now();

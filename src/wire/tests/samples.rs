@@ -131,6 +131,16 @@ pub(super) fn to_primary() -> Vec<(&'static str, ToPrimary)> {
                 epoch: Epoch(300),
                 root,
                 durable_at: AT,
+                busy_us: None,
+            },
+        ),
+        (
+            "ack-busy",
+            ToPrimary::Ack {
+                epoch: Epoch(300),
+                root,
+                durable_at: AT,
+                busy_us: Some(2900),
             },
         ),
         (

@@ -211,6 +211,8 @@ fn options(site: &SiteId, peer: &SiteId, generation: Generation) -> PrimaryOptio
         rpo_target: Duration::from_secs(2),
         interval_min: Duration::from_millis(20),
         interval_max: Duration::from_millis(500),
+        pause_budget: None,
+        slow_max: 0,
         strategy: CutStrategy::Auto,
         compression: Compression::Auto,
         shadow: true,
