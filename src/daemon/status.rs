@@ -43,7 +43,7 @@ fn pace_status(pace: Pace) -> PaceStatus {
         bound_by: pace.bound_by,
         why: pace.why(),
         interval_seconds: pace.interval.as_secs_f64(),
-        period_seconds: (!pace.period.is_zero()).then(|| pace.period.as_secs_f64()),
+        period_seconds: (!pace.period.is_zero()).then_some(pace.period.as_secs_f64()),
         durable_after_seconds: pace.latency.as_secs_f64(),
         made_seconds: pace.made.as_secs_f64(),
         standby_seconds: pace.standby.map(|busy| busy.as_secs_f64()),
