@@ -14,6 +14,7 @@ use crate::page::PAGE_SIZE;
 const WORD: usize = 8;
 const WORDS: usize = PAGE_SIZE / WORD;
 const RUN_HEAD: usize = 4;
+const LINE_WORDS: usize = 8;
 
 /// Longest delta that an encoder makes; above it the raw page compresses better.
 pub(super) const DELTA_BYTES_LIMIT: usize = 3 << 10;
@@ -26,10 +27,10 @@ pub(super) const DELTA_BYTES_MIN: usize = RUN_HEAD + WORD;
 
 /// What [`encode`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Delta {
+pub enum Delta {
     /// The pages are equal; nothing was written.
     Same,
-    /// A delta of [`DELTA_BYTES_LIMIT`] bytes at most was appended.
+    /// A delta of 3 KiB at most was appended.
     Runs,
     /// The delta would be longer; what was appended is undefined.
     TooLong,
@@ -41,15 +42,19 @@ fn word(page: &[u8; PAGE_SIZE], i: usize) -> u64 {
 
 /// First word from `i` on that differs; `WORDS` if none.
 fn next_changed(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE], mut i: usize) -> usize {
-    // Four words at a time: most of most pages is unchanged.
-    while i + 4 <= WORDS {
-        let differs = (0..4).fold(0, |sum, k| sum | (word(old, i + k) ^ word(new, i + k)));
-        if differs != 0 {
-            break;
-        }
-        i += 4;
+    let same = |i| i < WORDS && word(old, i) == word(new, i);
+    while !i.is_multiple_of(LINE_WORDS) && same(i) {
+        i += 1;
     }
-    while i < WORDS && word(old, i) == word(new, i) {
+    // A line of the cache at a time: most of most pages is unchanged.
+    let same_line = |i: usize| {
+        let words = (i..i + LINE_WORDS).map(|k| word(old, k) ^ word(new, k));
+        words.fold(0, |sum, differs| sum | differs) == 0
+    };
+    while i.is_multiple_of(LINE_WORDS) && i < WORDS && same_line(i) {
+        i += LINE_WORDS;
+    }
+    while same(i) {
         i += 1;
     }
     i
@@ -68,7 +73,7 @@ fn is_rewritten(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE]) -> bool {
 }
 
 /// Appends the delta from `old` to `new` to `out`.
-pub(super) fn encode(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE], out: &mut Vec<u8>) -> Delta {
+pub fn encode(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE], out: &mut Vec<u8>) -> Delta {
     if is_rewritten(old, new) {
         return Delta::TooLong;
     }

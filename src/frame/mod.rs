@@ -83,7 +83,7 @@ mod writer;
 
 pub use batch::{Batch, Codec, Decompressor};
 pub use check::FrameCheck;
-pub use delta::apply as apply_delta;
+pub use delta::{Delta, apply as apply_delta, encode as encode_delta};
 pub use encode::{EncodeOptions, EncodeStats, Encoder, Finished};
 pub use error::{EncodeError, FrameError};
 pub use fingerprint::{

@@ -1,6 +1,9 @@
 //! The primary's encoder: whole frames of dirty pages, shadow and image tree included, against a copy
 //! of the same scattered pages. The codec is said by the caller, not by back-pressure.
 //!
+//! Before that the differences alone, page by page against what the standby has, by one thread as the
+//! copy: both read what is scattered, one writes a page for each, the other reads a second one.
+//!
 //! The encoder has the threads that it has in a daemon, the copy has one, and both are measured by the
 //! clock: on a machine that does other work besides, encoding looks slower than it is. Parts count as
 //! sent when they are complete, so that their memory comes back.
@@ -13,7 +16,9 @@ use super::pages::{Numbers, chunks, edit, fill, gather, layout, scattered};
 use super::sample::{Samples, time, turns};
 use super::{Bench, Section, Unit};
 use crate::clock::Timestamp;
-use crate::frame::{Codec, EncodeOptions, Encoder, FrameStart, Manifest, encoding_threads};
+use crate::frame::{
+    Codec, EncodeOptions, Encoder, FrameStart, Manifest, encode_delta, encoding_threads,
+};
 use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId};
 use crate::page::{Layout, PAGE_SIZE};
@@ -196,6 +201,38 @@ const CODECS: [(Codec, &str); 3] = [
 
 const LIMIT: &str = "copy of the same pages, 1 thread";
 
+/// Finding and writing down what changed, without hashes, codec and shadow.
+fn differences(bench: &mut Bench, of: u32) {
+    for (change, of_what, least) in [
+        (Change::Runs, "some runs changed", 0.8),
+        (Change::Word, "one word changed", 0.8),
+    ] {
+        let mut dirty = Dirty::new(of / 4, of, change);
+        let after = dirty.next();
+        let (image, pages) = (&dirty.image, &dirty.pages);
+        let (old, _) = image.as_chunks::<PAGE_SIZE>();
+        let mut out = vec![0; pages.len() * PAGE_SIZE];
+        let mut found = Vec::with_capacity(out.len());
+        let copy = || Ok(time(|| gather(image, pages, black_box(&mut out))));
+        let encode = || {
+            found.clear();
+            Ok(time(|| {
+                for (addr, page) in after.iter().flat_map(|chunk| chunk.iter()) {
+                    black_box(encode_delta(&old[addr.page as usize], page, &mut found));
+                }
+            }))
+        };
+        let sampled = turns(bench.samples(31), copy, encode);
+        let (copies, encodes) = sampled.expect("neither can fail");
+        let rates = |samples: &Samples, what: String| {
+            samples.rates(Section::Encode, what, Unit::Pages, pages.len() as f64)
+        };
+        let limit = rates(&copies, LIMIT.to_owned());
+        let row = rates(&encodes, format!("differences alone, {of_what}, 1 thread"));
+        bench.push(row.against(&limit).wanted_ratio(least));
+    }
+}
+
 /// How many threads an encoder has.
 fn threads() -> String {
     match encoding_threads() {
@@ -207,6 +244,7 @@ fn threads() -> String {
 pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let threads = threads();
     let of: u32 = if bench.quick { 2 << 10 } else { 32 << 10 };
+    differences(bench, of);
     for (change, of_what, least) in CHANGES {
         let mut dirty = Dirty::new(of / 4, of, change);
         let all = dirty.all();
