@@ -16,19 +16,6 @@ impl Bits {
         }
     }
 
-    /// `len` bits that are set.
-    pub fn full(len: usize) -> Self {
-        let mut words = vec![u64::MAX; len.div_ceil(64)];
-        if let Some(last) = words.last_mut().filter(|_| !len.is_multiple_of(64)) {
-            *last = (1 << (len % 64)) - 1;
-        }
-        Self { words, len }
-    }
-
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
     pub fn get(&self, i: usize) -> bool {
         assert!(i < self.len, "bit {i} of {}", self.len);
         self.words[i / 64] >> (i % 64) & 1 == 1

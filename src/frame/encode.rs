@@ -48,7 +48,7 @@ use super::fingerprint::{Fingerprints, fingerprint};
 use super::helpers::Ordered;
 use super::leaves::Runs;
 use super::shadow::{DENSE_PAGES, Shadow};
-use super::tree::ImageTree;
+use super::tree::{ImageTree, NoPages};
 use super::writer::{Ending, FrameStart, FrameWriter};
 use super::{Codec, Manifest};
 use crate::bitmap::PageSet;
@@ -168,8 +168,11 @@ impl Encoder {
             region_base,
             layout,
             writer: FrameWriter::ahead(options.codec, options.part_bytes, options.parallel),
+            tree: match shadow {
+                Some(_) => ImageTree::new(ram_pages),
+                None => ImageTree::whole(ram_pages),
+            },
             shadow,
-            tree: ImageTree::new(ram_pages),
             touched: Bits::new(ram_pages),
             unshipped: Bits::new(ram_pages),
             hashing: Ordered::new(options.parallel),
@@ -388,7 +391,11 @@ impl Encoder {
         pause: Duration,
     ) -> Result<Finished, EncodeError> {
         self.take_leaves(0);
-        let root = self.tree.root();
+        // What was pushed last is in both, also of frames that came to nothing.
+        let root = match &self.shadow {
+            Some(shadow) => self.tree.root(shadow),
+            None => self.tree.root(&NoPages),
+        };
         let (encoded_bytes, _) = self.writer.finish(&Ending {
             manifest,
             captured_at,

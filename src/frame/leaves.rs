@@ -16,7 +16,7 @@ use std::ops::Range;
 use blake3::IncrementCounter;
 use blake3::platform::Platform;
 
-use super::tree::{BELOW, ImageTree};
+use super::tree::ImageTree;
 use crate::page::PAGE_SIZE;
 
 const CHUNK: usize = 1024;
@@ -138,13 +138,11 @@ pub(super) struct Groups {
 }
 
 impl Groups {
-    /// Takes the number of a node, after those before it. `each` gets numbers and values of nodes that are
+    /// Takes a node's number, after those before it, and what it is made of. `each` gets numbers and values of nodes that are
     /// made.
-    pub fn add(&mut self, number: usize, below: &[[u8; CV]], each: impl FnMut(usize, [u8; CV])) {
+    pub fn add(&mut self, number: usize, group: &[[u8; CV]], each: impl FnMut(usize, [u8; CV])) {
         self.numbers.push(number);
-        let group = &below[number * BELOW..];
-        self.values
-            .extend_from_slice(&group[..group.len().min(BELOW)]);
+        self.values.extend_from_slice(group);
         if self.numbers.len() == GROUPS {
             self.finish(each);
         }
@@ -163,8 +161,7 @@ impl Groups {
 }
 
 /// The first height above these nodes, or their own, that has at most `width` of them.
-pub(super) fn above(nodes: &[[u8; CV]], width: usize) -> Vec<[u8; CV]> {
-    let mut nodes = nodes.to_vec();
+pub(super) fn above(mut nodes: Vec<[u8; CV]>, width: usize) -> Vec<[u8; CV]> {
     while nodes.len() > width {
         halve(&mut nodes);
     }

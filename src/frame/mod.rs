@@ -95,7 +95,7 @@ pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
 pub use merge::{Merger, merge};
 pub use part::{Content, PageImage, PageSink, PartView, Row, RowKind, rows_hash, rows_in};
 pub use shadow::Shadow;
-pub use tree::ImageTree;
+pub use tree::{ImageTree, Leaves, NoPages};
 pub use verified::{Decoded, VerifiedPart};
 pub use writer::FrameStart;
 

@@ -10,6 +10,7 @@ use std::ptr::NonNull;
 
 use super::bits::Bits;
 use super::delta;
+use super::tree::{ImageTree, Leaves};
 use crate::page::PAGE_SIZE;
 
 static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
@@ -90,6 +91,29 @@ impl Shadow {
         Some(unsafe { self.memory.add(index).as_ref() })
     }
 
+    /// Calls `each` with position and leaf of what was last stored in these pages, valid or not.
+    fn stored(&self, pages: Range<usize>, each: &mut dyn FnMut(usize, [u8; 32])) {
+        assert!(pages.end <= self.pages, "{pages:?} of {}", self.pages);
+        let mut start = pages.start;
+        while start < pages.end {
+            let written = self.written.get(start);
+            let alike = |index: &usize| self.written.get(*index) == written;
+            let end = start + (start..pages.end).take_while(alike).count();
+            if written {
+                // SAFETY: the range lies within the mapping (asserted), which lives as long as `self`;
+                // nobody writes while `self` is borrowed.
+                let pages = unsafe {
+                    let first = self.memory.add(start).as_ptr();
+                    std::slice::from_raw_parts(first, end - start)
+                };
+                ImageTree::leaves_of(start, pages, &mut *each);
+            } else {
+                (start..end).for_each(|index| each(index, ImageTree::leaf(index, &ZERO_PAGE)));
+            }
+            start = end;
+        }
+    }
+
     /// Stores a page and makes it valid. `zero` says that the content is all zeros, which costs
     /// no memory. Panics outside the image.
     pub fn store(&mut self, index: usize, page: &[u8; PAGE_SIZE], zero: bool) {
@@ -167,6 +191,12 @@ impl Shadow {
 
     pub(super) fn invalidate_set(&mut self, pages: &Bits) {
         self.valid.subtract(pages);
+    }
+}
+
+impl Leaves for Shadow {
+    fn leaves(&self, pages: Range<usize>, each: &mut dyn FnMut(usize, [u8; 32])) {
+        self.stored(pages, each);
     }
 }
 

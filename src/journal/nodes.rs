@@ -63,7 +63,7 @@ impl Nodes {
             fill_zeros(0, &mut leaves);
             return Ok(Self {
                 nodes: vec![ImageTree::node(&leaves)],
-                root: (leaves.len() >= 2).then(|| ImageTree::from_leaves(leaves).root()),
+                root: (leaves.len() >= 2).then(|| ImageTree::root_of(leaves)),
             });
         }
         let mut nodes = Vec::with_capacity(groups);
@@ -98,7 +98,7 @@ fn node(group: usize, leaves: &[Hash]) -> Hash {
 
 /// The root of an image of several groups.
 fn root_of(nodes: &[Hash]) -> ImageRoot {
-    ImageTree::from_leaves(nodes.to_vec()).root()
+    ImageTree::root_of(nodes.to_vec())
 }
 
 /// What the file says, if it is there and has nodes of as many groups: two or more.

@@ -63,7 +63,7 @@ impl<'l, 't> Runs<'l, 't> {
     pub fn finish(mut self) -> Result<ImageRoot, JournalError> {
         self.flush()?;
         fill_zeros(0, &mut self.leaves);
-        Ok(ImageTree::from_leaves(self.leaves).root())
+        Ok(ImageTree::root_of(self.leaves))
     }
 }
 

@@ -10,12 +10,13 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZero;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::bitmap::PageBitmap;
-use crate::frame::{ImageTree, PageImage, PageSink};
+use crate::frame::{ImageTree, Leaves, PageImage, PageSink};
 use crate::ids::ImageRoot;
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange, RegionId};
 
@@ -36,6 +37,8 @@ pub enum ImageError {
 
 /// Pages that are hashed together.
 const PIECE_PAGES: u32 = 64;
+/// Pieces whose leaves are held at once: 2 MiB.
+const PIECES_AT_ONCE: usize = 1024;
 /// From as many pages on several threads hash: less takes one of them half a millisecond.
 const PARALLEL_PAGES: u64 = 512;
 /// What holes look like.
@@ -202,55 +205,19 @@ impl Image {
             true => std::thread::available_parallelism().map_or(1, NonZero::get),
             false => 1,
         };
-        let share = pieces.len().div_ceil(threads).max(1);
-        let leaves: Vec<_> = std::thread::scope(|scope| {
-            let mut shares = pieces.chunks(share);
-            let own = shares.next().unwrap_or_default();
-            let image = &*self;
-            let others: Vec<_> = shares
-                .map(|pieces| {
-                    let work = move || image.leaves(pieces);
-                    let begun = std::thread::Builder::new().spawn_scoped(scope, work);
-                    (pieces, begun)
-                })
-                .collect();
-            let mut leaves = image.leaves(own);
-            for (pieces, other) in others {
-                match other.map(std::thread::ScopedJoinHandle::join) {
-                    Ok(Ok(more)) => leaves.extend(more),
-                    Ok(Err(panic)) => std::panic::resume_unwind(panic),
-                    // A host that has no room for a thread does without.
-                    Err(_) => leaves.extend(image.leaves(pieces)),
-                }
+        let content = Content {
+            map: &self.map,
+            written: &self.written,
+        };
+        for pieces in pieces.chunks(PIECES_AT_ONCE) {
+            let leaves = content.leaves_by(threads, pieces);
+            let indexes = pieces.iter().flat_map(|piece| piece.start..piece.end);
+            for (index, leaf) in indexes.zip(leaves) {
+                self.tree.set(index as usize, leaf);
             }
-            leaves
-        });
-        let indexes = pieces.iter().flat_map(|piece| piece.start..piece.end);
-        for (index, leaf) in indexes.zip(leaves) {
-            self.tree.set(index as usize, leaf);
         }
         self.touched.clear_all();
-        self.tree.root()
-    }
-
-    /// Leaves of the pages of these pieces.
-    fn leaves(&self, pieces: &[PageRange]) -> Vec<[u8; 32]> {
-        let mut leaves = Vec::new();
-        for piece in pieces {
-            let mut start = piece.start;
-            while start < piece.end {
-                let written = self.written.get(start);
-                let alike = |page: &u32| self.written.get(*page) == written;
-                let end = start + (start..piece.end).take_while(alike).count() as u32;
-                let pages = match written {
-                    true => self.map.pages(start, end),
-                    false => &ZEROS[..(end - start) as usize],
-                };
-                ImageTree::leaves_of(start as usize, pages, |_, leaf| leaves.push(leaf));
-                start = end;
-            }
-        }
-        leaves
+        self.tree.root(&content)
     }
 
     /// Bytes of memory that it takes.
@@ -268,6 +235,67 @@ impl Image {
     /// The pages of the image, all RAM regions concatenated, from `first` on.
     pub fn pages_from(&self, first: u32) -> impl Iterator<Item = &[u8; PAGE_SIZE]> {
         (first..self.written.pages()).map(|index| self.at(u64::from(index)))
+    }
+}
+
+/// The pages of an image, for hashing.
+#[derive(Clone, Copy)]
+struct Content<'a> {
+    map: &'a Mapping,
+    written: &'a PageBitmap,
+}
+
+impl Content<'_> {
+    /// Leaves of the pages of these pieces, made by so many threads.
+    fn leaves_by(self, threads: usize, pieces: &[PageRange]) -> Vec<[u8; 32]> {
+        let share = pieces.len().div_ceil(threads).max(1);
+        std::thread::scope(|scope| {
+            let mut shares = pieces.chunks(share);
+            let own = shares.next().unwrap_or_default();
+            let others: Vec<_> = shares
+                .map(|pieces| {
+                    let work = move || self.leaves_of(pieces);
+                    let begun = std::thread::Builder::new().spawn_scoped(scope, work);
+                    (pieces, begun)
+                })
+                .collect();
+            let mut leaves = self.leaves_of(own);
+            for (pieces, other) in others {
+                match other.map(std::thread::ScopedJoinHandle::join) {
+                    Ok(Ok(more)) => leaves.extend(more),
+                    Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                    // A host that has no room for a thread does without.
+                    Err(_) => leaves.extend(self.leaves_of(pieces)),
+                }
+            }
+            leaves
+        })
+    }
+
+    fn leaves_of(self, pieces: &[PageRange]) -> Vec<[u8; 32]> {
+        let mut leaves = Vec::new();
+        for piece in pieces {
+            let pages = piece.start as usize..piece.end as usize;
+            self.leaves(pages, &mut |_, leaf| leaves.push(leaf));
+        }
+        leaves
+    }
+}
+
+impl Leaves for Content<'_> {
+    fn leaves(&self, pages: Range<usize>, each: &mut dyn FnMut(usize, [u8; 32])) {
+        let (mut start, end_of_all) = (pages.start as u32, pages.end as u32);
+        while start < end_of_all {
+            let written = self.written.get(start);
+            let alike = |page: &u32| self.written.get(*page) == written;
+            let end = start + (start..end_of_all).take_while(alike).count() as u32;
+            let pages = match written {
+                true => self.map.pages(start, end),
+                false => &ZEROS[..(end - start) as usize],
+            };
+            ImageTree::leaves_of(start as usize, pages, &mut *each);
+            start = end;
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use lifeboat::clock::Timestamp;
 use lifeboat::frame::{
-    Codec, EncodeOptions, Encoder, FrameStart, ImageTree, Manifest, PageImage, PartView,
+    Codec, EncodeOptions, Encoder, FrameStart, ImageTree, Manifest, NoPages, PageImage, PartView,
     apply_delta, fingerprint,
 };
 use lifeboat::guest::Chunk;
@@ -211,12 +211,16 @@ fn pages(c: &mut Criterion) {
     group.bench_function("root after one page of 64 MiB", |b| {
         b.iter_batched_ref(
             || {
-                let mut tree = ImageTree::from_leaves(leaves.clone());
-                tree.root();
+                let mut tree = ImageTree::whole(leaves.len());
+                leaves
+                    .iter()
+                    .enumerate()
+                    .for_each(|(i, leaf)| tree.set(i, *leaf));
+                tree.root(&NoPages);
                 tree.set(77, [1; 32]);
                 tree
             },
-            ImageTree::root,
+            |tree| tree.root(&NoPages),
             BatchSize::LargeInput,
         );
     });

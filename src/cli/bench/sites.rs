@@ -7,8 +7,8 @@
 //! end the standby's daemon is killed, and the time is taken from the start of another one until that knows
 //! all points. Guests never rest; they run at the lowest priority.
 //!
-//! Memory is what a daemon has of its own: not the images (they are in memfds of their own), and
-//! the shadow is switched off.
+//! Memory is what a daemon has of its own: not the images, which are in memfds of their own. The primary's
+//! shadow counts: it is a copy of what the guest has used, which is little here.
 
 use std::path::Path;
 use std::time::Duration;

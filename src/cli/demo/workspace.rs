@@ -248,8 +248,6 @@ fn configuration(
     let qemu = machine == Machine::Qemu;
     let checkpoint_ms = CHECKPOINT_MAX.as_millis();
     let guests = machine.guests();
-    // What the memory of a daemon is without it is measured.
-    let shadow = !matches!(machine, Machine::Fleet { .. });
     format!(
         r#"# Made by `lifeboat demo`.
 
@@ -285,7 +283,6 @@ qemu = {qemu}
 [defaults.replication]
 rpo_target = "2s"
 checkpoint = {{ min = "20ms", max = "{checkpoint_ms}ms" }}
-shadow = {shadow}
 
 [journal]
 path = "state/journal"
