@@ -25,7 +25,8 @@
 //! longer.
 //!
 //! A guest is slowed down only if the operator allows it (`slow_max`): step by step while it is late or
-//! about to be, at once by all that is allowed if it is far too late; and let go step by step.
+//! about to be, at once by all that is allowed if it is far too late; and let go step by step. It is not
+//! for what is left of an outage, nor for a pause budget, which it would not help.
 
 use std::time::Duration;
 
@@ -41,9 +42,9 @@ const LATE_BY: Duration = Duration::from_millis(5);
 /// A stage that is busy for this share of the time between two cuts holds them up.
 const BUSY_SHARE: f64 = 0.7;
 /// The guest is slowed down more while the exposure is above this share of the target ...
-const SLOW_ABOVE: f64 = 0.9;
-/// ... and less while it is below this one.
-const SLOW_BELOW: f64 = 0.6;
+const SLOW_ABOVE: f64 = 0.95;
+/// ... and less while it is below this one: above what is planned for.
+const SLOW_BELOW: f64 = 0.85;
 /// From here on at once by all that is allowed.
 const SLOW_FULLY: f64 = 2.0;
 /// Steps from nothing to all that is allowed, and back.
@@ -335,8 +336,12 @@ impl Pacing {
         let max = self.wanted.slow_max;
         let before = self.slowed;
         let cycle = self.cycle();
-        if self.next_step.is_none_or(|at| now >= at) {
-            let share = exposure.max(cycle).div_duration_f64(self.wanted.target);
+        let known = self.period.get().is_some() || self.stalled.is_some();
+        if known && self.next_step.is_none_or(|at| now >= at) {
+            let share = match self.by_budget() > self.by_target() {
+                true => 0.0,
+                false => exposure.max(cycle).div_duration_f64(self.wanted.target),
+            };
             if share > SLOW_FULLY {
                 self.slowed = max;
             } else if share > SLOW_ABOVE {

@@ -26,6 +26,9 @@ use crate::wire::version::{VERSION_GROUPS, VERSION_LAST, VERSION_REFERENCES};
 /// Checkpoints on their way at once while a limit of the bandwidth binds.
 const LIMITED_INFLIGHT: usize = 2;
 
+/// What holds a checkpoint up is said anew so often.
+const NOTE_AGAIN: Duration = Duration::from_secs(1);
+
 /// Checkpoints that may be asked for at once.
 const ASKED_MAX: usize = 16;
 
@@ -394,7 +397,7 @@ async fn wait<G: Guest>(
     orders: &mut Orders,
     next_cut: Instant,
 ) -> Result<(), SessionEnd> {
-    let mut noted = false;
+    let mut note_at = next_cut;
     loop {
         let inflight = builder.engine.inflight.len();
         if orders.drain_until.is_some() && inflight == 0 {
@@ -438,8 +441,8 @@ async fn wait<G: Guest>(
             },
             () = sleep_until(due), if may_cut => return Ok(()),
             () = sleep_until(due), if orders.drain_until.is_some() => return Err(SessionEnd::Drained),
-            () = sleep_until(next_cut), if !room && !noted => {
-                noted = true;
+            () = sleep_until(note_at), if !room => {
+                note_at = Instant::now() + NOTE_AGAIN;
                 builder.engine.stalls();
                 let what = match limited {
                     true => "the bandwidth limit of the link",

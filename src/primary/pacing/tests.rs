@@ -172,6 +172,9 @@ fn a_guest_is_slowed_down_step_by_step_within_what_is_allowed() {
         now += ms(2000);
         pacing.slow(ms(exposure), now).map(|(percent, _)| percent)
     };
+    // What is left of an outage.
+    assert_eq!(at(&mut pacing, 9000), None);
+    pacing.durable(done(10, 1, 1, 500));
     assert_eq!(at(&mut pacing, 500), None);
     for percent in [8, 16, 24, 30, 30] {
         assert_eq!(at(&mut pacing, 1200), Some(percent));
@@ -179,17 +182,34 @@ fn a_guest_is_slowed_down_step_by_step_within_what_is_allowed() {
     assert!(pacing.let_go() && !pacing.let_go());
     assert_eq!(at(&mut pacing, 2500), Some(30), "far too late");
     // Between the two it stays.
-    assert_eq!(at(&mut pacing, 700), Some(30));
+    assert_eq!(at(&mut pacing, 900), Some(30));
+    // As late as is planned for.
     for percent in [26, 22, 18, 14, 10, 6, 2, 0] {
-        assert_eq!(at(&mut pacing, 100), Some(percent));
+        assert_eq!(at(&mut pacing, 800), Some(percent));
     }
     assert_eq!(at(&mut pacing, 100), None);
     // The effect of a step is awaited.
     let later = start + ms(100_000);
     assert_eq!(pacing.slow(ms(1900), later).unwrap().0, 8);
     assert_eq!(pacing.slow(ms(1900), later + ms(100)).unwrap().0, 8);
-    assert_eq!(pacing.slow(ms(1900), later + ms(300)).unwrap().0, 16);
+    assert_eq!(pacing.slow(ms(1900), later + ms(600)).unwrap().0, 16);
     assert!(pacing.let_go() && !pacing.let_go());
+    // A budget that makes it late: it would not help.
+    let mut pacing = Pacing::new(Wanted {
+        slow_max: 30,
+        budget: Some(0.01),
+        ..WANTED
+    });
+    pacing.paused(ms(50));
+    pacing.durable(done(10, 1, 1, 5000));
+    assert_eq!(pacing.slow(ms(5000), later), None);
+    // Nothing comes through: there is no second one to tell how they follow each other.
+    let mut pacing = Pacing::new(Wanted {
+        slow_max: 30,
+        ..WANTED
+    });
+    pacing.stalls(later);
+    assert_eq!(pacing.slow(ms(5000), later).unwrap().0, 30);
     // Off.
     let mut pacing = Pacing::new(WANTED);
     assert_eq!(pacing.slow(ms(9000), later), None);
