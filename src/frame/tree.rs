@@ -41,11 +41,11 @@ use crate::page::PAGE_SIZE;
 /// Nodes of one kept level that make one of the next; pages of a group.
 pub(super) const BELOW: usize = 8;
 /// A group that did not change for so many roots is forgotten.
-const KEPT_ROOTS: u32 = 256;
+const KEPT_ROOTS: u64 = 256;
 /// Most groups that are kept beyond a root: 17 MiB.
 const KEPT_GROUPS: usize = if cfg!(test) { 12 } else { 1 << 16 };
 /// Groups are looked through for those to forget every so many roots.
-const FORGET_EVERY: u32 = 16;
+const FORGET_EVERY: u64 = 16;
 
 /// The pages that a tree is of.
 pub trait Leaves {
@@ -77,7 +77,7 @@ pub struct ImageTree {
     /// Leaves can be had from the pages.
     forgets: bool,
     /// Number of roots that were asked for.
-    roots: u32,
+    roots: u64,
 }
 
 /// Groups whose leaves are kept.
@@ -92,7 +92,7 @@ const ABSENT: u32 = u32::MAX;
 struct Group {
     number: u32,
     /// When it changed last, in roots.
-    changed: u32,
+    changed: u64,
     /// A bit for each leaf that is there.
     have: u8,
     leaves: [[u8; 32]; BELOW],

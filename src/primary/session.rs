@@ -395,10 +395,14 @@ async fn build_inner<G: Guest>(
 async fn wait<G: Guest>(
     builder: &mut Builder<'_, G>,
     orders: &mut Orders,
-    next_cut: Instant,
+    mut next_cut: Instant,
 ) -> Result<(), SessionEnd> {
     let mut note_at = next_cut;
     loop {
+        if builder.engine.handover.is_some() {
+            // A guest that is given away does not wait for its pause budget.
+            next_cut = next_cut.min(Instant::now() + builder.engine.options.interval_max);
+        }
         let inflight = builder.engine.inflight.len();
         if orders.drain_until.is_some() && inflight == 0 {
             return Err(SessionEnd::Drained);
