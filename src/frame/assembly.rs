@@ -22,7 +22,7 @@ use super::{PART_BYTES_MAX, PART_BYTES_MIN};
 
 /// Smallest batch whose compression is worth handing over: a small checkpoint is done before anybody
 /// woke up.
-const SHARED_BATCH_BYTES: usize = BATCH_RAW_MAX / 2;
+const SHARED_BATCH_BYTES: usize = 32 << 10;
 
 /// Smallest part whose hash is worth handing over.
 const SHARED_HASH_BYTES: usize = 256 << 10;

@@ -3,16 +3,16 @@
 //! ```text
 //!   page ─▶ crc32c ─▶ slot { crc32c, batch, place } ─▶ compared with the bytes that are there
 //!
-//!   batches    [ n-64 | .. | n-1 ] flushed, as they were filled      [ n ] open
+//!   batches    [ n-w | .. | n-1 ] flushed, as they were filled       [ n ] open
 //!               └─ decoded by whoever reads, and kept as long ─┘
 //! ```
 //!
 //! The bytes are still there: the buffers of the last batches go round a little later. So a cheap checksum
 //! is enough to find them, and equal means equal.
 //!
-//! * How far back a row may refer ([`WINDOW`]) is part of the format: it bounds what a reader keeps, and
-//!   each batch is decoded once all the same. Of the duplicates that a part of Linux'
-//!   memory has 95 % and more are that near.
+//! * How far back a row may refer ([`Scale::window`]) is part of the format: it bounds what a reader keeps,
+//!   and each batch is decoded once all the same. Of the duplicates that a part of Linux' memory has
+//!   95 % and more are that near.
 //! * The table is as large as it ever gets from the beginning, and a slot has room for one page: what is
 //!   newer takes the place of what is older. So it depends on the pages alone what is found, and on
 //!   nobody's help.
@@ -28,10 +28,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::batch::Scale;
 use crate::page::PAGE_SIZE;
-
-/// How many batches of raw pages a row may refer back: 4 MiB of pages.
-pub(super) const WINDOW: usize = 64;
 
 /// A power of two, and many more than there are pages in the window.
 const SLOTS: usize = 16 << 10;
@@ -58,7 +56,7 @@ pub(super) struct Place {
     /// Number of the batch in its part; `None` if it is the one that is open.
     pub batch: Option<u16>,
     /// Where it begins there.
-    pub off: u16,
+    pub off: u32,
 }
 
 /// The raw pages of a part that can be referred to. See the module.
@@ -70,6 +68,7 @@ pub(super) struct Window {
     batches: VecDeque<(u16, Arc<Vec<u8>>)>,
     /// How many were flushed.
     flushed: u16,
+    scale: Scale,
 }
 
 impl Window {
@@ -86,8 +85,9 @@ impl Window {
         !self.slots.is_empty()
     }
 
-    /// A part begins. What was held comes back.
-    pub fn clear(&mut self) -> impl Iterator<Item = Arc<Vec<u8>>> {
+    /// A part begins, with batches of this scale. What was held comes back.
+    pub fn clear(&mut self, scale: Scale) -> impl Iterator<Item = Arc<Vec<u8>>> {
+        self.scale = scale;
         self.slots.fill(EMPTY);
         self.flushed = 0;
         self.batches.drain(..).map(|(_, bytes)| bytes)
@@ -113,7 +113,7 @@ impl Window {
             _ => (None, open),
         };
         let at = usize::from(slot.at) * PAGE_SIZE;
-        let off = u16::try_from(at).expect("a page of a batch");
+        let off = at as u32;
         (bytes.get(at..at + PAGE_SIZE)? == page).then_some(Place { batch, off })
     }
 
@@ -132,7 +132,7 @@ impl Window {
         self.flushed += 1;
         let (_, oldest) = self
             .batches
-            .pop_front_if(|_| self.flushed as usize > WINDOW)?;
+            .pop_front_if(|_| self.flushed as usize > self.scale.window())?;
         Some(oldest)
     }
 }
@@ -149,9 +149,16 @@ mod tests {
 
     #[test]
     fn pages_are_found_as_long_as_they_are_near() {
+        for scale in [Scale::Small, Scale::Large] {
+            found_as_long_as_they_are_near(scale);
+        }
+    }
+
+    fn found_as_long_as_they_are_near(scale: Scale) {
         let mut window = Window::default();
         assert!(!window.is_on());
         window.switch(true);
+        assert_eq!(window.clear(scale).count(), 0);
         let mut open = Vec::new();
         // Two pages in each batch; numbers of batches have gaps.
         for batch in 0..200u16 {
@@ -160,19 +167,19 @@ mod tests {
                 assert_eq!(window.find(check, &content, &open), None);
                 open.extend_from_slice(&content);
                 window.note(check, open.len());
-                let off = (open.len() - PAGE_SIZE) as u16;
+                let off = (open.len() - PAGE_SIZE) as u32;
                 let place = Place { batch: None, off };
                 assert_eq!(window.find(check, &content, &open), Some(place));
             }
             let given = window.flushed(batch * 3, Arc::new(std::mem::take(&mut open)));
-            assert_eq!(given.is_some(), usize::from(batch) >= WINDOW);
+            assert_eq!(given.is_some(), usize::from(batch) >= scale.window());
             for earlier in 0..=batch {
                 let content = page(u32::from(earlier) * 2 + 1);
                 let found = window.find(Window::check(&content), &content, &open);
-                let near = usize::from(batch - earlier) < WINDOW;
+                let near = usize::from(batch - earlier) < scale.window();
                 let place = Place {
                     batch: Some(earlier * 3),
-                    off: PAGE_SIZE as u16,
+                    off: PAGE_SIZE as u32,
                 };
                 // A slot may be taken by a newer page.
                 assert!(found.is_none() || (near && found == Some(place)));
@@ -188,7 +195,7 @@ mod tests {
                 .is_some()
         );
         assert_eq!(window.find(Window::check(&content), &other, &open), None);
-        assert_eq!(window.clear().count(), WINDOW);
+        assert_eq!(window.clear(scale).count(), scale.window());
         assert_eq!(window.find(Window::check(&content), &content, &open), None);
     }
 }

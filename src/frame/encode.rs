@@ -49,7 +49,7 @@ use super::helpers::Ordered;
 use super::leaves::Runs;
 use super::shadow::{DENSE_PAGES, Shadow};
 use super::tree::{ImageTree, NoPages};
-use super::writer::{Ending, FrameStart, FrameWriter};
+use super::writer::{Ending, FrameStart, FrameWriter, Knows};
 use super::{Codec, Manifest};
 use crate::bitmap::PageSet;
 use crate::clock::Timestamp;
@@ -75,9 +75,8 @@ pub struct EncodeOptions {
     pub shadow: bool,
     /// Let the process' helpers take part, if there are processors for them. What is made is the same.
     pub parallel: bool,
-    /// Full frames refer to equal pages; whoever reads them knows references. See
-    /// [`set_references`](Encoder::set_references).
-    pub references: bool,
+    /// What whoever reads the frames knows. See [`set_knows`](Encoder::set_knows).
+    pub knows: Knows,
 }
 
 impl Default for EncodeOptions {
@@ -87,7 +86,7 @@ impl Default for EncodeOptions {
             part_bytes: 4 << 20,
             shadow: true,
             parallel: false,
-            references: false,
+            knows: Knows::default(),
         }
     }
 }
@@ -139,7 +138,7 @@ pub struct Encoder {
     /// Leaves that are being computed.
     hashing: Ordered<Vec<(usize, [u8; 32])>>,
     scratch: Vec<u8>,
-    references: bool,
+    knows: Knows,
     stats: EncodeStats,
 }
 
@@ -177,7 +176,7 @@ impl Encoder {
             unshipped: Bits::new(ram_pages),
             hashing: Ordered::new(options.parallel),
             scratch: Vec::with_capacity(DELTA_BYTES_LIMIT),
-            references: options.references,
+            knows: options.knows,
             stats: EncodeStats::default(),
         })
     }
@@ -187,9 +186,9 @@ impl Encoder {
         self.writer.set_codec(codec);
     }
 
-    /// Whether full frames refer to equal pages, from the next frame on.
-    pub fn set_references(&mut self, references: bool) {
-        self.references = references;
+    /// What whoever reads the frames knows, from the next frame on.
+    pub fn set_knows(&mut self, knows: Knows) {
+        self.knows = knows;
     }
 
     /// The layout that the encoder was made for.
@@ -203,8 +202,11 @@ impl Encoder {
         if start.full {
             self.forget();
         }
-        let references = self.references && start.full;
-        self.writer.begin(start, false, references);
+        let knows = Knows {
+            references: self.knows.references && start.full,
+            ..self.knows
+        };
+        self.writer.begin(start, false, knows);
         self.stats = EncodeStats::default();
     }
 

@@ -20,7 +20,7 @@
 //! 188 crc32c of 0..188
 //! ```
 
-use super::batch::{BATCH_HEADER_BYTES, BATCHES_MAX, Codec};
+use super::batch::{BATCH_HEADER_BYTES, Codec, Scale};
 use super::error::FrameError;
 use super::manifest::MANIFEST_BYTES_MAX;
 use super::{BLOCK, PART_BYTES_MAX};
@@ -48,6 +48,7 @@ const FLAG_LAST: u16 = 2;
 const FLAG_FULL: u16 = 4;
 const FLAG_MERGED: u16 = 8;
 const FLAG_REFERENCES: u16 = 16;
+const FLAG_LARGE: u16 = 32;
 
 /// The header of a part.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +75,8 @@ pub struct PartHeader {
     pub merged: bool,
     /// True if raw rows may refer to earlier batches than the row before. Programs of old refuse it.
     pub references: bool,
+    /// How large its batches may be. Programs of old refuse large ones.
+    pub scale: Scale,
     /// Number of rows.
     pub rows: u32,
     /// Number of batches.
@@ -159,6 +162,10 @@ impl PartHeader {
             full: flags & FLAG_FULL != 0,
             merged: flags & FLAG_MERGED != 0,
             references: flags & FLAG_REFERENCES != 0,
+            scale: match flags & FLAG_LARGE {
+                0 => Scale::Small,
+                _ => Scale::Large,
+            },
             rows: u32_at(bytes, 88),
             batches: u32_at(bytes, 92),
             batch_bytes: u32_at(bytes, 96),
@@ -187,7 +194,7 @@ impl PartHeader {
         if self.prev_epoch == Epoch(0) && !self.full {
             return wrong("a frame that follows no other must be full");
         }
-        if self.batches as usize > BATCHES_MAX
+        if self.batches as usize > self.scale.batches_max()
             || (self.batches as usize) * BATCH_HEADER_BYTES > self.batch_bytes as usize
             || (self.batches == 0) != (self.batch_bytes == 0)
         {
@@ -221,6 +228,7 @@ impl PartHeader {
             | flag(self.full, FLAG_FULL)
             | flag(self.merged, FLAG_MERGED)
             | flag(self.references, FLAG_REFERENCES)
+            | flag(self.scale == Scale::Large, FLAG_LARGE)
     }
 
     /// An error if a part with this header has another size than `bytes`.

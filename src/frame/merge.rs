@@ -15,14 +15,14 @@
 
 use std::collections::BTreeMap;
 
-use super::Codec;
+use super::batch::{Codec, Scale};
 use super::check::FrameCheck;
 use super::delta::{self, Painted};
 use super::error::FrameError;
 use super::format::{Footer, PartHeader};
 use super::manifest::Manifest;
 use super::part::{Content, PartView};
-use super::writer::{Ending, FrameStart, FrameWriter};
+use super::writer::{Ending, FrameStart, FrameWriter, Knows};
 use crate::bitmap::PageSet;
 use crate::page::{Layout, PAGE_SIZE, PageAddr, PageRange};
 
@@ -40,8 +40,8 @@ pub struct Merger {
     content: BTreeMap<PageAddr, Merged>,
     first: Option<PartHeader>,
     full: bool,
-    /// Rows of a part had one content; so may those of the merged one.
-    references: bool,
+    /// What the parts have, the merged one may have.
+    knows: Knows,
     /// The frame that is being fed.
     check: FrameCheck,
     /// The newest frame that was fed completely.
@@ -65,7 +65,7 @@ impl Merger {
             content: BTreeMap::new(),
             first: None,
             full: false,
-            references: false,
+            knows: Knows::default(),
             check: FrameCheck::new(),
             last: None,
         }
@@ -80,7 +80,8 @@ impl Merger {
             self.begin_frame(header)?;
         }
         self.check.add(&part)?;
-        self.references |= header.references || shares(&part);
+        self.knows.references |= header.references || shares(&part);
+        self.knows.large_batches |= header.scale == Scale::Large;
         part.for_each(|addr, content| self.take(addr, content))?;
         if let Some(footer) = part.footer() {
             let manifest = part.manifest()?;
@@ -182,7 +183,7 @@ impl Merger {
             parent_root: first.parent_root,
             full: self.full,
         };
-        writer.begin(start, true, self.references);
+        writer.begin(start, true, self.knows);
         let mut scratch = Vec::new();
         for addr in self.zero.iter() {
             writer.zero(addr);

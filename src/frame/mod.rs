@@ -19,7 +19,8 @@
 //! header   magic, version, flags, guest, journal, generation, epoch, previous epoch, root before,
 //!          part number, all lengths, number of rows; crc32c of itself       (see format.rs)
 //! batch    { codec u8, kind u8, 0 u16, raw_len u32, len u32 } then `len` bytes that decode to
-//!          exactly `raw_len` <= 64 KiB; a batch holds raw pages only or deltas only
+//!          exactly `raw_len` bytes; a batch holds raw pages only or deltas only. The header says
+//!          whether that may be 64 or 256 KiB, and rows then count `off` in bytes or in fours (batch.rs)
 //! row      { region u16, kind u8, 0 u8, page u32, .. } in the order of capture
 //!            zero   .. count u32, 0 u32                 `count` pages of zeros from here on
 //!            raw    .. batch u16, off u16, 4096 u16, 0 u16
@@ -37,9 +38,9 @@
 //! * Applying a frame again, or to a page that already holds the new or a mixed content, gives the
 //!   new content: rows copy, they never XOR.
 //! * Of each kind, batches are referenced in ascending order, so that applying a part decodes each
-//!   batch once with two buffers of 64 KiB. Where the header says so, a raw row may refer to any of the
-//!   64 batches of raw pages before the newest so far: its page is equal to one that is there (see
-//!   `duplicates`). Then it takes so many buffers, and each batch is decoded once all the same.
+//!   batch once with two buffers. Where the header says so, a raw row may refer to any batch of the 4 MiB
+//!   of raw pages before the newest so far: its page is equal to one that is there (see `duplicates`).
+//!   Then it takes so many buffers, and each batch is decoded once all the same.
 //! * The header is judged by its own checksum before the body is read; the body is judged by the
 //!   blake3 in the trailer before any of it is decoded; decoding is bounded by the format's
 //!   constants, not by what the bytes say.
@@ -56,8 +57,8 @@
 //! a sorted row index (the fuzzy round and the cut would need two indexes or a sort in the path of
 //! the checkpoint); compressing single pages (half the speed and 6 % larger than batches).
 //!
-//! Version history: 1, the first. Later a flag of the header for rows that refer back, which programs
-//! that do not know it refuse; the wire negotiates it.
+//! Version history: 1, the first. Later a flag of the header for rows that refer back, and one for large
+//! batches, which programs that do not know them refuse; the wire negotiates them ([`Knows`]).
 
 mod assembly;
 mod batch;
@@ -81,7 +82,7 @@ mod tree;
 mod verified;
 mod writer;
 
-pub use batch::{Batch, Codec, Decompressor};
+pub use batch::{Batch, Codec, Decompressor, PLACE_ALIGN, Scale};
 pub use check::FrameCheck;
 pub use delta::{Delta, apply as apply_delta, encode as encode_delta};
 pub use encode::{EncodeOptions, EncodeStats, Encoder, Finished};
@@ -97,7 +98,7 @@ pub use part::{Content, PageImage, PageSink, PartView, Row, RowKind, rows_hash, 
 pub use shadow::Shadow;
 pub use tree::{ImageTree, Leaves, NoPages};
 pub use verified::{Decoded, VerifiedPart};
-pub use writer::FrameStart;
+pub use writer::{FrameStart, Knows};
 
 /// Most bytes of one part: 16 MiB. Bounds every buffer on the path of a frame.
 pub const PART_BYTES_MAX: usize = 16 << 20;

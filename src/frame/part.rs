@@ -4,9 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use super::PART_BYTES_MAX;
-use super::batch::{Batch, BatchKind, Decompressor};
+use super::batch::{Batch, BatchKind, Decompressor, PLACE_ALIGN, Scale};
 use super::delta::{self, DELTA_BYTES_MAX, DELTA_BYTES_MIN};
-use super::duplicates::WINDOW;
 use super::error::FrameError;
 use super::format::{
     FOOTER_BYTES, Footer, HEADER_BYTES, PartHeader, ROW_BYTES, TRAILER_BYTES, array_at,
@@ -44,7 +43,8 @@ pub struct Row {
     /// How the content is stored.
     pub kind: RowKind,
     batch: u16,
-    off: u16,
+    /// In bytes, a multiple of [`PLACE_ALIGN`].
+    off: u32,
     len: u16,
 }
 
@@ -197,7 +197,8 @@ impl<'a> PartView<'a> {
         let mut zero_pages = 0;
         for (number, bytes) in self.row_bytes().iter().enumerate() {
             let wrong = |why| FrameError::Row { row: number, why };
-            let row = Row::parse(bytes).ok_or(wrong("its fields are impossible"))?;
+            let row = Row::parse(bytes, self.header.scale);
+            let row = row.ok_or(wrong("its fields are impossible"))?;
             let end = u64::from(row.addr.page) + u64::from(row.count);
             if row.count == 0 || end > u64::from(REGION_PAGES_MAX) {
                 return Err(wrong("its pages are outside any region"));
@@ -223,13 +224,13 @@ impl<'a> PartView<'a> {
                     return Err(wrong("its batch is out of order"));
                 }
                 let newest = &self.batches[usize::from(newest[kind.index()])];
-                if usize::from(newest.nth - batch.nth) > WINDOW {
+                if usize::from(newest.nth - batch.nth) > self.header.scale.window() {
                     return Err(wrong("it refers too far back"));
                 }
             } else {
                 newest[kind.index()] = row.batch;
             }
-            if u32::from(row.off) + u32::from(row.len) > batch.raw_len {
+            if row.off + u32::from(row.len) > batch.raw_len {
                 return Err(wrong("its content is outside its batch"));
             }
         }
@@ -286,7 +287,8 @@ impl<'a> PartView<'a> {
 
     /// The rows, in the order in which they apply.
     pub fn rows(&self) -> impl Iterator<Item = Row> + 'a {
-        rows_in(self.row_bytes().as_flattened()).map(|row| row.expect("rows are checked by verify"))
+        let rows = rows_in(self.header.scale, self.row_bytes().as_flattened());
+        rows.map(|row| row.expect("rows are checked by verify"))
     }
 
     /// An error if a row names a page outside `layout`.
@@ -295,7 +297,7 @@ impl<'a> PartView<'a> {
     }
 
     /// Decodes the part: calls `each` with every row's content, in order. Every batch is decoded
-    /// once, into one of two buffers of 64 KiB, or of so many more as rows may refer back.
+    /// once, into one of two buffers, or of so many more as rows may refer back.
     pub fn for_each<E: From<FrameError>>(
         &self,
         each: impl FnMut(PageAddr, Content<'_>) -> Result<(), E>,
@@ -312,7 +314,10 @@ impl<'a> PartView<'a> {
         let mut decoder = Decompressor::default();
         // Of each kind the newest batches, each in a place of its own: a row that is due refers to none
         // that another one has replaced.
-        let back = if self.header.references { WINDOW } else { 0 };
+        let back = match self.header.references {
+            true => self.header.scale.window(),
+            false => 0,
+        };
         let mut open = [vec![(None, Vec::new()); back + 1], vec![(None, Vec::new())]];
         for row in self.rows().filter(|row| wants(row.addr.region)) {
             let kind = match row.kind {
@@ -332,7 +337,7 @@ impl<'a> PartView<'a> {
                 *number = Some(row.batch);
             }
             let content = ahead.unwrap_or(decoded);
-            let bytes = &content[usize::from(row.off)..][..usize::from(row.len)];
+            let bytes = &content[row.off as usize..][..usize::from(row.len)];
             match kind {
                 BatchKind::Raw => {
                     let page = bytes.try_into().expect("a raw row has the size of a page");
@@ -385,10 +390,11 @@ pub fn rows_hash(header: &PartHeader, rows: &[u8]) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// The rows that these bytes are, in order; `None` for impossible ones. A part that was verified has none
-/// of these.
-pub fn rows_in(bytes: &[u8]) -> impl Iterator<Item = Option<Row>> {
-    bytes.as_chunks().0.iter().map(Row::parse)
+/// The rows that these bytes are, of a part with batches of this scale, in order; `None` for impossible
+/// ones. A part that was verified has none of these.
+pub fn rows_in(scale: Scale, bytes: &[u8]) -> impl Iterator<Item = Option<Row>> {
+    let rows = bytes.as_chunks().0.iter();
+    rows.map(move |row| Row::parse(row, scale))
 }
 
 #[cfg(test)]
@@ -424,7 +430,7 @@ fn parse_batches(bytes: &[u8], header: &PartHeader) -> Result<Vec<Batch>, FrameE
     // The header's check has bounded the number.
     let mut batches = Vec::with_capacity(header.batches as usize);
     for number in 0..header.batches as usize {
-        let mut batch = Batch::parse(bytes, at, end, number)?;
+        let mut batch = Batch::parse(bytes, at, end, number, header.scale)?;
         batch.nth = counts[batch.kind.index()];
         counts[batch.kind.index()] += 1;
         at = batch.at as usize + batch.len as usize;
@@ -441,7 +447,7 @@ fn parse_batches(bytes: &[u8], header: &PartHeader) -> Result<Vec<Batch>, FrameE
 impl Row {
     /// Where its content lies: number of the batch, position and length within its decoded bytes. Of
     /// no meaning for zeros.
-    pub fn place(&self) -> (u16, u16, u16) {
+    pub fn place(&self) -> (u16, u32, u16) {
         (self.batch, self.off, self.len)
     }
 
@@ -458,9 +464,10 @@ impl Row {
     }
 
     /// Reads a row; `None` if its fields are impossible whatever the part holds.
-    fn parse(bytes: &[u8; ROW_BYTES]) -> Option<Self> {
+    fn parse(bytes: &[u8; ROW_BYTES], scale: Scale) -> Option<Self> {
         let short = |at: usize| u16::from_le_bytes(array_at(bytes, at));
-        let (batch, off, len) = (short(8), short(10), short(12));
+        let (batch, off, len) = (short(8), u32::from(short(10)) * scale.unit(), short(12));
+        let placed = bytes[2] == KIND_ZERO || off.is_multiple_of(PLACE_ALIGN);
         let (kind, count) = match bytes[2] {
             KIND_ZERO if len == 0 => (RowKind::Zero, u32::from_le_bytes(array_at(bytes, 8))),
             KIND_RAW if usize::from(len) == PAGE_SIZE => (RowKind::Raw, 1),
@@ -469,7 +476,7 @@ impl Row {
             }
             _ => return None,
         };
-        (bytes[3] == 0 && short(14) == 0).then(|| Self {
+        (bytes[3] == 0 && short(14) == 0 && placed).then(|| Self {
             addr: PageAddr {
                 region: RegionId(short(0)),
                 page: u32::from_le_bytes(array_at(bytes, 4)),

@@ -1,6 +1,7 @@
 //! Frames against a naive model: a guest that is a list of pages, a standby that is another.
 
 mod hostile;
+mod large;
 mod model;
 mod parallel;
 mod references;
@@ -111,7 +112,7 @@ fn options(codec: Codec, shadow: bool) -> EncodeOptions {
         part_bytes: PART_BYTES_MIN,
         shadow,
         parallel: false,
-        references: false,
+        knows: Knows::default(),
     }
 }
 

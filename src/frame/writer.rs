@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! zero, raw, delta ─▶ rows ─────────────────────────────────┐
-//!                └──▶ open batch of the kind ─(64 KiB)─▶ flushed ─▶ assembly: compressed, in order,
+//!                └──▶ open batch of the kind ─── full ───▶ flushed ─▶ assembly: compressed, in order,
 //!                                             part full ─▶ sealed ─▶   into parts, hashed, handed out
 //! ```
 //!
@@ -18,7 +18,7 @@
 use std::collections::VecDeque;
 
 use super::assembly::Assembly;
-use super::batch::{BATCH_HEADER_BYTES, BATCH_RAW_MAX, BATCHES_MAX, BatchKind, Codec};
+use super::batch::{BATCH_HEADER_BYTES, BatchKind, Codec, PLACE_ALIGN, Scale};
 use super::duplicates::{Place, Window};
 use super::error::EncodeError;
 use super::format::{FOOTER_BYTES, HEADER_BYTES, PartHeader, ROW_BYTES, TRAILER_BYTES, array_at};
@@ -46,6 +46,23 @@ pub struct FrameStart {
     pub parent_root: ImageRoot,
     /// True if the frame will hold all pages and so depends on none before it.
     pub full: bool,
+}
+
+/// What whoever reads a frame knows of what programs of old do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Knows {
+    /// Rows of a full frame may refer to equal pages before theirs.
+    pub references: bool,
+    /// Batches may be large.
+    pub large_batches: bool,
+}
+
+impl Knows {
+    /// What this program knows.
+    pub const ALL: Self = Self {
+        references: true,
+        large_batches: true,
+    };
 }
 
 /// Worst case of one more page: its content, its row, the header of a batch it may open.
@@ -90,6 +107,9 @@ pub(super) struct FrameWriter {
     part_bytes: usize,
     start: Option<FrameStart>,
     merged: bool,
+    knows: Knows,
+    /// Of the part that is being filled.
+    scale: Scale,
     /// Batches of the part that is being filled, and the bytes that they take: as stored where that is
     /// known, as filled where it is not.
     batches: u32,
@@ -107,7 +127,7 @@ pub(super) struct FrameWriter {
     flushed: VecDeque<Flushed>,
     /// Batches in `flushed`, and how many there may be.
     unsettled: usize,
-    lag: usize,
+    ahead: bool,
     assembly: Assembly,
     pages: u64,
 }
@@ -121,6 +141,8 @@ impl FrameWriter {
             part_bytes: part_bytes.clamp(PART_BYTES_MIN, PART_BYTES_MAX) / BLOCK * BLOCK,
             start: None,
             merged: false,
+            knows: Knows::default(),
+            scale: Scale::Small,
             batches: 0,
             batch_bytes: 0,
             rows: Vec::new(),
@@ -132,7 +154,7 @@ impl FrameWriter {
             part: 0,
             flushed: VecDeque::new(),
             unsettled: 0,
-            lag: 0,
+            ahead: false,
             assembly: Assembly::new(false),
             pages: 0,
         }
@@ -141,14 +163,18 @@ impl FrameWriter {
     /// As [`new`](Self::new), but goes on while batches are compressed; with `parallel` by helpers. What
     /// it writes does not depend on `parallel`.
     pub fn ahead(codec: Codec, part_bytes: usize, parallel: bool) -> Self {
-        let writer = Self::new(codec, part_bytes);
-        // What is not known yet must be a small share of the part: it counts as if it did not shrink.
-        let lag = (writer.part_bytes / BATCH_RAW_MAX / 8).min(LAG_MAX);
         Self {
-            lag,
+            ahead: true,
             assembly: Assembly::new(parallel),
-            ..writer
+            ..Self::new(codec, part_bytes)
         }
+    }
+
+    /// How many batches may be flushed whose compressed size is still open.
+    fn lag(&self) -> usize {
+        // It must be a small share of the part: they count as if they did not shrink.
+        let share = self.part_bytes / self.scale.batch_raw_max() / 8;
+        if self.ahead { share.min(LAG_MAX) } else { 0 }
     }
 
     pub fn set_codec(&mut self, codec: Codec) {
@@ -162,8 +188,8 @@ impl FrameWriter {
         self.start.is_some()
     }
 
-    /// With `references`, equal pages are found.
-    pub fn begin(&mut self, start: FrameStart, merged: bool, references: bool) {
+    /// `knows` is of whoever will read it. If they know references, equal pages are found.
+    pub fn begin(&mut self, start: FrameStart, merged: bool, knows: Knows) {
         assert!(self.start.is_none(), "the frame before was not ended");
         assert!(
             start.prev_epoch < start.epoch && (start.full || start.prev_epoch > Epoch(0)),
@@ -173,10 +199,11 @@ impl FrameWriter {
         );
         self.start = Some(start);
         self.merged = merged;
+        self.knows = knows;
         self.part = 0;
         self.pages = 0;
         self.assembly.begin();
-        self.window.switch(references);
+        self.window.switch(knows.references);
         self.reset_part();
     }
 
@@ -205,7 +232,11 @@ impl FrameWriter {
         self.rows.clear();
         self.zero_pages = 0;
         self.references = false;
-        for bytes in self.window.clear() {
+        self.scale = match self.codec {
+            Codec::Zstd1 if self.knows.large_batches => Scale::Large,
+            _ => Scale::Small,
+        };
+        for bytes in self.window.clear(self.scale) {
             self.assembly.give_back(bytes);
         }
         for open in &mut self.open {
@@ -254,7 +285,7 @@ impl FrameWriter {
             self.pages += 1;
             self.references |= batch.is_some();
             let number = batch.map_or(OPEN, u16::to_le_bytes);
-            self.push_row(addr, KIND_RAW, tail(number, off, PAGE_SIZE));
+            self.push_row(addr, KIND_RAW, self.tail(number, off, PAGE_SIZE));
             return false;
         }
         self.content(addr, BatchKind::Raw, page);
@@ -271,20 +302,20 @@ impl FrameWriter {
     fn content(&mut self, addr: PageAddr, kind: BatchKind, bytes: &[u8]) {
         self.pages += 1;
         self.make_room();
-        if self.open[kind.index()].bytes.len() + bytes.len() > BATCH_RAW_MAX {
+        if self.open[kind.index()].bytes.len() + bytes.len() > self.scale.batch_raw_max() {
             self.flush(kind);
         }
         let open = &mut self.open[kind.index()];
         if open.bytes.is_empty() {
             open.first_row = self.rows.len() / ROW_BYTES;
         }
-        let off = u16::try_from(open.bytes.len()).expect("a batch of 64 KiB");
+        let off = open.bytes.len() as u32;
         open.bytes.extend_from_slice(bytes);
         let tag = match kind {
             BatchKind::Raw => KIND_RAW,
             BatchKind::Delta => KIND_DELTA,
         };
-        self.push_row(addr, tag, tail(OPEN, off, bytes.len()));
+        self.push_row(addr, tag, self.tail(OPEN, off, bytes.len()));
     }
 
     fn push_row(&mut self, addr: PageAddr, kind: u8, tail: [u8; 8]) {
@@ -292,6 +323,17 @@ impl FrameWriter {
         self.rows.extend_from_slice(&[kind, 0]);
         self.rows.extend_from_slice(&addr.page.to_le_bytes());
         self.rows.extend_from_slice(&tail);
+    }
+
+    /// What a row says of its place, which is `off` bytes from the beginning of its batch.
+    fn tail(&self, batch: [u8; 2], off: u32, len: usize) -> [u8; 8] {
+        assert!(off.is_multiple_of(PLACE_ALIGN), "a place at {off} bytes");
+        let off = u16::try_from(off / self.scale.unit()).expect("a place in a batch");
+        let mut tail = [0; 8];
+        tail[..2].copy_from_slice(&batch);
+        tail[2..4].copy_from_slice(&off.to_le_bytes());
+        tail[4..6].copy_from_slice(&(len as u16).to_le_bytes());
+        tail
     }
 
     /// Size of the part if it were sealed now and nothing compressed.
@@ -309,13 +351,13 @@ impl FrameWriter {
     fn make_room(&mut self) {
         assert!(self.start.is_some(), "no frame was begun");
         let full = self.projected() + PAGE_COST > self.part_bytes
-            || self.batches as usize + 2 >= BATCHES_MAX
+            || self.batches as usize + 2 >= self.scale.batches_max()
             || self.zero_pages >= ZERO_PAGES_MAX;
         if full {
             self.flush_all();
             // Compression may have made the room that the worst case did not see.
             if self.projected() + PAGE_COST > self.part_bytes - self.part_bytes / 8
-                || self.batches as usize + 2 >= BATCHES_MAX
+                || self.batches as usize + 2 >= self.scale.batches_max()
                 || self.zero_pages >= ZERO_PAGES_MAX
             {
                 self.seal();
@@ -341,7 +383,7 @@ impl FrameWriter {
             BatchKind::Raw => KIND_RAW,
             BatchKind::Delta => KIND_DELTA,
         };
-        let number = u16::try_from(self.batches).expect("BATCHES_MAX batches");
+        let number = u16::try_from(self.batches).expect("batches_max batches");
         let (rows, _) = self.rows.as_chunks_mut::<ROW_BYTES>();
         // Rows that refer to an earlier batch have its number.
         let of_it = |row: &&mut [u8; ROW_BYTES]| row[2] == tag && row[8..10] == OPEN;
@@ -360,7 +402,7 @@ impl FrameWriter {
         let part = self.part;
         self.flushed.push_back(Flushed::Batch { part, kind });
         self.unsettled += 1;
-        self.settle(self.lag);
+        self.settle(self.lag());
     }
 
     /// Puts flushed batches, up to the newest `keep`, into their parts. Only here the sizes of batches
@@ -387,15 +429,6 @@ impl FrameWriter {
             }
         }
     }
-}
-
-/// What a row says of its place.
-fn tail(batch: [u8; 2], off: u16, len: usize) -> [u8; 8] {
-    let mut tail = [0; 8];
-    tail[..2].copy_from_slice(&batch);
-    tail[2..4].copy_from_slice(&off.to_le_bytes());
-    tail[4..6].copy_from_slice(&(len as u16).to_le_bytes());
-    tail
 }
 
 /// What the last part carries beside pages.
@@ -437,7 +470,7 @@ impl FrameWriter {
         self.flushed.push_back(Flushed::Seal { header, rows });
         self.part += 1;
         self.reset_part();
-        self.settle(self.lag);
+        self.settle(self.lag());
     }
 
     /// Of the part that is being filled; sizes come later.
@@ -455,6 +488,7 @@ impl FrameWriter {
             full: start.full,
             merged: self.merged,
             references: self.references,
+            scale: self.scale,
             rows: (self.rows.len() / ROW_BYTES) as u32,
             batches: self.batches,
             batch_bytes: 0,

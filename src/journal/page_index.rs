@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::error::JournalError;
-use crate::frame::{Row, RowKind};
+use crate::frame::{PLACE_ALIGN, Row, RowKind};
 use crate::page::{Layout, PAGE_SIZE, PageAddr};
 
 /// Rows that may be void before they are sorted out.
@@ -28,6 +28,7 @@ pub(super) struct Entry {
     pub number: u32,
     /// Number of its batch, of all that were counted.
     pub batch: u32,
+    /// In [`PLACE_ALIGN`] bytes.
     off: u16,
     /// Bytes; 0 for a whole page, which a delta never has.
     len: u16,
@@ -45,7 +46,8 @@ impl Entry {
             0 => PAGE_SIZE,
             len => usize::from(len),
         };
-        usize::from(self.off)..usize::from(self.off) + len
+        let start = usize::from(self.off) * PLACE_ALIGN as usize;
+        start..start + len
     }
 }
 
@@ -100,7 +102,7 @@ impl Index {
                 page: row.addr.page,
                 number,
                 batch: first + u32::from(batch),
-                off,
+                off: u16::try_from(off / PLACE_ALIGN).expect("a place in a batch"),
                 len: match row.kind {
                     RowKind::Delta => len,
                     _ => 0,

@@ -51,8 +51,8 @@ use crate::page::{Layout, PAGE_SIZE, PageAddr, RegionId};
 
 /// Bytes of parts that are kept: 64 MiB.
 const KEPT_BYTES: usize = 64 << 20;
-/// Decoded batches that are kept: 4 MiB.
-const KEPT_BATCHES: usize = 64;
+/// Bytes of decoded batches that are kept: 4 MiB.
+const KEPT_BATCH_BYTES: usize = 4 << 20;
 /// Parts up to this size are read at once when their rows are wanted.
 pub(super) const SMALL_PART_BYTES: u32 = 32 << 10;
 /// Reads of rows that the disk has to do at a time: most of their time is its answer.
@@ -140,7 +140,7 @@ impl Rows {
         }
         self.batches = header.batches;
         self.rows.clear();
-        for row in rows_in(bytes) {
+        for row in rows_in(header.scale, bytes) {
             let row = row.ok_or_else(|| another(loc))?;
             row.check_layout(layout).map_err(damaged)?;
             self.rows.push(row);
@@ -297,10 +297,9 @@ impl<S: Store> PointReader<S> {
                 let view = loaded.view();
                 let batch = view.batches().get((number - place.batch) as usize);
                 let batch = batch.ok_or_else(|| another(place.loc))?;
-                let mut decoded = match cache.batches.len() {
-                    KEPT_BATCHES.. => cache.batches.pop_back().expect("there are some").1,
-                    _ => Vec::new(),
-                };
+                let kept: usize = cache.batches.iter().map(|(_, bytes)| bytes.len()).sum();
+                let spare = cache.batches.pop_back_if(|_| kept >= KEPT_BATCH_BYTES);
+                let mut decoded = spare.map_or_else(Vec::new, |(_, bytes)| bytes);
                 let stored = &view.bytes()[batch.range()];
                 batch
                     .decode(&mut cache.decoder, stored, &mut decoded)

@@ -22,7 +22,9 @@ use std::time::Duration;
 
 use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
-use crate::frame::{Codec, EncodeError, Encoder, Fingerprints, Finished, FrameStart, Manifest};
+use crate::frame::{
+    Codec, EncodeError, Encoder, Fingerprints, Finished, FrameStart, Knows, Manifest,
+};
 use crate::guest::Chunk;
 use crate::page::Layout;
 
@@ -34,8 +36,8 @@ pub(super) struct Coder {
     ticket: u64,
     /// The pages of the frame that was begun and neither finished nor reset.
     open: Option<PageSet>,
-    /// The standby knows references to equal pages.
-    pub references: bool,
+    /// What the standby knows.
+    pub knows: Knows,
 }
 
 /// Which of the pages that are handed out the standby needs.
@@ -64,7 +66,7 @@ impl Coder {
             slot: Arc::new(Mutex::new(slot)),
             ticket: 0,
             open: None,
-            references: false,
+            knows: Knows::default(),
         }
     }
 
@@ -94,9 +96,9 @@ impl Coder {
     /// Opens a frame. `afresh`: what the standby had until now is not known any more.
     pub(super) async fn begin(&mut self, start: FrameStart, afresh: bool) {
         self.open = Some(PageSet::new(&self.layout));
-        let references = self.references;
+        let knows = self.knows;
         self.work(move |encoder| {
-            encoder.set_references(references);
+            encoder.set_knows(knows);
             encoder.begin(start);
             if afresh {
                 encoder.forget();

@@ -14,7 +14,7 @@ use super::together::Turn;
 use super::{Acked, Asked, Compression, Meters, PrimaryOptions, PrimaryStatus};
 use crate::bitmap::PageSet;
 use crate::clock::{Env, Timestamp};
-use crate::frame::{Codec, EncodeOptions, Encoder};
+use crate::frame::{Codec, EncodeOptions, Encoder, Knows};
 use crate::guest::{Base, CutId, Guest, GuestError};
 use crate::ids::{Epoch, ImageRoot, JournalId};
 use crate::metrics::labels::{CheckpointResult, Phase as MetricPhase};
@@ -105,7 +105,7 @@ impl<G: Guest> Engine<G> {
             part_bytes: options.part_bytes,
             parallel: env.has_threads(),
             // Each session says.
-            references: false,
+            knows: Knows::default(),
         };
         let layout = &guest.info().layout;
         let encoder = Encoder::new(layout.clone(), encode).unwrap_or_else(|error| {

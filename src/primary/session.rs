@@ -13,6 +13,7 @@ use super::plan::SyncPath;
 use super::queue::SendQueue;
 use super::{Command, Phase, PrimaryOptions};
 use crate::clock::Env;
+use crate::frame::Knows;
 use crate::guest::{Guest, RunState};
 use crate::ids::{Epoch, Generation, ImageRoot, SiteId};
 use crate::metrics::labels::ConnectResult;
@@ -21,7 +22,9 @@ use crate::wire::facts::Facts;
 use crate::wire::handshake::{self, HandshakeError, Introduction};
 use crate::wire::link::{Dialer, LinkError, LinkRx, LinkTx, RetryClass};
 use crate::wire::message::{Open, Opened, Readiness, RefuseReason, ToPrimary, ToStandby};
-use crate::wire::version::{VERSION_GROUPS, VERSION_LAST, VERSION_REFERENCES};
+use crate::wire::version::{
+    VERSION_GROUPS, VERSION_LARGE_BATCHES, VERSION_LAST, VERSION_REFERENCES,
+};
 
 /// Checkpoints on their way at once while a limit of the bandwidth binds.
 const LIMITED_INFLIGHT: usize = 2;
@@ -157,7 +160,10 @@ pub(super) async fn run<G: Guest>(
         Ok(Ok((opened, version))) => {
             engine.knows_groups = version >= VERSION_GROUPS;
             engine.knows_last = version >= VERSION_LAST;
-            engine.coder.references = version >= VERSION_REFERENCES;
+            engine.coder.knows = Knows {
+                references: version >= VERSION_REFERENCES,
+                large_batches: version >= VERSION_LARGE_BATCHES,
+            };
             opened
         }
         Ok(Err(end)) => return end,

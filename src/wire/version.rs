@@ -7,6 +7,7 @@
 //! | 3 | 0.1.0 | Part: rows of a full frame may refer to equal pages before them; Taken: for how long it runs |
 //! | 4 | 0.1.0 | Last: which checkpoint the guest will be offered from |
 //! | 5 | 0.1.0 | Ack: for how long the standby was busy with the checkpoint |
+//! | 6 | 0.1.0 | Part: batches of 256 KiB |
 //!
 //! Both sites name the range that they speak; the highest common version is used. Sites are
 //! upgraded one at a time, standby first, so a release speaks at least the version before its own.
@@ -22,7 +23,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// The newest protocol version that this program speaks. See the table above.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// The oldest protocol version that this program speaks.
 pub const VERSION_OLDEST: u16 = 1;
@@ -41,6 +42,9 @@ pub const VERSION_LAST: u16 = 4;
 
 /// The first version in which a standby says for how long it was busy with a checkpoint.
 pub const VERSION_BUSY: u16 = 5;
+
+/// The first version with large batches in parts.
+pub const VERSION_LARGE_BATCHES: u16 = 6;
 
 /// Name of the protocol in the TLS handshake (ALPN). It changes only if the header or the first
 /// messages do.

@@ -70,7 +70,7 @@ impl Source {
         let options = EncodeOptions {
             codec,
             parallel,
-            references: true,
+            knows: Knows::ALL,
             ..EncodeOptions::default()
         };
         Self {
@@ -153,7 +153,10 @@ fn first_copy(c: &mut Criterion) {
         ("one in four is", &some, true),
     ] {
         let mut source = Source::new(Codec::Lz4, false);
-        source.encoder.set_references(references);
+        source.encoder.set_knows(Knows {
+            references,
+            ..Knows::ALL
+        });
         group.bench_function(what, |b| {
             b.iter(|| {
                 source.last = (0, ImageRoot([0; 32]));

@@ -17,7 +17,7 @@ use super::sample::{Samples, time, turns};
 use super::{Bench, Section, Unit};
 use crate::clock::Timestamp;
 use crate::frame::{
-    Codec, EncodeOptions, Encoder, FrameStart, Manifest, encode_delta, encoding_threads,
+    Codec, EncodeOptions, Encoder, FrameStart, Knows, Manifest, encode_delta, encoding_threads,
 };
 use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId};
@@ -68,6 +68,7 @@ impl Source {
         let options = EncodeOptions {
             codec,
             parallel: true,
+            knows: Knows::ALL,
             ..EncodeOptions::default()
         };
         Ok(Self {

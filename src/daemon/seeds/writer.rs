@@ -10,7 +10,7 @@ use super::failed;
 use crate::clock::Timestamp;
 use crate::control::codes::Reason;
 use crate::control::types::{ApiError, SeedReport};
-use crate::frame::{Codec, EncodeOptions, Encoder, FrameStart, Manifest};
+use crate::frame::{Codec, EncodeOptions, Encoder, FrameStart, Knows, Manifest};
 use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId};
 use crate::page::Layout;
@@ -69,7 +69,7 @@ impl SeedWriter {
             shadow: false,
             parallel: true,
             // Whoever imports it is as new: the standby is upgraded first.
-            references: true,
+            knows: Knows::ALL,
         };
         let mut encoder = Encoder::new(layout, options).map_err(failed)?;
         encoder.begin(FrameStart {

@@ -60,7 +60,7 @@ fn large_frame() -> Vec<Vec<u8>> {
 
 /// Makes the checksums of a changed part right again, as a hostile peer would. `None` if the header is
 /// refused even so.
-fn reseal(mut part: Vec<u8>) -> Result<Vec<u8>, FrameError> {
+pub(super) fn reseal(mut part: Vec<u8>) -> Result<Vec<u8>, FrameError> {
     let crc = crc32c::crc32c(&part[..HEADER_BYTES - 4]);
     part[HEADER_BYTES - 4..HEADER_BYTES].copy_from_slice(&crc.to_le_bytes());
     let header = PartHeader::parse(&part)?;
@@ -167,11 +167,16 @@ pub(super) type Stored<'a> = (Codec, BatchKind, u32, &'a [u8]);
 
 /// A part of these batches and rows with right checksums and sizes.
 fn forge(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
-    forged(batches, rows, false)
+    forged(Scale::Small, batches, rows, false)
 }
 
-/// With what its header says of references.
-pub(super) fn forged(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]], refer: bool) -> Vec<u8> {
+/// With what its header says of batches and references.
+pub(super) fn forged(
+    scale: Scale,
+    batches: &[Stored<'_>],
+    rows: &[[u8; ROW_BYTES]],
+    refer: bool,
+) -> Vec<u8> {
     let (part, ..) = small_frame();
     let mut header = PartHeader::parse(&part).unwrap();
     let mut body = vec![];
@@ -188,7 +193,7 @@ pub(super) fn forged(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]], refer: bo
         body.extend_from_slice(payload);
     }
     header.last = false;
-    header.references = refer;
+    (header.scale, header.references) = (scale, refer);
     (header.manifest_len, header.manifest_raw_len) = (0, 0);
     header.manifest_codec = Codec::None;
     header.batches = batches.len() as u32;
@@ -272,7 +277,7 @@ fn impossible_batches_and_rows_are_refused() {
         ),
         (
             "outside its batch",
-            forge(&[raw_batch], &[row(RAW, 0, 0, [0, 1, 4096, 0])]),
+            forge(&[raw_batch], &[row(RAW, 0, 0, [0, 4, 4096, 0])]),
         ),
         (
             "has no batch",
@@ -411,7 +416,7 @@ fn impossible_headers_are_refused() {
         (8, 2, "format 2 is unknown"),
         (8, 0x0010_0001, "flags do not fit"),
         // What programs that do not know references say of a part that has them.
-        (8, 0x0022_0001, "flags do not fit"),
+        (8, 0x0042_0001, "flags do not fit"),
         (12, 1, "flags do not fit"),
         (40, 0, "does not come after"),
         (44, 1 << 31, "no guest reaches"),

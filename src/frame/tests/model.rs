@@ -189,12 +189,12 @@ proptest! {
         sizes in (1u32..90, 1u32..30, 1u32..60),
         shadow in prop::bool::weighted(0.8),
         filled in any::<bool>(),
-        references in any::<bool>(),
+        (references, large_batches) in any::<(bool, bool)>(),
         tries in prop::collection::vec(attempt(), 1..8),
         from in 0usize..8,
     ) {
         let mut world = World::new(layout(sizes.0, sizes.1, sizes.2), shadow);
-        world.encoder.set_references(references);
+        world.encoder.set_knows(Knows { references, large_batches });
         if filled {
             // Frames of several parts.
             world.write(&(0..1000).map(|i| (i, Write::Noise(i.into()))).collect());
@@ -300,7 +300,7 @@ fn a_page_written_under_a_round_is_shipped_by_the_cut() {
 #[test]
 fn what_was_merged_keeps_its_equal_pages() {
     let mut world = World::new(layout(30, 2, 4), false);
-    world.encoder.set_references(true);
+    world.encoder.set_knows(Knows::ALL);
     world.attempt(&Try {
         rounds: vec![],
         writes: (0..20)

@@ -79,7 +79,7 @@ impl Source {
         let options = EncodeOptions {
             part_bytes,
             parallel,
-            references: true,
+            knows: Knows::ALL,
             ..EncodeOptions::default()
         };
         Self {

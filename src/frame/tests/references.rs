@@ -6,22 +6,25 @@ use std::collections::{HashMap, HashSet};
 use proptest::prelude::*;
 
 use super::super::batch::BatchKind;
-use super::super::duplicates::WINDOW;
 use super::super::format::ROW_BYTES;
 use super::super::part::decoded_batches;
 use super::hostile::{DELTA, RAW, Stored, forged, row};
 use super::*;
 
+const WINDOW: usize = Scale::Small.window();
+
+/// Of references alone.
+const REFERENCES: Knows = Knows {
+    references: true,
+    large_batches: false,
+};
+
 /// A full frame of these pages of the first region; `None` is a page of zeros.
-fn frame(
-    pages: &[Option<u64>],
-    codec: Codec,
-    references: bool,
-) -> (Vec<Vec<u8>>, EncodeStats, Image) {
+fn frame(pages: &[Option<u64>], codec: Codec, knows: Knows) -> (Vec<Vec<u8>>, EncodeStats, Image) {
     let layout = layout(pages.len() as u32, 1, 1);
     let mut image = Image::new(&layout);
     let mut encoder = Encoder::new(layout.clone(), options(codec, true)).unwrap();
-    encoder.set_references(references);
+    encoder.set_knows(knows);
     encoder.begin(start(1, 0, NO_ROOT));
     let mut parts = vec![];
     let addrs: Vec<_> = crate::bitmap::PageSet::full(&layout).iter().collect();
@@ -40,7 +43,7 @@ fn frame(
 }
 
 /// Every place that rows of raw pages name in a part, and how often.
-fn places(part: &PartView<'_>) -> HashMap<(u16, u16, u16), u64> {
+fn places(part: &PartView<'_>) -> HashMap<(u16, u32, u16), u64> {
     let mut places = HashMap::new();
     for row in part.rows().filter(|row| row.kind == RowKind::Raw) {
         *places.entry(row.place()).or_default() += 1;
@@ -69,10 +72,11 @@ proptest! {
         contents in 1u64..400,
         pages in prop::collection::vec(prop::option::weighted(0.9, any::<u64>()), 1..900),
         codec in prop::sample::select(vec![Codec::None, Codec::Lz4, Codec::Zstd1]),
+        large_batches in any::<bool>(),
     ) {
         let pages: Vec<_> = pages.iter().map(|page| page.map(|seed| seed % contents)).collect();
         let layout = layout(pages.len() as u32, 1, 1);
-        let (plain, stats, image) = frame(&pages, codec, false);
+        let (plain, stats, image) = frame(&pages, codec, Knows { references: false, large_batches });
         prop_assert_eq!(stats.reference, 0);
         for part in &plain {
             let view = PartView::verify(part).unwrap();
@@ -81,7 +85,7 @@ proptest! {
         }
         prop_assert_eq!(&read(&plain, &layout), &[image.clone(), image.clone()]);
 
-        let (parts, found, _) = frame(&pages, codec, true);
+        let (parts, found, _) = frame(&pages, codec, Knows { references: true, large_batches });
         prop_assert_eq!(&read(&parts, &layout), &[image.clone(), image]);
         prop_assert_eq!(found.reference + found.raw, stats.raw);
         prop_assert!(found.encoded_bytes <= stats.encoded_bytes);
@@ -117,7 +121,7 @@ fn what_is_far_away_is_sent_again() {
             layout.clone(),
             EncodeOptions {
                 part_bytes: PART_BYTES_MAX,
-                references: true,
+                knows: REFERENCES,
                 ..EncodeOptions::default()
             },
         )
@@ -148,7 +152,7 @@ fn what_is_far_away_is_sent_again() {
 fn changes_have_no_references() {
     let layout = layout(40, 1, 1);
     let mut encoder = Encoder::new(layout.clone(), options(Codec::Lz4, false)).unwrap();
-    encoder.set_references(true);
+    encoder.set_knows(REFERENCES);
     let all = || {
         chunk(
             (0..40)
@@ -180,7 +184,7 @@ fn changes_have_no_references() {
 
 /// A part of which the header says that rows may refer back.
 fn refer(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
-    forged(batches, rows, true)
+    forged(Scale::Small, batches, rows, true)
 }
 
 /// Rows jump as far as they may: each batch is decoded once all the same.
@@ -240,7 +244,10 @@ fn impossible_references_are_refused() {
         (refer(&mixed, &[to(WINDOW + 2), delta_to(1), to(0)]), ""),
         (refer(&all, &[to(WINDOW + 1), to(0)]), "too far back"),
         (refer(&all, &[to(WINDOW + 1), to(1), to(0)]), "too far back"),
-        (forged(&all, &[to(1), to(0)], false), "out of order"),
+        (
+            forged(Scale::Small, &all, &[to(1), to(0)], false),
+            "out of order",
+        ),
         (
             refer(&[delta, delta], &[delta_to(1), delta_to(0)]),
             "out of order",
@@ -262,7 +269,7 @@ fn impossible_references_are_refused() {
 fn a_part_with_references_of_old_is_still_read() {
     let pages: Vec<_> = (0..80).map(|page| Some(page % 20)).collect();
     let layout = layout(80, 1, 1);
-    let (today, stats, image) = frame(&pages, Codec::Zstd1, true);
+    let (today, stats, image) = frame(&pages, Codec::Zstd1, REFERENCES);
     assert_eq!((today.len(), stats.reference), (1, 60));
     let file = concat!(
         env!("CARGO_MANIFEST_DIR"),

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use crate::bitmap::PageSet;
 use crate::clock::Timestamp;
-use crate::frame::{Codec, EncodeOptions, Encoder, FrameStart, Manifest, PageImage, PartView};
+use crate::frame::{
+    Codec, EncodeOptions, Encoder, FrameStart, Knows, Manifest, PageImage, PartView,
+};
 use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot, JournalId};
 use crate::journal::{
@@ -166,7 +168,7 @@ impl Primary {
         let options = EncodeOptions {
             codec: self.codec,
             part_bytes: 0,
-            references: true,
+            knows: Knows::ALL,
             ..EncodeOptions::default()
         };
         let encoder = self

@@ -12,7 +12,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use lifeboat::clock::Timestamp;
-use lifeboat::frame::{Codec, EncodeOptions, EncodeStats, Encoder, FrameStart, Manifest};
+use lifeboat::frame::{Codec, EncodeOptions, EncodeStats, Encoder, FrameStart, Knows, Manifest};
 use lifeboat::guest::Chunk;
 use lifeboat::guest::qemu::qmp::Qmp;
 use lifeboat::ids::{Epoch, Generation, ImageRoot, JournalId};
@@ -43,11 +43,11 @@ struct Ours {
 }
 
 impl Ours {
-    /// With `first` sent. `references`: to a site that knows them.
-    fn new(layout: &Layout, codec: Codec, first: &[Page], references: bool) -> Self {
+    /// With `first` sent, to a site that knows this.
+    fn new(layout: &Layout, codec: Codec, first: &[Page], knows: Knows) -> Self {
         let options = EncodeOptions {
             codec,
-            references,
+            knows,
             ..EncodeOptions::default()
         };
         let mut ours = Self {
@@ -193,10 +193,14 @@ async fn real_memory_beside_what_qemu_makes_of_it() {
         pages: MEMORY_MIB << 8,
     }])
     .unwrap();
-    let mut lz4 = Ours::new(&layout, Codec::Lz4, &before, true);
-    let mut zstd = Ours::new(&layout, Codec::Zstd1, &before, true);
+    let mut lz4 = Ours::new(&layout, Codec::Lz4, &before, Knows::ALL);
+    let mut zstd = Ours::new(&layout, Codec::Zstd1, &before, Knows::ALL);
+    let alone = Knows {
+        references: false,
+        ..Knows::ALL
+    };
     for (codec, ours) in [(Codec::Lz4, &lz4), (Codec::Zstd1, &zstd)] {
-        let (with, without) = (ours.stats, Ours::new(&layout, codec, &before, false).stats);
+        let (with, without) = (ours.stats, Ours::new(&layout, codec, &before, alone).stats);
         println!(
             "first copy, {codec:?}: {:.1} % of {} pages with content refer to equal ones, which saves {:.1} % of the \
              bytes ({} instead of {})",
