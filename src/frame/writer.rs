@@ -173,8 +173,12 @@ impl FrameWriter {
     /// How many batches may be flushed whose compressed size is still open.
     fn lag(&self) -> usize {
         // It must be a small share of the part: they count as if they did not shrink.
-        let share = self.part_bytes / self.scale.batch_raw_max() / 8;
-        if self.ahead { share.min(LAG_MAX) } else { 0 }
+        let share = match self.scale {
+            Scale::Small => 8,
+            Scale::Large => 4,
+        };
+        let batches = self.part_bytes / self.scale.batch_raw_max() / share;
+        if self.ahead { batches.min(LAG_MAX) } else { 0 }
     }
 
     pub fn set_codec(&mut self, codec: Codec) {
@@ -233,7 +237,7 @@ impl FrameWriter {
         self.zero_pages = 0;
         self.references = false;
         self.scale = match self.codec {
-            Codec::Zstd1 if self.knows.large_batches => Scale::Large,
+            Codec::Lz4 | Codec::Zstd1 if self.knows.large_batches => Scale::Large,
             _ => Scale::Small,
         };
         for bytes in self.window.clear(self.scale) {
