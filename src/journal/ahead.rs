@@ -19,10 +19,18 @@ const THREADS_MAX: usize = 4;
 /// Buffers of a thread.
 const BUFFERS: usize = 2;
 
+/// Reads that the disk has to do at a time: most of their time is its answer.
+pub(super) const READS: usize = 8;
+
 /// Threads for work that keeps a processor busy, if it is worth several.
 pub(super) fn threads(worth: bool) -> usize {
     let cores = || thread::available_parallelism().map_or(1, NonZero::get);
     if worth { cores().min(THREADS_MAX) } else { 1 }
+}
+
+/// Threads for so many small reads.
+pub(super) fn readers(count: usize) -> usize {
+    if count < READS { 1 } else { READS }
 }
 
 /// Calls `make` for the pieces 0 to `count` - 1, with a buffer that may have been used for another one,

@@ -55,8 +55,6 @@ const KEPT_BYTES: usize = 64 << 20;
 const KEPT_BATCH_BYTES: usize = 4 << 20;
 /// Parts up to this size are read at once when their rows are wanted.
 pub(super) const SMALL_PART_BYTES: u32 = 32 << 10;
-/// Reads of rows that the disk has to do at a time: most of their time is its answer.
-const READS: usize = 8;
 /// Most pages that count as recent.
 const RECENT_PAGES: usize = 16 << 10;
 
@@ -204,7 +202,7 @@ impl<S: Store> PointReader<S> {
         let frames = &self.directions.frames;
         ahead::in_order(
             places.len(),
-            READS,
+            ahead::READS,
             |at, rows: &mut Rows| {
                 let (frame, number, _) = places[at];
                 rows.read(files, layout, &frames[frame], number)

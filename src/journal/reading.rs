@@ -16,10 +16,6 @@ use crate::page::RegionId;
 
 /// Frames from this size on are read and verified by several threads.
 const PARALLEL_BYTES: u64 = 4 << 20;
-/// From as many headers on several are read at once.
-const HEADERS_PARALLEL: usize = 16;
-/// Reads of headers that the disk has to do at a time.
-const HEADER_THREADS: usize = 8;
 
 /// The bytes of a part, where the disk can write them without a copy.
 #[derive(Default)]
@@ -99,14 +95,10 @@ pub(super) fn read_headers<S: Store>(
     parts: impl Iterator<Item = Loc>,
 ) -> BTreeMap<Loc, PartHeader> {
     let parts: Vec<Loc> = parts.collect();
-    let threads = match parts.len() {
-        HEADERS_PARALLEL.. => HEADER_THREADS,
-        _ => 1,
-    };
     let mut headers = BTreeMap::new();
     let read: Result<(), Infallible> = ahead::in_order(
         parts.len(),
-        threads,
+        ahead::readers(parts.len()),
         |number, (block, header): &mut (Option<AlignedBuf>, Option<PartHeader>)| {
             let block = block.get_or_insert_with(|| AlignedBuf::new(BLOCK));
             *header = match segments.read(parts[number], block) {

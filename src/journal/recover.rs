@@ -29,7 +29,9 @@
 //! | no               | no               | no                | torn: a frame that was never finished   |
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 
+use super::ahead;
 use super::catalogue::{FrameInfo, Hints};
 use super::error::JournalError;
 use super::marks::Marks;
@@ -218,21 +220,7 @@ impl<'a, S: Store> Recovery<'a, S> {
     }
 
     fn attempt(&self, scan_from: u64, thorough: bool) -> Recovered {
-        let (mut found, none) = (Found::default(), BTreeMap::new());
-        for (number, sequence) in self.segments.iter() {
-            if thorough || sequence.is_none_or(|s| s >= scan_from) {
-                let scan = Scan {
-                    segments: self.segments,
-                    number,
-                    sequence,
-                    guest: &self.super_.guest,
-                    journal: self.super_.journal,
-                    known: if thorough { &none } else { &self.headers },
-                    thorough,
-                };
-                scan.run(&mut found);
-            }
-        }
+        let found = self.scan(scan_from, thorough);
         let mut report = RecoveryReport::default();
         let unreadable = found.unreadable.iter();
         report
@@ -266,6 +254,40 @@ impl<'a, S: Store> Recovery<'a, S> {
             rest,
             report,
             unsynced,
+        }
+    }
+
+    /// What lies in segments from this sequence number on.
+    fn scan(&self, scan_from: u64, thorough: bool) -> Found {
+        let wanted = |(_, sequence): &(_, Option<u64>)| {
+            thorough || sequence.is_none_or(|sequence| sequence >= scan_from)
+        };
+        let segments: Vec<_> = self.segments.iter().filter(wanted).collect();
+        let (mut all, none) = (Found::default(), BTreeMap::new());
+        let scanned: Result<(), Infallible> = ahead::in_order(
+            segments.len(),
+            ahead::readers(segments.len()),
+            |at, found: &mut Found| {
+                let (number, sequence) = segments[at];
+                let scan = Scan {
+                    segments: self.segments,
+                    number,
+                    sequence,
+                    guest: &self.super_.guest,
+                    journal: self.super_.journal,
+                    known: if thorough { &none } else { &self.headers },
+                    thorough,
+                };
+                scan.run(found);
+                Ok(())
+            },
+            |_, found| {
+                all.append(found);
+                Ok(())
+            },
+        );
+        match scanned {
+            Ok(()) => all,
         }
     }
 

@@ -24,8 +24,6 @@ use crate::ids::{GuestId, JournalId};
 
 /// Bytes that are read at once where nothing was found.
 const PIECE: u64 = 256 << 10;
-/// Pieces that the disk has to read at a time.
-const READS: usize = 8;
 
 /// What a segment seems to hold.
 #[derive(Default)]
@@ -34,6 +32,15 @@ pub(super) struct Found {
     pub marks: Vec<(Marks, Loc)>,
     /// Ranges that could not be read.
     pub unreadable: Vec<String>,
+}
+
+impl Found {
+    /// Takes all that another one has.
+    pub fn append(&mut self, other: &mut Self) {
+        self.parts.append(&mut other.parts);
+        self.marks.append(&mut other.marks);
+        self.unreadable.append(&mut other.unreadable);
+    }
 }
 
 /// One segment that is looked at.
@@ -157,7 +164,7 @@ impl<S: Store> Scan<'_, S> {
     fn next_after(&self, offset: u64, end: u64) -> u64 {
         let near = (offset + PIECE).min(end);
         let result = self.pieces(offset, near, 1);
-        match result.and_then(|()| self.pieces(near, end, READS)) {
+        match result.and_then(|()| self.pieces(near, end, ahead::READS)) {
             Ok(()) => end,
             Err(At(offset)) => offset,
         }

@@ -30,6 +30,8 @@
 //!
 //! The files are prepared a few megabytes at a time by [`Segments::prepare`], between commits.
 
+mod found;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
@@ -192,71 +194,6 @@ pub(super) struct Unusable {
 }
 
 impl<S: Store> Segments<S> {
-    /// Opens all segment files among `names`. A short one is what an interrupted preparation left, and
-    /// is removed, unless something was written to it: then it is damaged, reported, and read as far
-    /// as it goes.
-    pub fn open(
-        store: &S,
-        names: &[String],
-        journal: JournalId,
-        segment_bytes: u64,
-        min_free_bytes: u64,
-        writable: bool,
-    ) -> Result<(Self, Vec<Unusable>), JournalError> {
-        let mut all = Self {
-            journal,
-            segment_bytes,
-            min_free_bytes,
-            files: BTreeMap::new(),
-            lanes: [None; 2],
-            ready: BTreeSet::new(),
-            growing: None,
-            next_sequence: 1,
-            written: 0,
-            syncs: 0,
-        };
-        let mut unusable = Vec::new();
-        for (name, number) in names.iter().filter_map(|n| Some((n, file_number(n)?))) {
-            let file = store
-                .open(name, Access::Blocks, writable)
-                .map_err(|e| JournalError::io("open", name, e))?;
-            let len = file.size().map_err(|e| JournalError::io("size", name, e))?;
-            let mut block = vec![0; BLOCK];
-            let read = file.read_at(0, &mut block);
-            if len < segment_bytes && block.iter().all(|b| *b == 0) {
-                if writable {
-                    store
-                        .remove(name)
-                        .map_err(|e| JournalError::io("remove", name, e))?;
-                }
-                continue;
-            }
-            if len < segment_bytes || read.is_err() {
-                unusable.push(Unusable {
-                    segment: number,
-                    why: format!("only {len} of its {segment_bytes} bytes are there and readable"),
-                });
-            }
-            let header = parse_header(&block, number, journal);
-            let sequence = header.map(|(sequence, _)| sequence);
-            let high_water = header.and_then(|(_, high_water)| high_water);
-            all.next_sequence = all.next_sequence.max(sequence.unwrap_or(0) + 1);
-            let live = 0;
-            all.files.insert(
-                number,
-                Segment {
-                    file,
-                    sequence,
-                    high_water: high_water
-                        .filter(|at| *at <= segment_bytes && at.is_multiple_of(BLOCK as u64))
-                        .unwrap_or(segment_bytes),
-                    live,
-                },
-            );
-        }
-        Ok((all, unusable))
-    }
-
     /// Bytes that one segment can hold.
     pub fn capacity(&self) -> u64 {
         self.segment_bytes - DATA_AT

@@ -6,6 +6,8 @@
 //!   waiting  warm, and a monitor waits with its machine made (`warm = [..]` in the configuration)
 //!   warm     the copy is open, the image of its newest point is in memory
 //!   cold     the journal is opened, and memory is read from it while the guest runs
+//!   folded   cold, and the first copy is not a frame any more: history that is not kept was put into the
+//!            base image, as it is when a guest has been protected for longer than its retention
 //!   limit    QEMU -incoming: a QEMU is started and reads as large a guest from a file (--compare-qemu)
 //! ```
 //!
@@ -51,7 +53,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
 
 async fn sizes(bench: &mut Bench) -> anyhow::Result<()> {
     let sizes: &[(u64, usize)] = if bench.quick { &QUICK } else { &SIZES };
-    let mut first: Option<[f64; 3]> = None;
+    let mut first = [None; 4];
     for (memory_mib, samples) in sizes {
         // What is in use is there in the original, the image, and the guest that is resumed.
         if let Some(why) = bench.no_room(memory_mib * 2) {
@@ -59,9 +61,10 @@ async fn sizes(bench: &mut Bench) -> anyhow::Result<()> {
             continue;
         }
         let rows = size(bench, *memory_mib, *samples).await?;
-        let smallest = *first.get_or_insert_with(|| [0, 1, 2].map(|how| rows[how].p50));
-        let wanted = [Some(30e-3), None, Some(300e-3)];
-        for ((row, most), smallest) in rows.into_iter().zip(wanted).zip(smallest) {
+        let wanted = [Some(30e-3), None, Some(300e-3), Some(300e-3)];
+        for ((row, most), first) in rows.into_iter().zip(wanted).zip(&mut first) {
+            let Some(row) = row else { continue };
+            let smallest: f64 = *first.get_or_insert(row.p50);
             let Some(most) = most else {
                 bench.push(row);
                 continue;
@@ -81,14 +84,25 @@ async fn sizes(bench: &mut Bench) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// With a monitor that waits, warm, and cold.
-async fn size(bench: &mut Bench, memory_mib: u64, samples: usize) -> anyhow::Result<[Row; 3]> {
-    let dir = bench.dir.path().join(format!("failover-{memory_mib}"));
+/// With a monitor that waits, warm, cold, and folded, unless so little is not worth a fold.
+async fn size(
+    bench: &mut Bench,
+    memory_mib: u64,
+    samples: usize,
+) -> anyhow::Result<[Option<Row>; 4]> {
+    let place = |what| bench.dir.path().join(format!("{what}-{memory_mib}"));
+    let (dir, folded_dir) = (place("failover"), place("folded"));
+    let mut colds = vec![(&dir, 2, Vec::new())];
     {
         let original = Original::start(memory_mib)?;
-        let mut replica = copy(&dir)?;
-        original.history(&mut replica)?;
-        while replica.maintain(SystemClock.now())? {}
+        for (dir, points) in [(&dir, 2), (&folded_dir, 1)] {
+            let mut replica = cold_copy(dir, points)?;
+            original.history(&mut replica)?;
+            while replica.maintain(SystemClock.now())? {}
+            if replica.journal().stat().base_bytes > 0 {
+                colds.push((dir, points, Vec::new()));
+            }
+        }
     }
     let mut other = None;
     if bench.compare_qemu {
@@ -102,7 +116,7 @@ async fn size(bench: &mut Bench, memory_mib: u64, samples: usize) -> anyhow::Res
             },
         }
     }
-    let [mut waiting, mut warm, mut cold, mut incoming] = [const { Vec::new() }; 4];
+    let [mut waiting, mut warm, mut incoming] = [const { Vec::new() }; 3];
     for sample in 0..=bench.samples(samples) {
         let run = bench.dir.path().join(format!("run-{memory_mib}-{sample}"));
         let place = run.join("waiting");
@@ -113,10 +127,15 @@ async fn size(bench: &mut Bench, memory_mib: u64, samples: usize) -> anyhow::Res
         let mut replica = copy(&dir)?;
         let of_warm = resumed(&mut replica, &run.join("warm"), Instant::now(), None).await?;
         drop(replica);
-        let started = Instant::now();
-        let mut replica = cold_copy(&dir)?;
-        let of_cold = resumed(&mut replica, &run.join("cold"), started, None).await?;
-        drop(replica);
+        for (dir, points, times) in &mut colds {
+            let run = run.join(format!("cold-{points}"));
+            let started = Instant::now();
+            let mut replica = cold_copy(dir, *points)?;
+            let took = resumed(&mut replica, &run, started, None).await?;
+            if sample > 0 {
+                times.push(took);
+            }
+        }
         let of_other = match &other {
             Some(talking) => Some(talking.resume_time().await?),
             None => None,
@@ -125,24 +144,26 @@ async fn size(bench: &mut Bench, memory_mib: u64, samples: usize) -> anyhow::Res
         if sample > 0 {
             waiting.push(of_waiting);
             warm.push(of_warm);
-            cold.push(of_cold);
             incoming.extend(of_other);
         }
     }
     std::fs::remove_dir_all(&dir)?;
+    std::fs::remove_dir_all(&folded_dir)?;
     let times =
         |samples: Vec<f64>, what: String| Samples::new(samples).times(Section::Failover, what);
+    let mut colds = colds.into_iter().map(|(_, _, times)| times);
     let rows = [
-        (waiting, "warm, a monitor waits"),
-        (warm, "warm"),
-        (cold, "cold"),
+        (Some(waiting), "warm, a monitor waits"),
+        (Some(warm), "warm"),
+        (colds.next(), "cold"),
+        (colds.next(), "cold, folded"),
     ];
-    let rows = rows.map(|(samples, how)| times(samples, format!("{memory_mib} MiB, {how}")));
+    let rows = rows.map(|(samples, how)| Some(times(samples?, format!("{memory_mib} MiB, {how}"))));
     Ok(match incoming.is_empty() {
         true => rows,
         false => {
             let limit = times(incoming, "QEMU -incoming".to_owned());
-            rows.map(|row| row.against(&limit))
+            rows.map(|row| Some(row?.against(&limit)))
         }
     })
 }

@@ -169,17 +169,17 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// Opens or creates the copy in this directory.
+/// Opens or creates the copy in this directory; it keeps two points.
 pub(super) fn copy(dir: &Path) -> anyhow::Result<Replica<DirStore>> {
-    let mut replica = cold_copy(dir)?;
+    let mut replica = cold_copy(dir, 2)?;
     if let Some(begun) = replica.warm_up()? {
         replica.warmed_up(begun.build());
     }
     Ok(replica)
 }
 
-/// The same without an image.
-pub(super) fn cold_copy(dir: &Path) -> anyhow::Result<Replica<DirStore>> {
+/// The same without an image; it keeps so many points.
+pub(super) fn cold_copy(dir: &Path, points: u32) -> anyhow::Result<Replica<DirStore>> {
     let store = DirStore::new(dir)?;
     let catalogue = SledCatalogue::open(&dir.join("catalog"))?;
     let options = ReplicaOptions {
@@ -194,7 +194,7 @@ pub(super) fn cold_copy(dir: &Path) -> anyhow::Result<Replica<DirStore>> {
             minutely: 0,
             hourly: 0,
             daily: 0,
-            min_points: 2,
+            min_points: points,
         },
         ram_pages_max: u64::MAX,
     };
