@@ -15,13 +15,13 @@ use std::sync::{Arc, Mutex};
 
 use lifeboat::bitmap::PageSet;
 use lifeboat::device_state::DeviceState;
-use lifeboat::frame::{Manifest, PageImage, PartHeader};
+use lifeboat::frame::{Manifest, PageImage, PartHeader, Scale};
 use lifeboat::guest::fake::{self, FakeMachine, FakeSpec};
 use lifeboat::ids::{Epoch, Generation, ImageRoot};
 use lifeboat::journal::{Journal, JournalError, RecoveryPoint, Store};
 use lifeboat::page::{Layout, PAGE_SIZE, PageAddr};
 use lifeboat::wire::message::{ToPrimary, ToStandby};
-use lifeboat::wire::version::VERSION_REFERENCES;
+use lifeboat::wire::version::{VERSION_LARGE_BATCHES, VERSION_REFERENCES};
 
 use crate::guest::Book;
 use crate::net::Seen;
@@ -94,6 +94,8 @@ struct State {
     /// Bytes of parts by checkpoint, and parts with references.
     sent: BTreeMap<Epoch, u64>,
     referring: u64,
+    /// Parts with large batches.
+    large: u64,
     /// Epochs that retention dropped, or a replaced disk took along.
     gone: BTreeSet<Epoch>,
     mismatches: u64,
@@ -138,11 +140,12 @@ impl Checker {
         self.shared.lock().unwrap().acks
     }
 
-    /// Bytes of the parts of the first checkpoint that was sent, and parts of all that have references.
-    pub fn sent(&self) -> (u64, u64) {
+    /// Bytes of the parts of the first checkpoint that was sent; parts of all that have references, and
+    /// that have large batches.
+    pub fn sent(&self) -> (u64, [u64; 2]) {
         let shared = self.shared.lock().unwrap();
         let first = shared.sent.values().next().copied().unwrap_or_default();
-        (first, shared.referring)
+        (first, [shared.referring, shared.large])
     }
 
     /// Highest acknowledged epoch.
@@ -236,6 +239,11 @@ impl Checker {
                     let text = format!("#{} refers, to a site that is too old", header.epoch);
                     shared.violations.push(text);
                 }
+                if header.scale == Scale::Large && shared.version < VERSION_LARGE_BATCHES {
+                    let text = format!("#{} is large, for a site that is too old", header.epoch);
+                    shared.violations.push(text);
+                }
+                shared.large += u64::from(header.scale == Scale::Large);
                 shared.referring += u64::from(header.references);
                 *shared.sent.entry(header.epoch).or_default() += part.len() as u64;
             }
