@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::journal::{Directions, JournalError, PageCache, PointReader};
+use crate::journal::{Directions, JournalError, PageCache, PointReader, Takes};
 use crate::page::{PAGE_SIZE, PageAddr};
 use crate::vmm::{PageSource, Puts};
 
@@ -32,18 +32,29 @@ impl PageSource for Point {
         read.map_err(|error| error.to_string())
     }
 
-    fn all(&self, puts: Puts<'_>) -> Result<(), String> {
-        let mut refused = None;
-        let mut takes = |addr: PageAddr, pages: &[[u8; PAGE_SIZE]]| {
-            puts(addr, pages).map_err(|why| {
-                let error = std::io::Error::other("the guest's memory takes no more");
-                refused = Some(why);
-                JournalError::Frame(error.into())
-            })
-        };
-        let read = (self.reader).recent(&mut PageCache::default(), &mut takes);
-        let read = read.and_then(|()| self.reader.all(&mut takes));
-        let failed = read.map_err(|error| error.to_string());
-        failed.map_err(|error| refused.unwrap_or(error))
+    fn recent(&self, puts: Puts<'_>) -> Result<(), String> {
+        let cache = &mut PageCache::default();
+        put_all(puts, |takes| self.reader.recent(cache, takes))
     }
+
+    fn all(&self, puts: Puts<'_>) -> Result<(), String> {
+        put_all(puts, |takes| self.reader.all(takes))
+    }
+}
+
+/// Hands on what is read; what is wrong, whoever says so.
+fn put_all(
+    puts: Puts<'_>,
+    read: impl FnOnce(Takes<'_>) -> Result<(), JournalError>,
+) -> Result<(), String> {
+    let mut refused = None;
+    let read = read(&mut |addr, pages| {
+        puts(addr, pages).map_err(|why| {
+            let error = std::io::Error::other("the guest's memory takes no more");
+            refused = Some(why);
+            JournalError::Frame(error.into())
+        })
+    });
+    let failed = read.map_err(|error| error.to_string());
+    failed.map_err(|error| refused.unwrap_or(error))
 }

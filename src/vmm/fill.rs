@@ -4,7 +4,8 @@
 //!   Fill::start   all RAM is registered: whoever touches a page that is not there yet waits
 //!     │
 //!     ├─ thread "missing"  asks the source for the page that is waited for, puts it there, wakes
-//!     └─ thread "fill"     takes every page of the source, puts those that are not there yet
+//!     └─ thread "fill"     takes the recent pages, then, when those that the guest wants first are there,
+//!            │             every page of the source; puts those that are not there yet
 //!            │
 //!            ├─ all are there ──▶ unregistered: what is left is zero; done(Ok)
 //!            └─ error of either ▶ done(Err): nobody gets another page; the guest must not go on
@@ -19,6 +20,7 @@
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -29,6 +31,13 @@ use crate::page::{PAGE_SIZE, PageAddr};
 /// Niceness of the thread that takes every page: a third of the processor that a guest gets beside it.
 const FILL_NICE: libc::c_int = 5;
 
+/// When nobody has waited for a page for so long, all others are read. A guest that is resumed waits for
+/// a few dozen at once, and each would wait for the disk, which is busy with others then.
+const QUIET: Duration = Duration::from_millis(5);
+
+/// All others are read at the latest after this.
+const QUIET_WITHIN: Duration = Duration::from_millis(100);
+
 /// Takes pages that follow each other in one region, of which the first is given.
 pub type Puts<'a> = &'a mut dyn FnMut(PageAddr, &[[u8; PAGE_SIZE]]) -> Result<(), String>;
 
@@ -37,8 +46,13 @@ pub trait PageSource: Send + Sync + 'static {
     /// The content of a RAM page; false if it is zeros.
     fn page(&self, addr: PageAddr, into: &mut [u8; PAGE_SIZE]) -> Result<bool, String>;
 
-    /// Every RAM page that is not zeros at least once, those that will be wanted first before others.
-    /// After `Ok` all of it is proven to be what it should be.
+    /// RAM pages that will be wanted first.
+    fn recent(&self, _puts: Puts<'_>) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Every RAM page that is not zeros at least once. After `Ok` all of it is proven to be what it should
+    /// be.
     fn all(&self, puts: Puts<'_>) -> Result<(), String>;
 }
 
@@ -50,6 +64,8 @@ struct Shared {
     source: Arc<dyn PageSource>,
     uffd: Uffd,
     done: Mutex<Option<Done>>,
+    /// When somebody waited for a page last.
+    waited: Mutex<Option<Instant>>,
 }
 
 /// Begins to fill fresh memory, which nobody has touched yet. `done` is called from a thread.
@@ -67,6 +83,7 @@ pub fn start(
         source,
         uffd,
         done: Mutex::new(Some(Box::new(done))),
+        waited: Mutex::new(None),
     });
     let stop = EventFd::new(EFD_NONBLOCK)?;
     let (stopped, missing) = (stop.try_clone()?, Arc::clone(&shared));
@@ -131,6 +148,8 @@ impl Shared {
             copied.map_err(|e| format!("the kernel takes no page: {e}"))
         };
         let filling = AssertUnwindSafe(|| {
+            self.source.recent(&mut put)?;
+            self.await_quiet();
             self.source.all(&mut put)?;
             for range in ranges {
                 let over = self.uffd.unregister(range.hva, range.bytes());
@@ -145,6 +164,25 @@ impl Shared {
                 self.end(Err(why));
                 false
             }
+        }
+    }
+
+    fn waited(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.waited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when the guest has what it wanted first.
+    fn await_quiet(&self) {
+        let until = Instant::now() + QUIET_WITHIN;
+        loop {
+            let now = Instant::now();
+            let quiet = self.waited().map(|at| at + QUIET);
+            let next = quiet.unwrap_or(until).min(until);
+            if next <= now {
+                return;
+            }
+            // It is looked again, because a page may be waited for meanwhile.
+            std::thread::sleep((next - now).min(QUIET));
         }
     }
 
@@ -181,6 +219,7 @@ impl Shared {
                     Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
                     put => put.map_err(|e| format!("the kernel takes no page: {e}"))?,
                 }
+                *self.waited() = Some(Instant::now());
             }
         }
     }

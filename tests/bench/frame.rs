@@ -11,8 +11,8 @@ use std::time::Duration;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use lifeboat::clock::Timestamp;
 use lifeboat::frame::{
-    Codec, EncodeOptions, Encoder, FrameStart, ImageTree, Manifest, NoPages, PageImage, PartView,
-    apply_delta, fingerprint,
+    Codec, EncodeOptions, Encoder, FrameStart, ImageTree, Knows, Manifest, NoPages, PageImage,
+    PartView, apply_delta, fingerprint,
 };
 use lifeboat::guest::Chunk;
 use lifeboat::ids::{Epoch, Generation, ImageRoot, JournalId};

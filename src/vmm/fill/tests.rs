@@ -33,6 +33,8 @@ struct Odd {
     /// All but single pages waits for this.
     go: Mutex<mpsc::Receiver<Result<(), String>>>,
     asked: AtomicUsize,
+    /// Its recent page was put.
+    recent: AtomicUsize,
     /// Of this page nothing is known.
     bad: Option<PageAddr>,
 }
@@ -56,7 +58,14 @@ impl PageSource for Odd {
         Ok(content(addr).is_some())
     }
 
+    fn recent(&self, puts: Puts<'_>) -> Result<(), String> {
+        let addr = PageAddr::new(1, 1);
+        self.recent.fetch_add(1, Ordering::SeqCst);
+        puts(addr, &[content(addr).expect("it is odd")])
+    }
+
     fn all(&self, puts: Puts<'_>) -> Result<(), String> {
+        assert_eq!(self.recent.load(Ordering::SeqCst), 1);
         self.go.lock().unwrap().recv().unwrap()?;
         for region in 0..2 {
             for page in 0..self.pages {
@@ -76,6 +85,7 @@ fn odd(bad: Option<PageAddr>) -> (Arc<Odd>, mpsc::Sender<Result<(), String>>) {
         pages: 4096,
         go: Mutex::new(waits),
         asked: AtomicUsize::new(0),
+        recent: AtomicUsize::new(0),
         bad,
     };
     (Arc::new(source), go)
