@@ -46,9 +46,9 @@ const MERGE_PART_BYTES: u64 = 4 << 20;
 /// after a crash.
 const FOLD_TIMES: usize = 4;
 
-/// Bytes of frames that are worth a fold though they are fewer: those of a segment, as a rule. What is less
-/// gives no room back.
-const FOLD_BYTES: u64 = 64 << 20;
+/// Bytes of frames that are worth a fold though they are fewer: more than those of a segment, as a rule. What
+/// is less gives no room back. (The more are folded at once, the fewer pages are written twice.)
+const FOLD_BYTES: u64 = 80 << 20;
 
 /// What one step of maintenance did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

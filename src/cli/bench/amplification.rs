@@ -1,7 +1,8 @@
 //! How much a disk is given to write for what a journal is given, while old points are folded into its base
 //! image between the commits: where pages change anywhere, and where most change again soon. The kernel's
 //! own count of the disk is taken, so everything is in it: frames, base image, checksums, catalogue, what the
-//! file system adds, and whatever others write to this disk meanwhile.
+//! file system adds, and whatever others write to this disk meanwhile. It is taken from the end of a fold to
+//! the end of a later one: one fold is an eighth of all that is written.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -9,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 use super::encode::Source;
 use super::pages::{Numbers, chunks, fill};
@@ -18,7 +19,7 @@ use super::{Bench, Section, Unit, recovery};
 use crate::clock::{Clock, SystemClock};
 use crate::frame::{Codec, PartView};
 use crate::ids::Generation;
-use crate::journal::{DirStore, Journal, Retention};
+use crate::journal::{DirStore, Journal, Retention, Work};
 use crate::page::PAGE_SIZE;
 
 /// Points that are kept: what is older is folded.
@@ -73,14 +74,21 @@ fn written(dir: &Path) -> anyhow::Result<Option<u64>> {
     Ok(Some(sectors * 512))
 }
 
-fn commit(journal: &mut Journal<DirStore>, parts: &[Vec<u8>]) -> anyhow::Result<()> {
+/// True if a fold has come to its end with it.
+fn commit(journal: &mut Journal<DirStore>, parts: &[Vec<u8>]) -> anyhow::Result<bool> {
     let (last, first) = parts.split_last().context("a frame has parts")?;
     for part in first {
         journal.write_part(part, |_| Ok(()))?;
     }
     journal.commit(&PartView::verify(last)?, SystemClock.now())?;
-    while journal.maintain(SystemClock.now(), &RETENTION)?.more {}
-    Ok(())
+    let mut folded = false;
+    loop {
+        let done = journal.maintain(SystemClock.now(), &RETENTION)?;
+        folded |= matches!(done.work, Work::Fold { done: true, .. });
+        if !done.more {
+            return Ok(folded);
+        }
+    }
 }
 
 pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
@@ -115,20 +123,32 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
             let disk = written(bench.dir.path())?;
             disk.context("its disk has gone")
         };
-        let (mut given, mut before) = (0, 0);
-        for number in 0..=2 * frames {
+        let (mut number, mut first) = (0, None::<(u32, u64, u64)>);
+        let (began, ended) = loop {
             let pages = change.pages(count, of, &mut numbers);
             fill(&mut content, &mut numbers);
             parts.clear();
             source.frame(chunks(&pages, &content), |part| parts.push(part))?;
-            commit(&mut journal, &parts)?;
-            // By now the first copy has gone into the base.
-            if number == frames {
-                (given, before) = (journal.stat().committed_bytes, counted()?);
+            let folded = commit(&mut journal, &parts)?;
+            number += 1;
+            ensure!(
+                number < 8 * frames,
+                "too little is folded in {number} commits"
+            );
+            // When the first counts, the first copy has gone into the base.
+            let since = first.map_or(0, |(number, ..)| number);
+            if !folded || number < since + frames {
+                continue;
             }
-        }
-        let given = journal.stat().committed_bytes - given;
-        let all = counted()? - before;
+            let now = (number, journal.stat().committed_bytes, counted()?);
+            match first {
+                None => first = Some(now),
+                Some(first) => break (first, now),
+            }
+        };
+        let frames = ended.0 - began.0;
+        let given = ended.1 - began.1;
+        let all = ended.2 - began.2;
         drop(journal);
         std::fs::remove_dir_all(&dir)?;
         let row = |what: String, bytes: u64| {
