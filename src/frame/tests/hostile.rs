@@ -164,19 +164,15 @@ proptest! {
 
 /// Codec, kind, decoded bytes, and what is stored.
 pub(super) type Stored<'a> = (Codec, BatchKind, u32, &'a [u8]);
+type Rows<'a> = &'a [[u8; ROW_BYTES]];
 
 /// A part of these batches and rows with right checksums and sizes.
-fn forge(batches: &[Stored<'_>], rows: &[[u8; ROW_BYTES]]) -> Vec<u8> {
+fn forge(batches: &[Stored<'_>], rows: Rows<'_>) -> Vec<u8> {
     forged(Scale::Small, batches, rows, false)
 }
 
 /// With what its header says of batches and references.
-pub(super) fn forged(
-    scale: Scale,
-    batches: &[Stored<'_>],
-    rows: &[[u8; ROW_BYTES]],
-    refer: bool,
-) -> Vec<u8> {
+pub(super) fn forged(scale: Scale, batches: &[Stored<'_>], rows: Rows<'_>, refer: bool) -> Vec<u8> {
     let (part, ..) = small_frame();
     let mut header = PartHeader::parse(&part).unwrap();
     let mut body = vec![];
