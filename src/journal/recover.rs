@@ -264,9 +264,10 @@ impl<'a, S: Store> Recovery<'a, S> {
         };
         let segments: Vec<_> = self.segments.iter().filter(wanted).collect();
         let (mut all, none) = (Found::default(), BTreeMap::new());
+        let scans = ahead::readers(segments.len());
         let scanned: Result<(), Infallible> = ahead::in_order(
             segments.len(),
-            ahead::readers(segments.len()),
+            scans,
             |at, found: &mut Found| {
                 let (number, sequence) = segments[at];
                 let scan = Scan {
@@ -277,6 +278,7 @@ impl<'a, S: Store> Recovery<'a, S> {
                     journal: self.super_.journal,
                     known: if thorough { &none } else { &self.headers },
                     thorough,
+                    readers: ahead::READS / scans,
                 };
                 scan.run(found);
                 Ok(())

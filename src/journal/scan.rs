@@ -54,6 +54,8 @@ pub(super) struct Scan<'a, S: Store> {
     pub known: &'a BTreeMap<Loc, PartHeader>,
     /// To the end of the segment, whatever its high water is.
     pub thorough: bool,
+    /// Threads that read ahead: other segments may be looked at meanwhile.
+    pub readers: usize,
 }
 
 /// Why reading ahead ended: there is something to look at, or the disk failed.
@@ -164,7 +166,7 @@ impl<S: Store> Scan<'_, S> {
     fn next_after(&self, offset: u64, end: u64) -> u64 {
         let near = (offset + PIECE).min(end);
         let result = self.pieces(offset, near, 1);
-        match result.and_then(|()| self.pieces(near, end, ahead::READS)) {
+        match result.and_then(|()| self.pieces(near, end, self.readers)) {
             Ok(()) => end,
             Err(At(offset)) => offset,
         }

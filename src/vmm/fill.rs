@@ -64,8 +64,16 @@ struct Shared {
     source: Arc<dyn PageSource>,
     uffd: Uffd,
     done: Mutex<Option<Done>>,
-    /// When somebody waited for a page last.
-    waited: Mutex<Option<Instant>>,
+    waited: Mutex<Waited>,
+}
+
+/// Whether somebody waits for a page.
+#[derive(Clone, Copy)]
+enum Waited {
+    NotYet,
+    Now,
+    /// The last one until then.
+    Until(Instant),
 }
 
 /// Begins to fill fresh memory, which nobody has touched yet. `done` is called from a thread.
@@ -83,7 +91,7 @@ pub fn start(
         source,
         uffd,
         done: Mutex::new(Some(Box::new(done))),
-        waited: Mutex::new(None),
+        waited: Mutex::new(Waited::NotYet),
     });
     let stop = EventFd::new(EFD_NONBLOCK)?;
     let (stopped, missing) = (stop.try_clone()?, Arc::clone(&shared));
@@ -167,7 +175,7 @@ impl Shared {
         }
     }
 
-    fn waited(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+    fn waited(&self) -> std::sync::MutexGuard<'_, Waited> {
         self.waited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -176,8 +184,10 @@ impl Shared {
         let until = Instant::now() + QUIET_WITHIN;
         loop {
             let now = Instant::now();
-            let quiet = self.waited().map(|at| at + QUIET);
-            let next = quiet.unwrap_or(until).min(until);
+            let next = match *self.waited() {
+                Waited::Until(at) => until.min(at + QUIET),
+                Waited::NotYet | Waited::Now => until,
+            };
             if next <= now {
                 return;
             }
@@ -209,6 +219,7 @@ impl Shared {
                 if self.failed() {
                     return Ok(());
                 }
+                *self.waited() = Waited::Now;
                 let addr = self.locate(at);
                 let put = match self.source.page(addr, &mut page[0])? {
                     true => self.uffd.copy(at, &page[..]),
@@ -219,7 +230,7 @@ impl Shared {
                     Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
                     put => put.map_err(|e| format!("the kernel takes no page: {e}"))?,
                 }
-                *self.waited() = Some(Instant::now());
+                *self.waited() = Waited::Until(Instant::now());
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::ids::JournalId;
 struct Found<F> {
     file: F,
     len: u64,
-    /// The first one; zeros if it cannot be read.
+    /// Its first block; zeros if that cannot be read.
     block: Vec<u8>,
     readable: bool,
 }
