@@ -24,9 +24,6 @@ use crate::primary::{self, PrimaryOptions};
 use crate::transport::TlsDialer;
 use crate::vmm::spec::{Boot, DiskSpec, MachineSpec};
 
-/// Dirty pages above which a fuzzy round goes before the cut: 64 MiB, which a cut of some tens of
-/// milliseconds copies.
-const ROUND_PAGES: u64 = 16 << 10;
 /// Checkpoints on their way at once.
 const INFLIGHT_MAX: usize = 4;
 /// Time for dialing and for each handshake.
@@ -148,7 +145,7 @@ pub(super) fn primary_options(
         part_bytes: EncodeOptions::default().part_bytes,
         max_backlog: usize::try_from(replication.max_backlog_bytes).unwrap_or(usize::MAX),
         max_inflight: INFLIGHT_MAX,
-        round_pages: ROUND_PAGES,
+        round_pages: primary::ROUND_PAGES,
         handshake_max: HANDSHAKE_MAX,
     }
 }

@@ -18,7 +18,6 @@ use super::standbys::{Shared, lock};
 use crate::control::runs::RunHandle;
 use crate::control::types::ApiError;
 use crate::device_state::DeviceState;
-use crate::frame::Manifest;
 use crate::guest::builtin::stopped::is_stopped;
 use crate::guest::builtin::{BuiltinGuest, Unbooted};
 use crate::guest::network::NetworkChange;
@@ -346,7 +345,7 @@ impl Takeover {
             .site
             .env
             .offload(move || write_disks(&copy, &layout, point, directory));
-        let (files, process) = tokio::join!(writing, self.begun(manifest));
+        let (files, process) = tokio::join!(writing, self.begun(source));
         let (table, networks) = (self.qemu.as_deref(), &self.networks);
         let made = files.and_then(|files| machine(manifest, &files, table, networks));
         match (made, process) {
@@ -368,7 +367,8 @@ impl Takeover {
 
     /// One of our monitors, for the guest that it is for, as far as that goes without its disks. What is
     /// wrong with it is told by whoever has to do without.
-    async fn begun(&self, manifest: &Manifest) -> Option<Unbooted> {
+    async fn begun(&self, source: &Source) -> Option<Unbooted> {
+        let manifest = &source.manifest;
         let state = DeviceState::from_bytes(&manifest.device_state).ok()?;
         let Hardware::Builtin(spec) = Hardware::from_bytes(&manifest.machine).ok()? else {
             return None;
@@ -379,7 +379,13 @@ impl Takeover {
         let run_dir = self.site.run_dir(&self.guest);
         let process = BuiltinGuest::spawn(&self.site.exe, &run_dir, &self.guest).await;
         let process = process.ok()?;
-        match process.prepare(&spec).await {
+        let preparing = async {
+            if let Ram::Journal(directions) = &source.ram {
+                process.open_ahead(directions.clone()).await?;
+            }
+            process.prepare(&spec).await
+        };
+        match preparing.await {
             Ok(()) => Some(process),
             Err(_) => {
                 process.end().await;

@@ -10,12 +10,12 @@
 //! part: a part begins empty and grows by what is written to it.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use super::batch::{BATCH_HEADER_BYTES, BATCH_RAW_MAX, Batch, BatchKind, Codec, Compressor};
 use super::error::EncodeError;
 use super::format::{Footer, HEADER_BYTES, PartHeader, pack_trailer};
-use super::helpers::Ordered;
+use super::helpers::{Ordered, Stock};
 use super::manifest::{Manifest, Stored};
 use super::writer::Ending;
 use super::{PART_BYTES_MAX, PART_BYTES_MIN};
@@ -41,29 +41,6 @@ struct Packed {
     codec: Codec,
     out: Vec<u8>,
     len: usize,
-}
-
-/// What nobody uses now, for whoever needs it next: as much as was ever used at the same time.
-struct Stock<T>(Mutex<Vec<T>>);
-
-impl<T> Stock<T> {
-    fn new() -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Vec::new())))
-    }
-
-    fn take_or(&self, new: impl FnOnce() -> T) -> T {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let one = all.pop();
-        drop(all);
-        one.unwrap_or_else(new)
-    }
-
-    fn put(&self, one: T) {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(one);
-    }
 }
 
 /// See the module.

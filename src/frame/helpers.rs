@@ -215,6 +215,36 @@ impl<T> Drop for Ordered<T> {
     }
 }
 
+/// What nobody uses now, for whoever needs it next: as much as was ever used at the same time.
+pub(super) struct Stock<T>(Mutex<Vec<T>>);
+
+impl<T> Stock<T> {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Vec::new())))
+    }
+
+    pub fn take_or(&self, new: impl FnOnce() -> T) -> T {
+        let one = self.all().pop();
+        one.unwrap_or_else(new)
+    }
+
+    pub fn put(&self, one: T) {
+        self.all().push(one);
+    }
+
+    /// Keeps at most so many.
+    pub fn truncate(&self, most: usize) {
+        let mut all = self.all();
+        all.truncate(most);
+        all.shrink_to_fit();
+    }
+
+    /// Something is in it or not before anything can panic.
+    fn all(&self) -> MutexGuard<'_, Vec<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

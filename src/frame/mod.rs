@@ -64,6 +64,7 @@ mod assembly;
 mod batch;
 mod bits;
 mod check;
+mod decoding;
 mod delta;
 mod duplicates;
 mod encode;
@@ -84,6 +85,7 @@ mod writer;
 
 pub use batch::{Batch, Codec, Decompressor, PLACE_ALIGN, Scale};
 pub use check::FrameCheck;
+pub use decoding::Decoding;
 pub use delta::{Delta, apply as apply_delta, encode as encode_delta};
 pub use encode::{EncodeOptions, EncodeStats, Encoder, Finished};
 pub use error::{EncodeError, FrameError};

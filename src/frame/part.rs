@@ -309,9 +309,24 @@ impl<'a> PartView<'a> {
     pub fn for_each_of<E: From<FrameError>>(
         &self,
         wants: impl Fn(RegionId) -> bool,
-        mut each: impl FnMut(PageAddr, Content<'_>) -> Result<(), E>,
+        each: impl FnMut(PageAddr, Content<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut decoder = Decompressor::default();
+        self.for_each_from(
+            wants,
+            |batch, out| self.decode(batch, &mut decoder, out),
+            each,
+        )
+    }
+
+    /// The same, with batches that `decode` puts into a buffer: each once, in the order in which rows
+    /// refer to them first.
+    fn for_each_from<E: From<FrameError>>(
+        &self,
+        wants: impl Fn(RegionId) -> bool,
+        mut decode: impl FnMut(u16, &mut Vec<u8>) -> Result<(), FrameError>,
+        mut each: impl FnMut(PageAddr, Content<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
         // Of each kind the newest batches, each in a place of its own: a row that is due refers to none
         // that another one has replaced.
         let back = match self.header.references {
@@ -333,7 +348,7 @@ impl<'a> PartView<'a> {
             let place = usize::from(self.batches[usize::from(row.batch)].nth) % open.len();
             let (number, decoded) = &mut open[place];
             if ahead.is_none() && *number != Some(row.batch) {
-                self.decode(row.batch, &mut decoder, decoded)?;
+                decode(row.batch, decoded)?;
                 *number = Some(row.batch);
             }
             let content = ahead.unwrap_or(decoded);
@@ -370,14 +385,35 @@ impl<'a> PartView<'a> {
     /// Applies the rows to an image, in order. The caller has checked the layout. On an error the
     /// image holds a part of the changes; applying the frame again, whole, makes it right.
     pub fn apply(&self, image: &mut dyn PageImage) -> Result<(), FrameError> {
+        let mut decoder = Decompressor::default();
+        self.apply_from(image, |batch, out| self.decode(batch, &mut decoder, out))
+    }
+
+    /// The same, with batches that `decode` puts into a buffer: each at most once, in the order of
+    /// [`batches_wanted`](Self::batches_wanted).
+    pub(super) fn apply_from(
+        &self,
+        image: &mut dyn PageImage,
+        decode: impl FnMut(u16, &mut Vec<u8>) -> Result<(), FrameError>,
+    ) -> Result<(), FrameError> {
         // Asked before, because the image is borrowed while rows are applied.
         let regions: Vec<bool> = (0..REGIONS_MAX as u16)
             .map(|region| image.wants(RegionId(region)))
             .collect();
-        self.for_each_of(
+        self.for_each_from(
             |region| regions.get(usize::from(region.0)).copied().unwrap_or(true),
+            decode,
             |addr, content| apply_content(image, addr, content),
         )
+    }
+
+    /// The batches, in the order in which rows refer to them first.
+    pub(super) fn batches_wanted(&self) -> Vec<u16> {
+        let mut seen = vec![false; self.batches.len()];
+        let rows = self.rows().filter(|row| row.kind != RowKind::Zero);
+        rows.map(|row| row.batch)
+            .filter(|batch| !std::mem::replace(&mut seen[usize::from(*batch)], true))
+            .collect()
     }
 }
 

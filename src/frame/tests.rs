@@ -1,5 +1,6 @@
 //! Frames against a naive model: a guest that is a list of pages, a standby that is another.
 
+mod decoding;
 mod hostile;
 mod large;
 mod model;
@@ -12,7 +13,7 @@ use super::*;
 use crate::clock::Timestamp;
 use crate::guest::Chunk;
 use crate::ids::{Epoch, Generation, ImageRoot, JournalId};
-use crate::page::{Layout, PAGE_SIZE, PageAddr, Region, RegionKind};
+use crate::page::{Layout, PAGE_SIZE, PageAddr, Region, RegionId, RegionKind};
 
 type Page = [u8; PAGE_SIZE];
 
@@ -126,16 +127,20 @@ fn noise(seed: u64) -> Page {
     page
 }
 
-/// Verifies a frame and applies it.
+/// Verifies a frame and applies it, in each way that there is.
 fn apply_frame(frame: &[Vec<u8>], layout: &Layout, image: &mut Image) -> Footer {
     let mut check = FrameCheck::new();
+    let (mut ahead, mut decoding) = (image.clone(), Decoding::default());
     for bytes in frame {
         assert!(bytes.len() <= PART_BYTES_MAX && bytes.len().is_multiple_of(BLOCK));
         let part = PartView::verify(bytes).unwrap();
         part.check_layout(layout).unwrap();
         check.add(&part).unwrap();
         part.apply(image).unwrap();
+        decoding.push(VerifiedPart::verify(bytes.clone()).unwrap());
     }
+    while decoding.apply_next(&mut ahead).unwrap() {}
+    assert!(ahead == *image, "decoded ahead it is another image");
     check.finish().unwrap()
 }
 

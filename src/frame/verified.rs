@@ -2,6 +2,7 @@
 //! and decode it and another apply it.
 
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use super::batch::{Batch, Decompressor};
@@ -16,11 +17,20 @@ const DECODED_BYTES_MAX: usize = 32 << 20;
 /// Smallest part that another thread verifies: hashing takes as long as several threads to begin.
 const SHARED_BYTES: usize = 512 << 10;
 
-/// See the module. `B` is what holds the bytes.
+/// See the module. `B` is what holds the bytes. Clones share them.
 #[derive(Debug)]
 pub struct VerifiedPart<B> {
-    bytes: B,
-    judged: Judged,
+    bytes: Arc<B>,
+    judged: Arc<Judged>,
+}
+
+impl<B> Clone for VerifiedPart<B> {
+    fn clone(&self) -> Self {
+        Self {
+            bytes: self.bytes.clone(),
+            judged: self.judged.clone(),
+        }
+    }
 }
 
 /// What [`PartView::verify`] found in the bytes.
@@ -36,48 +46,85 @@ impl<B: AsRef<[u8]>> VerifiedPart<B> {
     /// Judges `bytes` as [`PartView::verify`] does. With an error they are given back.
     pub fn verify(bytes: B) -> Result<Self, (FrameError, B)> {
         match PartView::verify(bytes.as_ref()).map(PartView::into_judged) {
-            Ok(judged) => Ok(Self { bytes, judged }),
+            Ok(judged) => Ok(Self {
+                bytes: Arc::new(bytes),
+                judged: Arc::new(judged),
+            }),
             Err(error) => Err((error, bytes)),
         }
     }
 
-    /// As [`verify`](Self::verify), while `work` is done with the same bytes. Nobody knows yet what they
-    /// are then.
+    /// As [`verify`](Self::verify), and has `check` look at the part, while `work` is done with the same
+    /// bytes. Nobody knows yet what they are then.
     pub fn verify_beside<T>(
         bytes: B,
+        check: impl FnOnce(&Self) -> Result<(), FrameError> + Send,
         work: impl FnOnce(&[u8]) -> T,
-    ) -> (Result<Self, (FrameError, B)>, T) {
-        let shared = bytes.as_ref();
-        let judge = || PartView::verify(shared).map(PartView::into_judged);
-        let (judged, done) = thread::scope(|scope| {
-            let other = match shared.len() {
-                SHARED_BYTES.. => thread::Builder::new().spawn_scoped(scope, judge).ok(),
-                _ => None,
+    ) -> (Result<Self, FrameError>, T)
+    where
+        B: Send + Sync,
+    {
+        let bytes = Arc::new(bytes);
+        let shared: &[u8] = (*bytes).as_ref();
+        let judge = || {
+            let judged = PartView::verify(shared)?.into_judged();
+            let part = Self {
+                bytes: bytes.clone(),
+                judged: Arc::new(judged),
             };
+            check(&part).map(|()| part)
+        };
+        if shared.len() < SHARED_BYTES {
             let done = work(shared);
-            // A host that has no room for a thread does without.
+            return (judge(), done);
+        }
+        let judge = Mutex::new(Some(judge));
+        let judge = || {
+            let judge = judge.lock().unwrap_or_else(PoisonError::into_inner).take();
+            judge.map(|judge| judge())
+        };
+        thread::scope(|scope| {
+            let other = thread::Builder::new().spawn_scoped(scope, &judge).ok();
+            let done = work(shared);
             let judged = match other.map(thread::ScopedJoinHandle::join) {
                 Some(Ok(judged)) => judged,
                 Some(Err(panic)) => std::panic::resume_unwind(panic),
+                // A host that has no room for a thread does without.
                 None => judge(),
             };
-            (judged, done)
-        });
-        let part = match judged {
-            Ok(judged) => Ok(Self { bytes, judged }),
-            Err(error) => Err((error, bytes)),
-        };
-        (part, done)
+            (judged.expect("it is judged once"), done)
+        })
     }
 
     /// The part, to read.
     pub fn view(&self) -> PartView<'_> {
-        PartView::of_judged(self.bytes.as_ref(), &self.judged)
+        PartView::of_judged((*self.bytes).as_ref(), &self.judged)
     }
 
-    /// What holds the bytes.
-    pub fn into_bytes(self) -> B {
-        self.bytes
+    /// What holds the bytes; `None` if a clone of the part is left.
+    pub fn into_bytes(self) -> Option<B> {
+        Arc::into_inner(self.bytes)
+    }
+
+    /// Decoded bytes of a batch.
+    pub(super) fn batch_bytes(&self, number: u16) -> usize {
+        self.judged.batches[usize::from(number)].raw_len as usize
+    }
+
+    /// Decodes a batch into `out`, which holds nothing else then.
+    pub(super) fn decode(
+        &self,
+        number: u16,
+        decoder: &mut Decompressor,
+        out: &mut Vec<u8>,
+    ) -> Result<(), FrameError> {
+        let batch = &self.judged.batches[usize::from(number)];
+        let stored = &(*self.bytes).as_ref()[batch.range()];
+        let decoded = batch.decode(decoder, stored, out);
+        decoded.map_err(|why| FrameError::Batch {
+            batch: usize::from(number),
+            why,
+        })
     }
 }
 

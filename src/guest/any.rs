@@ -67,6 +67,10 @@ impl Guest for AnyGuest {
         any!(self, guest => guest.state().await)
     }
 
+    fn round_pauses(&self) -> bool {
+        any!(self, guest => guest.round_pauses())
+    }
+
     async fn round(&mut self, contents: Contents) -> Result<Round, GuestError> {
         any!(self, guest => guest.round(contents).await)
     }

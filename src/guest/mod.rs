@@ -209,6 +209,11 @@ pub trait Guest: Send + 'static {
         None
     }
 
+    /// True if a [`round`](Self::round) stops the guest as a cut does.
+    fn round_pauses(&self) -> bool {
+        false
+    }
+
     /// Starts a fuzzy copy of the running guest. Its content follows by `next_chunk`.
     fn round(
         &mut self,

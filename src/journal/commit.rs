@@ -78,7 +78,7 @@ impl<S: Store> Journal<S> {
     pub fn write_part<B: AsRef<[u8]> + Send + Sync>(
         &mut self,
         bytes: B,
-        check: impl FnOnce(&PartView<'_>) -> Result<(), FrameError>,
+        check: impl FnOnce(&VerifiedPart<B>) -> Result<(), FrameError> + Send,
     ) -> Result<VerifiedPart<B>, JournalError> {
         self.writable("writing a frame")?;
         let header = PartHeader::parse(bytes.as_ref())?;
@@ -86,11 +86,10 @@ impl<S: Store> Journal<S> {
         header.check_size(bytes.as_ref())?;
         let begun = self.check_part(&header);
         self.settle(begun)?;
-        let (part, written) = VerifiedPart::verify_beside(bytes, |bytes| self.append(bytes));
+        let work = |bytes: &[u8]| self.append(bytes);
+        let (part, written) = VerifiedPart::verify_beside(bytes, check, work);
         let loc = self.settle(written)?;
-        let sound = part.map_err(|(error, _)| error);
-        let sound = sound.and_then(|part| check(&part.view()).map(|()| part));
-        let part = match sound {
+        let part = match part {
             Ok(part) => part,
             Err(error) => {
                 self.segments.release(loc);

@@ -324,7 +324,8 @@ impl<S: Store> PointReader<S> {
             .sum();
         let full = kept + loc.len as usize > KEPT_BYTES;
         let spare = cache.parts.pop_back_if(|_| full);
-        let mut buffer = spare.map_or_else(Bytes::default, |(_, part)| part.into_bytes());
+        let spare = spare.and_then(|(_, part)| part.into_bytes());
+        let mut buffer = spare.unwrap_or_default();
         read(&self.files, loc, 0, buffer.room(loc.len as usize))?;
         let part = VerifiedPart::verify(buffer);
         let part = part.map_err(|(e, _)| JournalError::corrupt(loc.to_string(), e))?;

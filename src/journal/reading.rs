@@ -156,7 +156,8 @@ pub(super) fn verify_parts(
         |number, slot: &mut Slot| {
             let damaged = |error| JournalError::corrupt(parts[number].to_string(), error);
             let spare = std::mem::take(&mut slot.spare);
-            let mut buffer = slot.part.take().map_or(spare, VerifiedPart::into_bytes);
+            let before = slot.part.take().and_then(VerifiedPart::into_bytes);
+            let mut buffer = before.unwrap_or(spare);
             read(parts[number], buffer.room(parts[number].len as usize))?;
             match VerifiedPart::verify(buffer) {
                 Ok(part) => {

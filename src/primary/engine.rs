@@ -10,6 +10,7 @@ use super::coder::Coder;
 use super::handover::Handover;
 use super::pacing::{Done, Pacing, Wanted};
 use super::plan::{Memory, Plan, plan};
+use super::rounds::Rounds;
 use super::together::Turn;
 use super::{Acked, Asked, Compression, Meters, PrimaryOptions, PrimaryStatus};
 use crate::bitmap::PageSet;
@@ -38,6 +39,9 @@ pub(super) struct InFlight {
     pub asked: Vec<oneshot::Sender<Epoch>>,
 }
 
+/// Where a round stops the guest as a cut does: 64 MiB.
+const PAUSING_ROUND_PAGES: u64 = 16 << 10;
+
 /// See the module.
 pub(super) struct Engine<G> {
     pub env: Env,
@@ -57,8 +61,7 @@ pub(super) struct Engine<G> {
     pub sent: Option<(Epoch, ImageRoot)>,
     /// A full copy was ordered, and why.
     pub repair: Option<String>,
-    /// Many pages may be dirty: copy fuzzily before the next cut.
-    pub round_first: bool,
+    pub rounds: Rounds,
     pub pacing: Pacing,
     pub handing: Handing,
     /// The guest is to be given away.
@@ -121,6 +124,10 @@ impl<G: Guest> Engine<G> {
             budget: options.pause_budget,
             slow_max: options.slow_max,
         });
+        let rounds = Rounds::new(match guest.round_pauses() {
+            true => options.round_pages.max(PAUSING_ROUND_PAGES),
+            false => options.round_pages,
+        });
         Self {
             coder: Coder::new(env.clone(), encoder),
             env,
@@ -134,7 +141,7 @@ impl<G: Guest> Engine<G> {
             known: None,
             sent: None,
             repair: None,
-            round_first: true,
+            rounds,
             pacing,
             handing: Handing::No,
             handover: None,
@@ -288,7 +295,7 @@ impl<G: Guest> Engine<G> {
         if self.coder.is_open() || !self.inflight.is_empty() {
             let lost = self.inflight.drain(..).map(|f| f.pages).collect();
             self.coder.reset(lost).await;
-            self.round_first = true;
+            self.rounds.expect_many();
             self.meters.guest.checkpoint(CheckpointResult::Aborted);
             self.meters.guest.set_inflight(0);
             self.publish(|s| s.inflight = 0);

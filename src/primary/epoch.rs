@@ -36,9 +36,6 @@ use crate::wire::message::ToStandby;
 /// Fuzzy rounds before a cut is made whatever is dirty.
 const ROUNDS_MAX: u32 = 6;
 
-/// A round is followed by another while the dirty set shrinks to this share of the last one.
-const ROUND_SHRINKS: f64 = 0.7;
-
 /// Where the next frame hangs on.
 #[derive(Clone, Copy)]
 pub(super) struct Head {
@@ -73,6 +70,13 @@ enum Taking {
     Cut,
 }
 
+/// Dirty pages that the first and the last of some rounds found.
+#[derive(Clone, Copy)]
+struct Found {
+    first: u64,
+    last: u64,
+}
+
 impl<G: Guest> Builder<'_, G> {
     /// Makes the next checkpoint and queues it. `Ok(false)`: given back, to be tried again. After the
     /// `last` one the guest stands still.
@@ -102,8 +106,19 @@ impl<G: Guest> Builder<'_, G> {
         // Whoever has stopped waiting is not hurried for.
         self.engine.asked.retain(Asked::is_wanted);
         let hurry = self.engine.asked.iter().any(|asked| asked.cut.is_some());
-        if everything || (self.engine.round_first && !hurry) || last {
-            self.rounds(everything, full, known).await?;
+        let mut round = None;
+        if everything || (self.engine.rounds.go_first() && !hurry) || last {
+            let found = self.rounds(everything, full, known).await?;
+            round = Some(found.first);
+            // The content of the cut has to fit into memory at once, and is likely to be less than that of the
+            // last round. After a first copy nothing is known of it; after the last cut the guest stands still
+            // until all has gone out.
+            let max = self.engine.options.max_backlog;
+            let room = match everything || last {
+                true => max,
+                false => max.min(found.last as usize * PAGE_SIZE),
+            };
+            self.wait_for_room(room).await?;
         }
 
         let mut turn = match last {
@@ -134,8 +149,7 @@ impl<G: Guest> Builder<'_, G> {
             self.engine.publish(|s| s.disk_news = Some((at, news)));
         }
         let dirty = cut.dirty.count();
-        self.engine.meters.guest.dirty(dirty * PAGE_SIZE as u64);
-        self.engine.round_first = dirty > self.engine.options.round_pages;
+        self.engine.rounds.cut(round, dirty);
         if dirty as usize * PAGE_SIZE > self.queue.free() {
             self.give_back_cut(dirty).await?;
             return Ok(false);
@@ -170,6 +184,8 @@ impl<G: Guest> Builder<'_, G> {
             .await
             .map_err(|error| SessionEnd::Lost(error.to_string()))?;
         self.made += finishing.elapsed();
+        let changed = pages.count() * PAGE_SIZE as u64;
+        self.engine.meters.guest.dirty(changed);
         self.engine.image_known = true;
         self.engine.repair = None;
         self.first = None;
@@ -246,18 +262,20 @@ impl<G: Guest> Builder<'_, G> {
         everything: bool,
         full: bool,
         mut known: Option<Arc<Fingerprints>>,
-    ) -> Result<(), SessionEnd> {
+    ) -> Result<Found, SessionEnd> {
         let mut contents = if everything {
             Contents::All
         } else {
             Contents::Dirty
         };
-        let mut before = u64::MAX;
+        let (mut found, mut before) = (None, None);
         for _ in 0..ROUNDS_MAX {
             let started = Instant::now();
             let round = self.engine.guest.round(contents).await?;
             self.made += started.elapsed();
             let dirty = round.dirty.count();
+            let first = found.map_or(dirty, |found: Found| found.first);
+            found = Some(Found { first, last: dirty });
             let all = contents == Contents::All;
             // What is sent is lost with the frame, and not only what is dirty is sent.
             if all && (full || known.is_some()) {
@@ -277,19 +295,13 @@ impl<G: Guest> Builder<'_, G> {
                 _ => Ship::All,
             };
             self.take(Taking::Round, ship, total).await?;
-            let next_is_likely_small = !all
-                && (dirty <= self.engine.options.round_pages
-                    || dirty as f64 > before as f64 * ROUND_SHRINKS);
-            if next_is_likely_small {
+            if !all && !self.engine.rounds.go_on(dirty, before) {
                 break;
             }
-            if !all {
-                before = dirty;
-            }
+            before = (!all).then_some(dirty);
             contents = Contents::Dirty;
         }
-        // The content of the cut has to fit into memory at once: let the link take the rounds first.
-        self.wait_for_room(self.engine.options.max_backlog).await
+        Ok(found.expect("there was one round"))
     }
 
     /// Takes all content of a round or cut, encodes and queues it.
@@ -383,7 +395,7 @@ impl<G: Guest> Builder<'_, G> {
         });
         self.engine.coder.reset(vec![]).await;
         self.engine.guest.give_back().await?;
-        self.engine.round_first = true;
+        self.engine.rounds.expect_many();
         self.engine
             .meters
             .guest

@@ -35,6 +35,7 @@ mod handover;
 mod pacing;
 mod plan;
 mod queue;
+mod rounds;
 mod session;
 mod together;
 
@@ -55,6 +56,8 @@ use crate::wire::message::Readiness;
 pub use driver::{Ownership, ask_owner, run};
 pub use pacing::Pace;
 pub use plan::SyncPath;
+pub use rounds::ROUND_PAGES;
+pub(crate) use rounds::Rounds;
 pub use together::{Barrier, Missed, Turn};
 
 /// How batches are compressed.
@@ -98,7 +101,7 @@ pub struct PrimaryOptions {
     pub max_backlog: usize,
     /// Most checkpoints on their way at once.
     pub max_inflight: usize,
-    /// Dirty pages above which a fuzzy round goes before the cut.
+    /// Dirty pages above which a fuzzy round goes before the cut; more where a round stops the guest.
     pub round_pages: u64,
     /// The standby's site, as its certificate names it.
     pub peer: SiteId,

@@ -10,7 +10,7 @@ use super::image::Image;
 use super::mark::GroupPoint;
 use super::promote::Shown;
 use crate::clock::Timestamp;
-use crate::frame::{FrameCheck, FrameError, PageImage, PartHeader, PartView, VerifiedPart};
+use crate::frame::{Decoding, FrameCheck, FrameError, PageImage, PartHeader, VerifiedPart};
 use crate::ids::{Epoch, Generation, GuestId, ImageRoot};
 use crate::journal::{
     Catalogue, Journal, JournalError, JournalOptions, RecoveryPoint, RecoveryReport, Retention,
@@ -90,8 +90,8 @@ pub struct ReplicaStatus {
 /// A frame that is arriving.
 pub(super) struct Incoming {
     check: FrameCheck,
-    /// The parts, until together they are too many.
-    kept: Option<Vec<VerifiedPart<Body>>>,
+    /// The parts are in [`Replica::arrived`]; until together they are too many.
+    kept: bool,
     parts: u32,
     bytes: usize,
 }
@@ -112,6 +112,8 @@ pub struct Replica<S: Store> {
     /// Its owner gives the guest away to here, and no record says yet what became of that.
     pub(super) taking: bool,
     pub(super) incoming: Option<Incoming>,
+    /// Its parts.
+    arrived: Decoding<Body>,
     /// The guest's last checkpoint before it is given away, and who is to be shown it.
     pub(super) last: Option<(Epoch, oneshot::Sender<Shown>)>,
     /// Somebody follows what becomes durable.
@@ -155,6 +157,7 @@ impl<S: Store> Replica<S> {
             promoted: false,
             taking: false,
             incoming: None,
+            arrived: Decoding::default(),
             last: None,
             teller: None,
             session: 0,
@@ -336,6 +339,7 @@ impl<S: Store> Replica<S> {
 
     fn drop_frame(&mut self) {
         self.incoming = None;
+        self.arrived.clear();
         self.journal.cut_off();
     }
 
@@ -392,20 +396,27 @@ impl<S: Store> Replica<S> {
         }
         let mut incoming = self.incoming.take().unwrap_or_else(|| Incoming {
             check: FrameCheck::new(),
-            kept: Some(Vec::new()),
+            kept: true,
             parts: 0,
             bytes: 0,
         });
-        let layout = self.image.as_ref();
-        let layout = layout.expect("an open session has an image").layout();
-        let mut check = |view: &PartView<'_>| {
+        let image = self.image.as_ref();
+        let layout = image.expect("an open session has an image").layout();
+        let arrived = &mut self.arrived;
+        let mut check = |part: &VerifiedPart<Body>| {
+            let view = part.view();
             view.check_layout(layout)?;
-            incoming.check.add(view)
+            incoming.check.add(&view)?;
+            // Decoded while the disk writes and other parts come.
+            if incoming.kept {
+                arrived.push(part.clone());
+            }
+            Ok(())
         };
         if header.last {
             let part = VerifiedPart::verify(bytes).map_err(|(error, _)| error)?;
-            check(&part.view())?;
-            return self.last_part(incoming, &part.view(), now);
+            check(&part)?;
+            return self.last_part(incoming, &part, now);
         }
         let written = self.journal.write_part(bytes, check);
         let part = written.map_err(|error| match error {
@@ -415,10 +426,8 @@ impl<S: Store> Replica<S> {
         incoming.parts += 1;
         incoming.bytes += part.view().bytes().len();
         if incoming.bytes > KEEP_BYTES {
-            incoming.kept = None;
-        }
-        if let Some(kept) = &mut incoming.kept {
-            kept.push(part);
+            incoming.kept = false;
+            self.arrived.clear();
         }
         self.incoming = Some(incoming);
         Ok(Receipt::More)
@@ -433,9 +442,10 @@ impl<S: Store> Replica<S> {
     fn last_part(
         &mut self,
         mut incoming: Incoming,
-        view: &PartView<'_>,
+        last: &VerifiedPart<Body>,
         now: Timestamp,
     ) -> Result<Receipt, ReplicaError> {
+        let view = &last.view();
         std::mem::take(&mut incoming.check).finish()?;
         let footer = view.footer().expect("the caller saw the footer");
         let manifest = view.manifest()?;
@@ -454,10 +464,10 @@ impl<S: Store> Replica<S> {
         // frame is durable.
         let teller = self.teller.as_ref().filter(|teller| teller.wanted());
         let (applied, seen) = match teller.map(Teller::limit) {
-            None => (self.apply(&incoming, view, &mut image), None),
+            None => (self.apply(&incoming, last, &mut image), None),
             Some(limit) => {
                 let mut watched = Watched::new(&mut image, limit);
-                let applied = self.apply(&incoming, view, &mut watched);
+                let applied = self.apply(&incoming, last, &mut watched);
                 (applied, Some(watched.seen()))
             }
         };
@@ -508,26 +518,27 @@ impl<S: Store> Replica<S> {
         Ok(receipt)
     }
 
+    /// Applies the parts that arrived, of which this is the last.
     fn apply(
-        &self,
+        &mut self,
         incoming: &Incoming,
-        last: &PartView<'_>,
+        last: &VerifiedPart<Body>,
         image: &mut dyn PageImage,
     ) -> Result<(), ReplicaError> {
-        match &incoming.kept {
-            Some(kept) => {
-                for part in kept {
-                    part.view().apply(image)?;
+        if !incoming.kept {
+            for part in 0..incoming.parts {
+                let bytes = Body::from(self.journal.pending_part(part)?);
+                let part = VerifiedPart::verify(bytes).map_err(|(error, _)| error)?;
+                self.arrived.push(part);
+                // One is read while another one is decoded.
+                if self.arrived.len() > 1 {
+                    self.arrived.apply_next(image)?;
                 }
             }
-            None => {
-                for part in 0..incoming.parts {
-                    let bytes = self.journal.pending_part(part)?;
-                    PartView::verify(&bytes)?.apply(image)?;
-                }
-            }
+            self.arrived.push(last.clone());
         }
-        last.apply(image)?;
+        while self.arrived.apply_next(image)? {}
+        self.arrived.clear();
         Ok(())
     }
 }

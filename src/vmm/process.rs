@@ -26,6 +26,7 @@
 
 mod connection;
 mod console;
+mod opening;
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
@@ -39,6 +40,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use connection::Connection;
+use opening::Opening;
 
 use crate::device_state::DeviceState;
 use crate::guest::RunState;
@@ -134,6 +136,8 @@ pub(crate) struct Process {
     shell: Mutex<Option<Shell>>,
     /// The guest that may be about to come.
     ahead: Mutex<Option<Ahead>>,
+    /// Where the memory of the guest that is about to come is read from.
+    opening: Mutex<Option<Opening>>,
     connection: Mutex<Option<Connection>>,
     connected: AtomicBool,
     open_source: OpenSource,
@@ -162,6 +166,7 @@ pub fn run(guest: &GuestId, run_dir: &Path, open_source: OpenSource) -> Result<(
         monitor: Mutex::default(),
         shell: Mutex::default(),
         ahead: Mutex::default(),
+        opening: Mutex::default(),
         connection: Mutex::default(),
         connected: AtomicBool::new(false),
         open_source,
@@ -294,7 +299,9 @@ impl Process {
         state: DeviceState,
         source: &[u8],
     ) -> Result<Arc<Monitor>, String> {
-        let source = (self.open_source)(source)?;
+        let opening = lock(&self.opening).take();
+        let opened = opening.and_then(|opening| opening.finish(source));
+        let source = opened.unwrap_or_else(|| (self.open_source)(source))?;
         let since = Instant::now();
         let process = Arc::downgrade(self);
         self.build(spec, |spec| {
@@ -392,6 +399,13 @@ impl Process {
         }
         let shell = Shell::new(&self.parse(spec)?).map_err(|error| error.to_string())?;
         *lock(&self.shell) = Some(shell);
+        Ok(())
+    }
+
+    /// Opens what a guest's memory will come from, while other things are done.
+    pub(crate) fn open_ahead(&self, source: Vec<u8>) -> Result<(), String> {
+        let opening = Opening::begin(self.open_source, source).map_err(|error| error.to_string());
+        *lock(&self.opening) = Some(opening?);
         Ok(())
     }
 

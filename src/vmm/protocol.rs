@@ -148,6 +148,11 @@ pub enum Command {
         /// At most for so long.
         within: Duration,
     },
+    /// A guest whose memory is read from there is about to come with `RestoreFrom`: open it meanwhile.
+    OpenAhead {
+        /// As in `RestoreFrom`.
+        source: Vec<u8>,
+    },
 }
 
 /// First message of the guest's process.

@@ -219,6 +219,9 @@ async fn resumed(
             return Ok(waits);
         }
         let unbooted = BuiltinGuest::spawn(&exe, run, &guest).await?;
+        if let Claimed::Lent(lent) = &claimed {
+            unbooted.open_ahead(lent.directions.to_bytes()).await?;
+        }
         unbooted.prepare(&spec).await?;
         anyhow::Ok(unbooted)
     };

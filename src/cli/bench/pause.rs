@@ -15,10 +15,12 @@ use vm_memory::{Bytes, GuestAddress};
 use super::encode::guest;
 use super::sample::Samples;
 use super::{Bench, Section};
+use crate::bitmap::PageSet;
 use crate::guest::{Base, Contents, CutId, CutStrategy, RunState};
 use crate::ids::{Epoch, Generation, JournalId};
 use crate::page::PageAddr;
-use crate::vmm::cut::{CutEngine, CutStart, Outbox, Session};
+use crate::primary::Rounds;
+use crate::vmm::cut::{CutEngine, CutStart, CutTarget, Outbox, Session};
 use crate::vmm::payload::abi;
 use crate::vmm::staging::{Staging, StagingOptions};
 use crate::vmm::{Boot, Machine, MachineSpec};
@@ -149,6 +151,31 @@ impl Cuttable {
         self.drain()?;
         self.settle(cut.id)?;
         Ok(cut)
+    }
+
+    /// A cut as a daemon makes it, with rounds before it if it is likely to find much.
+    pub fn checkpoint(&mut self, rounds: &mut Rounds) -> anyhow::Result<()> {
+        let (mut first, mut before) = (None, None);
+        while rounds.go_first() {
+            let round = self.engine.round(Contents::Dirty)?;
+            self.drain()?;
+            let dirty = round.dirty.count();
+            first.get_or_insert(dirty);
+            if !rounds.go_on(dirty, before.replace(dirty)) {
+                break;
+            }
+        }
+        let cut = self.cut(CutStrategy::Auto)?;
+        rounds.cut(first, cut.dirty.count());
+        Ok(())
+    }
+
+    /// Finds what was written since the last time, and forgets it: the next cut does not have it.
+    pub fn read_log(&self) -> anyhow::Result<()> {
+        let target: &dyn CutTarget = &*self.machine;
+        let mut found = PageSet::new(target.layout());
+        let read = target.harvest(&mut found);
+        read.map_err(|error| anyhow::anyhow!("the dirty log cannot be read: {error}"))
     }
 
     fn drain(&self) -> anyhow::Result<()> {

@@ -73,6 +73,13 @@ impl Row {
         self
     }
 
+    /// The ratio is the middle of those that were taken turn by turn.
+    pub fn by_turns(mut self, ratios: Vec<f64>) -> Self {
+        let limit = self.limit.as_mut().expect("a ratio needs a limit");
+        limit.ratio = Samples::new(ratios).median();
+        self
+    }
+
     /// The ratio must be at least so much.
     pub fn wanted_ratio(mut self, least: f64) -> Self {
         let limit = self.limit.as_ref().expect("a ratio needs a limit");

@@ -314,10 +314,19 @@ impl Unbooted {
         self.started(command, None).await
     }
 
+    /// Memory is about to be read from there with [`restore_from`](Self::restore_from): begins to open it,
+    /// beside whatever is asked for next. What is wrong with it is said then.
+    pub async fn open_ahead(&self, source: Vec<u8>) -> Result<(), GuestError> {
+        self.done(Command::OpenAhead { source }).await
+    }
+
     /// A guest of this shape is about to come: makes its machine as far as that goes. Only its
     /// `restore` will be faster.
     pub async fn prepare(&self, spec: &MachineSpec) -> Result<(), GuestError> {
-        let command = Command::Prepare { spec: json(spec) };
+        self.done(Command::Prepare { spec: json(spec) }).await
+    }
+
+    async fn done(&self, command: Command) -> Result<(), GuestError> {
         match self.connection.call(command, None).await? {
             Reply::Done => Ok(()),
             other => Err(connection::odd(&other)),

@@ -357,6 +357,10 @@ impl Guest for QemuGuest {
         })
     }
 
+    fn round_pauses(&self) -> bool {
+        true
+    }
+
     async fn round(&mut self, contents: Contents) -> Result<Round, GuestError> {
         self.current = None;
         if !self.paused {

@@ -435,6 +435,10 @@ impl Serving {
                 self.process.prepare(&spec).map_err(failed)?;
                 Ok(Reply::Done)
             }
+            Command::OpenAhead { source } => {
+                self.process.open_ahead(source).map_err(failed)?;
+                Ok(Reply::Done)
+            }
             Command::Info => Ok(self.info()),
             Command::State => Ok(Reply::State(self.monitor()?.machine.run_state().into())),
             Command::Round { contents } => {
