@@ -77,7 +77,7 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> Decoding<B> {
     }
 
     /// Number of parts that wait.
-    pub fn len(&self) -> usize {
+    pub fn waiting(&self) -> usize {
         self.parts.len()
     }
 

@@ -84,7 +84,7 @@ impl<B: AsRef<[u8]>> VerifiedPart<B> {
             judge.map(|judge| judge())
         };
         thread::scope(|scope| {
-            let other = thread::Builder::new().spawn_scoped(scope, &judge).ok();
+            let other = thread::Builder::new().spawn_scoped(scope, judge).ok();
             let done = work(shared);
             let judged = match other.map(thread::ScopedJoinHandle::join) {
                 Some(Ok(judged)) => judged,

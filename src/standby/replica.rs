@@ -531,7 +531,7 @@ impl<S: Store> Replica<S> {
                 let part = VerifiedPart::verify(bytes).map_err(|(error, _)| error)?;
                 self.arrived.push(part);
                 // One is read while another one is decoded.
-                if self.arrived.len() > 1 {
+                if self.arrived.waiting() > 1 {
                     self.arrived.apply_next(image)?;
                 }
             }

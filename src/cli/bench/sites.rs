@@ -89,7 +89,8 @@ async fn fleet(bench: &mut Bench, guests: u32, memory_mib: u64) -> anyhow::Resul
         pauses(|guest| guest.pause_p99_seconds),
     );
     let [count, seconds] = fleet.commits().await?;
-    let commit = (seconds - commits[1]) / (count - commits[0]).max(1.0);
+    let made = count - commits[0];
+    let commit = (made > 0.0).then(|| (seconds - commits[1]) / made);
     let recovery = fleet.recover().await?.as_secs_f64();
     drop(fleet);
     std::fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
@@ -110,7 +111,13 @@ async fn fleet(bench: &mut Bench, guests: u32, memory_mib: u64) -> anyhow::Resul
     bench.push(row("pause", Unit::Seconds, [p50, p99, p99]));
     let ages = [age.median(), age.at(0.9), age.at(0.99)];
     bench.push(row("age of the newest durable point", Unit::Seconds, ages));
-    bench.push(row("commit, mean", Unit::Seconds, [commit; 3]));
+    match commit {
+        Some(mean) => bench.push(row("commit, mean", Unit::Seconds, [mean; 3])),
+        None => bench.skip(
+            Section::Sites,
+            format!("{who}: nothing was committed while it was looked at"),
+        ),
+    }
     let what = "a killed standby's points are known again";
     bench.push(row(what, Unit::Seconds, [recovery; 3]));
     for (whose, bytes) in ["primary", "standby"].into_iter().zip(memory) {

@@ -39,7 +39,7 @@ fn what_was_given_up_leaves_nothing_behind() {
             assert!(decoding.apply_next(&mut Image::new(&layout)).unwrap());
         }
         decoding.clear();
-        assert_eq!(decoding.len(), 0);
+        assert_eq!(decoding.waiting(), 0);
         assert!(!decoding.apply_next(&mut image).unwrap());
     }
     apply_frame(&frame, &layout, &mut expected);
