@@ -1,4 +1,4 @@
-//! Threads that help encoders, and work whose results come back in order.
+//! Threads that help encoders, and whoever decodes, and work whose results come back in order.
 //!
 //! ```text
 //!  encoder ─ submit ─▶ [ task | task | task ]  oldest first ─ next ─▶ encoder, in the same order
@@ -7,7 +7,7 @@
 //!                                              when it would have to wait
 //! ```
 //!
-//! One thread less than there are processors, [`HELPERS_MAX`] at most, for all encoders of the process:
+//! One thread less than there are processors, [`HELPERS_MAX`] at most, for all of the process together:
 //! what an encoder cannot hand to others is about a quarter of its work, so that more would wait for it.
 //! They sleep when there is nothing to do, and are started when they are first wanted. On one processor
 //! there are none, and an encoder does everything itself, at the same places: what it makes is the same

@@ -50,7 +50,8 @@
 //!   last part covers the footer and so names the whole frame.
 //!
 //! Who writes what: [`Encoder`] (primary) makes frames of a live guest, with helpers on other processors, [`merge`] / [`Merger`]
-//! (journal) makes one frame of several. [`PartView`] reads a part, [`ImageTree`] keeps the image
+//! (journal) makes one frame of several. [`PartView`] reads a part, [`Decoding`] (standby) decodes parts before
+//! they are applied, [`ImageTree`] keeps the image
 //! root at both ends. A frame that is *full* depends on nothing before it.
 //!
 //! Dropped alternatives: XOR deltas (not idempotent, so a fold into the base could not be redone);

@@ -70,13 +70,6 @@ enum Taking {
     Cut,
 }
 
-/// Dirty pages that the first and the last of some rounds found.
-#[derive(Clone, Copy)]
-struct Found {
-    first: u64,
-    last: u64,
-}
-
 impl<G: Guest> Builder<'_, G> {
     /// Makes the next checkpoint and queues it. `Ok(false)`: given back, to be tried again. After the
     /// `last` one the guest stands still.
@@ -108,15 +101,15 @@ impl<G: Guest> Builder<'_, G> {
         let hurry = self.engine.asked.iter().any(|asked| asked.cut.is_some());
         let mut round = None;
         if everything || (self.engine.rounds.go_first() && !hurry) || last {
-            let found = self.rounds(everything, full, known).await?;
-            round = Some(found.first);
-            // The content of the cut has to fit into memory at once, and is likely to be less than that of the
-            // last round. After a first copy nothing is known of it; after the last cut the guest stands still
-            // until all has gone out.
+            let first = self.rounds(everything, full, known).await?;
+            round = Some(first);
+            // The content of the cut has to fit into memory at once, and is not likely to be more than the
+            // first round's. After a first copy nothing is known of it; after the last cut the guest stands
+            // still until all has gone out.
             let max = self.engine.options.max_backlog;
             let room = match everything || last {
                 true => max,
-                false => max.min(found.last as usize * PAGE_SIZE),
+                false => max.min(2 * first as usize * PAGE_SIZE),
             };
             self.wait_for_room(room).await?;
         }
@@ -256,26 +249,26 @@ impl<G: Guest> Builder<'_, G> {
         epoch
     }
 
-    /// Fuzzy rounds until little is dirty or it stops shrinking.
+    /// Fuzzy rounds until little is dirty or it stops shrinking. The number of dirty pages that the first
+    /// one found.
     async fn rounds(
         &mut self,
         everything: bool,
         full: bool,
         mut known: Option<Arc<Fingerprints>>,
-    ) -> Result<Found, SessionEnd> {
+    ) -> Result<u64, SessionEnd> {
         let mut contents = if everything {
             Contents::All
         } else {
             Contents::Dirty
         };
-        let (mut found, mut before) = (None, None);
+        let (mut first, mut before) = (None, None);
         for _ in 0..ROUNDS_MAX {
             let started = Instant::now();
             let round = self.engine.guest.round(contents).await?;
             self.made += started.elapsed();
             let dirty = round.dirty.count();
-            let first = found.map_or(dirty, |found: Found| found.first);
-            found = Some(Found { first, last: dirty });
+            first.get_or_insert(dirty);
             let all = contents == Contents::All;
             // What is sent is lost with the frame, and not only what is dirty is sent.
             if all && (full || known.is_some()) {
@@ -301,7 +294,7 @@ impl<G: Guest> Builder<'_, G> {
             before = (!all).then_some(dirty);
             contents = Contents::Dirty;
         }
-        Ok(found.expect("there was one round"))
+        Ok(first.expect("there was one round"))
     }
 
     /// Takes all content of a round or cut, encodes and queues it.
