@@ -5,8 +5,8 @@
 //!              batches, while there is room ─▶ helpers ─▶ [ decoded | .. ] ─ apply_next ─▶ image
 //! ```
 //!
-//! A standby pushes parts as they come, and decodes while its disk writes and the link brings more. What is
-//! decoded is only looked at by whoever applies: in order, and again by those rows.
+//! A standby pushes parts as they come, which are decoded while its disk writes and the link brings more. Each
+//! batch is decoded once, and taken in the order in which rows want it; rows are applied in their order.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -81,7 +81,8 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> Decoding<B> {
         self.parts.len()
     }
 
-    /// Applies the first part as [`PartView::apply`](super::PartView::apply) does; false if there is none.
+    /// Applies the first part as [`PartView::apply`](super::PartView::apply) does; false if there is none. After
+    /// an error nothing is of use but [`clear`](Self::clear).
     pub fn apply_next(&mut self, image: &mut dyn PageImage) -> Result<bool, FrameError> {
         let Some(first) = self.parts.front() else {
             return Ok(false);

@@ -142,6 +142,8 @@ impl<G: Guest> Builder<'_, G> {
             self.engine.publish(|s| s.disk_news = Some((at, news)));
         }
         let dirty = cut.dirty.count();
+        // One that stops the guest does not count: it is for sets that do not fit into memory at once.
+        let round = round.filter(|_| !self.engine.guest.round_pauses());
         self.engine.rounds.cut(round, dirty);
         if dirty as usize * PAGE_SIZE > self.queue.free() {
             self.give_back_cut(dirty).await?;
