@@ -7,9 +7,9 @@
 //!
 //! What a round copies and the guest leaves alone until the cut costs the guest nothing. A page that is
 //! write-protected for the cut costs it a fault, even if it is written to long afterwards: protection takes
-//! the page out of KVM's tables twice. (`lifeboat bench --only guest`; 10,000 pages take 150 ms of the guest's
-//! time where KVM is itself virtualised.) So a large set is copied in rounds, and what is left for the cut is
-//! small enough to be copied in the pause. What changed again meanwhile is sent twice.
+//! the page out of KVM's tables, twice. (Some 15 us for each page of the set where KVM is itself
+//! virtualised.) So a large set is copied in rounds, and what is left for the cut is small enough to be
+//! copied in the pause. What changed again meanwhile is sent twice.
 //!
 //! A guest that changes the same pages all the time would have them all sent twice, and still be cut with a
 //! large set: it is cut without rounds for a while, by write protection.
