@@ -1,12 +1,12 @@
 //! How much slower a guest is while it is protected: steps of the demo guest per second, alone, with KVM's
-//! dirty log read every interval, which any replication needs at least, and with a checkpoint every interval
-//! (rounds and a cut), in turns. It dirties ten thousand pages a second alone. What encoding and sending
-//! would take from its processor is not in it.
+//! dirty log read every interval, which any replication needs at least, with a cut by write protection every
+//! interval, and with a checkpoint as a daemon makes it (rounds and a cut), in turns. It dirties ten thousand
+//! pages a second alone. What encoding and sending would take from its processor is not in it.
 //!
 //! ```text
-//!   alone │ . log │ . checkpoints │ . alone │ . log │ . checkpoints │ . alone ...
-//!     └───────┴───────────┴────────────┘  the speed of each turn beside the mean of the two around it
-//!                                         that are alone; the middle of all these
+//!   alone │ . log │ . protected │ . checkpoints │ . alone │ . log │ ...
+//!     └───────┴──────────┴─────────────┴────────────┘  the speed of each turn beside the mean of the two
+//!                                                      around it that are alone; the middle of all these
 //! ```
 //!
 //! A host that is slow for some seconds is so for all of them. Before each turn that is looked at the guest
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use super::pause::{Cuttable, counter, no_kvm};
 use super::sample::Samples;
 use super::{Bench, Section, Unit};
+use crate::guest::CutStrategy;
 use crate::primary::{ROUND_PAGES, Rounds};
 
 /// Time between cuts, and the least share of its speed that the guest keeps.
@@ -52,6 +53,11 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         true => Cuttable::start(MEMORY_BYTES, pages, SPIN)?,
         false => at_its_rate(pages)?,
     };
+    let protects = guest.cut(CutStrategy::CopyOnWrite)?.strategy == CutStrategy::CopyOnWrite;
+    if !protects {
+        let why = "no userfaultfd: no cuts by write protection";
+        bench.skip(Section::Guest, why);
+    }
     let intervals = if bench.quick {
         &INTERVALS[1..2]
     } else {
@@ -69,10 +75,13 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
             anyhow::Ok(took / steps.max(1) as f64)
         };
         let mut alone = vec![turn(What::Nothing)?];
-        let [mut log, mut cut] = [const { Vec::new() }; 2];
+        let [mut log, mut protected, mut checkpoint] = [const { Vec::new() }; 3];
         for _ in 0..bench.samples(TURNS) {
             log.push(turn(What::Log)?);
-            cut.push(turn(What::Checkpoint)?);
+            if protects {
+                protected.push(turn(What::Protect)?);
+            }
+            checkpoint.push(turn(What::Checkpoint)?);
             alone.push(turn(What::Nothing)?);
         }
         let around = alone.windows(2).map(|two| (two[0] + two[1]) / 2.0);
@@ -84,8 +93,16 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         let ms = interval.as_millis();
         for (turns, what, least) in [
             (log, format!("the dirty log read every {ms} ms"), 0.0),
-            (cut, format!("a checkpoint every {ms} ms"), *least),
+            (
+                protected,
+                format!("a cut by write protection every {ms} ms"),
+                0.0,
+            ),
+            (checkpoint, format!("a checkpoint every {ms} ms"), *least),
         ] {
+            if turns.is_empty() {
+                continue;
+            }
             let shares = around.iter().zip(&turns).map(|(alone, took)| alone / took);
             let shares = shares.collect();
             let row = rate(turns, what).against(&limit).by_turns(shares);
@@ -104,6 +121,8 @@ enum What {
     Nothing,
     /// It is found what it has written to, and seen to that this can be found again.
     Log,
+    /// A cut without rounds.
+    Protect,
     /// Rounds and a cut.
     Checkpoint,
 }
@@ -148,6 +167,7 @@ fn for_steps(
         match what {
             What::Nothing => {}
             What::Log => guest.read_log()?,
+            What::Protect => guest.cut(CutStrategy::CopyOnWrite).map(drop)?,
             What::Checkpoint => guest.checkpoint(rounds)?,
         }
         due += interval;
