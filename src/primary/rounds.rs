@@ -6,10 +6,10 @@
 //! ```
 //!
 //! What a round copies and the guest leaves alone until the cut costs the guest nothing. A page that is
-//! write-protected for the cut costs it a fault, even if it is written to long afterwards: protection takes
-//! the page out of KVM's tables, twice. (Some 15 us for each page of the set where KVM is itself
-//! virtualised.) So a large set is copied in rounds, and what is left for the cut is small enough to be
-//! copied in the pause. What changed again meanwhile is sent twice.
+//! write-protected for the cut costs it a fault if it writes before the copier comes, which another thread
+//! answers: little while a processor is free, and up to a tenth of the guest's speed on a busy host
+//! (`lifeboat bench --only guest`). So a large set is copied in rounds, and what is left for the cut is small
+//! enough to be copied in the pause. What changed again meanwhile is sent twice.
 //!
 //! A guest that changes the same pages all the time would have them all sent twice, and still be cut with a
 //! large set: it is cut without rounds for a while, by write protection.

@@ -1,11 +1,10 @@
 //! What it costs to copy pages inside the pause: which cuts are better made that way.
 //!
-//! A page that is copied in the pause costs the guest one copy. A page that is write-protected costs it a
-//! fault, which is as long as some twenty copies where KVM is itself virtualised: at once if it writes before
-//! the copier comes, and else when it comes back to the page, which KVM's tables do not have any more. So
-//! small sets are copied in the pause as long as that stays short, and how many pages are a small set
-//! depends on the host: it is measured with each such cut. (Who can copy the larger part before the pause
-//! should: see `primary::rounds`.)
+//! A page that is copied in the pause costs the guest one copy. A page that is write-protected costs it
+//! nothing if the copier comes first, and else a fault, which is as long as some twenty copies where KVM is
+//! itself virtualised. So small sets are copied in the pause as long as that stays short, and how many
+//! pages are a small set depends on the host: it is measured with each such cut. (Who can copy the larger
+//! part before the pause should: see `primary::rounds`.)
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
