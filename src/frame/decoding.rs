@@ -81,8 +81,9 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> Decoding<B> {
         self.parts.len()
     }
 
-    /// Applies the first part as [`PartView::apply`](super::PartView::apply) does; false if there is none. After
-    /// an error nothing is of use but [`clear`](Self::clear).
+    /// Applies the first part as [`PartView::apply`](super::PartView::apply) does, in all regions, whether the
+    /// image wants them or not; false if there is none. After an error nothing is of use but
+    /// [`clear`](Self::clear).
     pub fn apply_next(&mut self, image: &mut dyn PageImage) -> Result<bool, FrameError> {
         let Some(first) = self.parts.front() else {
             return Ok(false);
@@ -90,9 +91,6 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> Decoding<B> {
         let part = first.part.clone();
         part.view()
             .apply_from(image, |batch, out| self.take(batch, out))?;
-        while let Some((_, unwanted)) = self.next() {
-            self.memory.put(unwanted?);
-        }
         self.parts.pop_front();
         self.begun = self.begun.saturating_sub(1);
         Ok(true)
@@ -131,31 +129,19 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> Decoding<B> {
         }
     }
 
-    /// Puts a batch of the first part into `out`.
+    /// Puts the next batch of the first part, which is the one that is wanted, into `out`.
     fn take(&mut self, wanted: u16, out: &mut Vec<u8>) -> Result<(), FrameError> {
-        loop {
-            let next = self.next();
-            let (number, decoded) = next.expect("rows want the batches that they refer to");
-            if number == wanted {
-                let before = std::mem::replace(out, decoded?);
-                if before.capacity() > 0 {
-                    self.memory.put(before);
-                }
-                return Ok(());
-            }
-            // Of a region that the image does not want.
-            self.memory.put(decoded?);
-        }
-    }
-
-    /// The next batch of the first part.
-    fn next(&mut self) -> Option<(u16, Result<Vec<u8>, FrameError>)> {
         self.begin();
-        let first = self.parts.front_mut()?;
-        let number = *first.batches.get(first.taken)?;
+        let first = self.parts.front_mut().expect("a part is being applied");
+        let next = first.batches.get(first.taken).copied();
+        assert_eq!(next, Some(wanted), "rows want each batch once, in order");
         first.taken += 1;
-        self.bytes -= first.part.batch_bytes(number);
-        let decoded = self.tasks.next().expect("it was begun");
-        Some((number, decoded))
+        self.bytes -= first.part.batch_bytes(wanted);
+        let decoded = self.tasks.next().expect("it was begun")?;
+        let before = std::mem::replace(out, decoded);
+        if before.capacity() > 0 {
+            self.memory.put(before);
+        }
+        Ok(())
     }
 }

@@ -372,39 +372,31 @@ impl<'a> PartView<'a> {
     ) -> Result<(), FrameError> {
         #[cfg(test)]
         DECODED.set(DECODED.get() + 1);
-        let batch = &self.batches[usize::from(number)];
-        let stored = &self.bytes[batch.range()];
-        batch
-            .decode(decoder, stored, out)
-            .map_err(|why| FrameError::Batch {
-                batch: usize::from(number),
-                why,
-            })
+        decode_batch(self.bytes, &self.batches, number, decoder, out)
     }
 
     /// Applies the rows to an image, in order. The caller has checked the layout. On an error the
     /// image holds a part of the changes; applying the frame again, whole, makes it right.
     pub fn apply(&self, image: &mut dyn PageImage) -> Result<(), FrameError> {
-        let mut decoder = Decompressor::default();
-        self.apply_from(image, |batch, out| self.decode(batch, &mut decoder, out))
+        // Asked before, because the image is borrowed while rows are applied.
+        let regions: Vec<bool> = (0..REGIONS_MAX as u16)
+            .map(|region| image.wants(RegionId(region)))
+            .collect();
+        self.for_each_of(
+            |region| regions.get(usize::from(region.0)).copied().unwrap_or(true),
+            |addr, content| apply_content(image, addr, content),
+        )
     }
 
-    /// The same, with batches that `decode` puts into a buffer: each at most once, in the order of
-    /// [`batches_wanted`](Self::batches_wanted).
+    /// The same for all rows, whatever the image wants, with batches that `decode` puts into a buffer: those of
+    /// [`batches_wanted`](Self::batches_wanted), in that order.
     pub(super) fn apply_from(
         &self,
         image: &mut dyn PageImage,
         decode: impl FnMut(u16, &mut Vec<u8>) -> Result<(), FrameError>,
     ) -> Result<(), FrameError> {
-        // Asked before, because the image is borrowed while rows are applied.
-        let regions: Vec<bool> = (0..REGIONS_MAX as u16)
-            .map(|region| image.wants(RegionId(region)))
-            .collect();
-        self.for_each_from(
-            |region| regions.get(usize::from(region.0)).copied().unwrap_or(true),
-            decode,
-            |addr, content| apply_content(image, addr, content),
-        )
+        let each = |addr, content: Content<'_>| apply_content(image, addr, content);
+        self.for_each_from(|_| true, decode, each)
     }
 
     /// The batches, in the order in which rows refer to them first.
@@ -415,6 +407,23 @@ impl<'a> PartView<'a> {
             .filter(|batch| !std::mem::replace(&mut seen[usize::from(*batch)], true))
             .collect()
     }
+}
+
+/// Decodes the batch with this number of a part with these bytes and batches into `out`, which holds nothing
+/// else then.
+pub(super) fn decode_batch(
+    part: &[u8],
+    batches: &[Batch],
+    number: u16,
+    decoder: &mut Decompressor,
+    out: &mut Vec<u8>,
+) -> Result<(), FrameError> {
+    let batch = &batches[usize::from(number)];
+    let decoded = batch.decode(decoder, &part[batch.range()], out);
+    decoded.map_err(|why| FrameError::Batch {
+        batch: usize::from(number),
+        why,
+    })
 }
 
 /// blake3 over the number of batches (u32) and the rows of a part: where the content of its pages lies.

@@ -8,7 +8,7 @@ use std::thread;
 use super::batch::{Batch, Decompressor};
 use super::error::FrameError;
 use super::format::{Footer, PartHeader};
-use super::part::{PartView, RowKind};
+use super::part::{PartView, RowKind, decode_batch};
 use crate::page::RegionId;
 
 /// Most bytes of decoded batches of one part. What is more is decoded when it is applied.
@@ -118,13 +118,8 @@ impl<B: AsRef<[u8]>> VerifiedPart<B> {
         decoder: &mut Decompressor,
         out: &mut Vec<u8>,
     ) -> Result<(), FrameError> {
-        let batch = &self.judged.batches[usize::from(number)];
-        let stored = &(*self.bytes).as_ref()[batch.range()];
-        let decoded = batch.decode(decoder, stored, out);
-        decoded.map_err(|why| FrameError::Batch {
-            batch: usize::from(number),
-            why,
-        })
+        let part = (*self.bytes).as_ref();
+        decode_batch(part, &self.judged.batches, number, decoder, out)
     }
 }
 

@@ -101,15 +101,15 @@ impl<G: Guest> Builder<'_, G> {
         let hurry = self.engine.asked.iter().any(|asked| asked.cut.is_some());
         let mut round = None;
         if everything || (self.engine.rounds.go_first() && !hurry) || last {
-            let first = self.rounds(everything, full, known).await?;
-            round = Some(first);
-            // The content of the cut has to fit into memory at once, and is not likely to be more than the
-            // first round's. After a first copy nothing is known of it; after the last cut the guest stands
+            let most = self.rounds(everything, full, known).await?;
+            round = Some(most);
+            // The content of the cut has to fit into memory at once, and is not likely to be more than that of
+            // a round. After a first copy nothing is known of it; after the last cut the guest stands
             // still until all has gone out.
             let max = self.engine.options.max_backlog;
             let room = match everything || last {
                 true => max,
-                false => max.min(2 * first as usize * PAGE_SIZE),
+                false => max.min(2 * most as usize * PAGE_SIZE),
             };
             self.wait_for_room(room).await?;
         }
@@ -251,8 +251,7 @@ impl<G: Guest> Builder<'_, G> {
         epoch
     }
 
-    /// Fuzzy rounds until little is dirty or it stops shrinking. The number of dirty pages that the first
-    /// one found.
+    /// Fuzzy rounds until little is dirty or it stops shrinking. The most dirty pages that one found.
     async fn rounds(
         &mut self,
         everything: bool,
@@ -264,13 +263,13 @@ impl<G: Guest> Builder<'_, G> {
         } else {
             Contents::Dirty
         };
-        let (mut first, mut before) = (None, None);
+        let (mut most, mut before) = (0, None);
         for _ in 0..ROUNDS_MAX {
             let started = Instant::now();
             let round = self.engine.guest.round(contents).await?;
             self.made += started.elapsed();
             let dirty = round.dirty.count();
-            first.get_or_insert(dirty);
+            most = most.max(dirty);
             let all = contents == Contents::All;
             // What is sent is lost with the frame, and not only what is dirty is sent.
             if all && (full || known.is_some()) {
@@ -296,7 +295,7 @@ impl<G: Guest> Builder<'_, G> {
             before = (!all).then_some(dirty);
             contents = Contents::Dirty;
         }
-        Ok(first.expect("there was one round"))
+        Ok(most)
     }
 
     /// Takes all content of a round or cut, encodes and queues it.

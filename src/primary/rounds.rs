@@ -7,7 +7,7 @@
 //!
 //! What a round copies and the guest leaves alone until the cut costs the guest nothing. A page that is
 //! write-protected for the cut costs it a fault if it writes before the copier comes, which another thread
-//! answers: little while a processor is free, and up to a tenth of the guest's speed on a busy host
+//! answers: little while a processor is free, and up to an eighth of the guest's speed on a busy host
 //! (`lifeboat bench --only guest`). So a large set is copied in rounds, and what is left for the cut is small
 //! enough to be copied in the pause. What changed again meanwhile is sent twice.
 //!
@@ -62,7 +62,7 @@ impl Rounds {
         pages <= self.pages
     }
 
-    /// A cut was made that found so many pages, after rounds of which the first one, if there was one, found
+    /// A cut was made that found so many pages, after rounds, if there were any, of which none found more than
     /// so many.
     pub fn cut(&mut self, round: Option<u64>, cut: u64) {
         self.many = !self.is_few(round.unwrap_or(0).max(cut));

@@ -155,18 +155,18 @@ impl Cuttable {
 
     /// A cut as a daemon makes it, with rounds before it if it is likely to find much.
     pub fn checkpoint(&mut self, rounds: &mut Rounds) -> anyhow::Result<()> {
-        let (mut first, mut before) = (None, None);
+        let (mut most, mut before) = (None, None);
         while rounds.go_first() {
             let round = self.engine.round(Contents::Dirty)?;
             self.drain()?;
             let dirty = round.dirty.count();
-            first.get_or_insert(dirty);
+            most = most.max(Some(dirty));
             if !rounds.go_on(dirty, before.replace(dirty)) {
                 break;
             }
         }
         let cut = self.cut(CutStrategy::Auto)?;
-        rounds.cut(first, cut.dirty.count());
+        rounds.cut(most, cut.dirty.count());
         Ok(())
     }
 

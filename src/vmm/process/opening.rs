@@ -33,3 +33,33 @@ impl Opening {
         Some(opened.unwrap_or_else(|_| Err("it could not be opened; see the log".into())))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(source: &[u8]) -> Opened {
+        match source {
+            b"panics" => panic!("the source's own"),
+            other => Err(String::from_utf8_lossy(other).into_owned()),
+        }
+    }
+
+    #[test]
+    fn what_was_opened_is_for_the_same_source_alone() {
+        for (begun, wanted, told) in [
+            ("a", "a", Some("a")),
+            ("a", "b", None),
+            (
+                "panics",
+                "panics",
+                Some("it could not be opened; see the log"),
+            ),
+        ] {
+            let opening = Opening::begin(open, begun.into()).unwrap();
+            let opened = opening.finish(wanted.as_bytes());
+            let why = opened.map(|opened| opened.err().unwrap());
+            assert_eq!(why.as_deref(), told, "{begun}, then {wanted}");
+        }
+    }
+}
