@@ -127,6 +127,18 @@ fn noise(seed: u64) -> Page {
     page
 }
 
+/// Applies a part of anybody's making in each way that there is, with the same outcome.
+fn apply_alike(part: &PartView<'_>, layout: &Layout) -> Result<(), FrameError> {
+    let (mut image, mut ahead) = (Image::new(layout), Image::new(layout));
+    let applied = part.apply(&mut image);
+    let mut decoding = Decoding::default();
+    decoding.push(VerifiedPart::verify(part.bytes().to_vec()).unwrap());
+    let also = decoding.apply_next(&mut ahead);
+    assert_eq!(applied.is_ok(), also.is_ok(), "{applied:?}, {also:?}");
+    assert!(applied.is_err() || ahead == image);
+    applied
+}
+
 /// Verifies a frame and applies it, in each way that there is.
 fn apply_frame(frame: &[Vec<u8>], layout: &Layout, image: &mut Image) -> Footer {
     let mut check = FrameCheck::new();

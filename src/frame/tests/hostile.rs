@@ -76,7 +76,7 @@ fn read_all(part: &[u8], layout: &Layout) -> Result<(), FrameError> {
     let view = PartView::verify(part)?;
     FrameCheck::new().add(&view)?;
     view.check_layout(layout)?;
-    view.apply(&mut Image::new(layout))?;
+    apply_alike(&view, layout)?;
     view.manifest().map(|_| ())
 }
 
